@@ -1,0 +1,46 @@
+/* Private arena memory: anonymous mappings, huge pages advised, populated at once. */
+#define _GNU_SOURCE
+#include "arena.h"
+
+#include "alloc.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+/* A mapping is aligned to a page only; huge pages start at 2 MiB, so round large ones up. */
+enum { HUGE = 2 << 20 };
+
+static size_t mapped_size(size_t n_bytes) {
+    return dsc_round_up(n_bytes, n_bytes >= HUGE ? HUGE : 4096);
+}
+
+enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
+    if (n_bytes == 0) {
+        *out = NULL;
+        return DSC_OK;
+    }
+    size_t size = mapped_size(n_bytes);
+    void *block =
+        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (block == MAP_FAILED)
+        return DSC_FAIL(DSC_ENOMEM, "could not map %zu bytes of private memory: %s", n_bytes,
+                        strerror(errno));
+    /* Both are advice: a kernel without them serves small pages on first touch. */
+    (void)madvise(block, size, MADV_HUGEPAGE);
+    (void)madvise(block, size, MADV_POPULATE_WRITE);
+    dsc__alloc_count(1, (int64_t)n_bytes);
+    *out = block;
+    return DSC_OK;
+}
+
+void dsc_arena_free(void *block, size_t n_bytes) {
+    if (!block)
+        return;
+    (void)munmap(block, mapped_size(n_bytes));
+    dsc__alloc_count(-1, -(int64_t)n_bytes);
+}

@@ -1,0 +1,18 @@
+/* Model-sized memory by kind. Today: private (masters, optimizer states, accumulators that only
+ * their owner reads). Node-shared memory is a window of the communicator (comm/comm.h), because
+ * the ranks that map it must agree on it. Pinned, device and file kinds stand here when they come.
+ *
+ * Invariant: private arena memory is zero when it is given out, 64-byte aligned, first touched by
+ * the rank that owns it, and in huge pages where the kernel gives them. */
+#ifndef DSC_ARENA_H
+#define DSC_ARENA_H
+
+#include "dsc.h"
+
+/* Zeroed private memory in *out; its pages are there on return, so that no step pays for them.
+ * n_bytes 0 gives NULL. */
+enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out);
+/* `n_bytes` as asked for; NULL is fine. */
+void dsc_arena_free(void *block, size_t n_bytes);
+
+#endif

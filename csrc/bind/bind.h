@@ -1,0 +1,65 @@
+/* What the binding's files share: module state, the one mapping from status to exception, borrowing
+ * of tensors.
+ *
+ * Decides: how C failures become Python exceptions. Invariant: every method parses, borrows, releases
+ * the GIL, makes one core call, takes the GIL and converts the status; logic lives in the core. */
+#ifndef DSC_BIND_H
+#define DSC_BIND_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "../dsc.h"
+
+/* One row per file of this folder that adds types or functions: dsc_bind_add_<name>(module). */
+#define DSC_BIND_MAP(X) \
+    X(errors)           \
+    X(tensor)           \
+    X(kernels)          \
+    X(config)           \
+    X(schedule)         \
+    X(comm)             \
+    X(engine)
+
+#define X(name) int dsc_bind_add_##name(PyObject *module);
+DSC_BIND_MAP(X)
+#undef X
+
+struct dsc_bind_state {
+    PyObject *config_error; /* deepspeed_c.DeepSpeedConfigError, a ValueError */
+    PyObject *comm_error;   /* deepspeed_c.CommError, a RuntimeError */
+    PyTypeObject *config_type, *comm_type, *engine_type, *schedule_type, *window_type;
+    PyObject *str_grad, *str_dlpack; /* interned names */
+    PyObject *str_version;
+};
+
+extern struct PyModuleDef dsc_bind_module;
+/* Borrowed from the module; `self` is an instance of any type of this module. */
+struct dsc_bind_state *dsc_bind_state_of(PyTypeObject *defining_or_own_type);
+struct dsc_bind_state *dsc_bind_module_state(PyObject *module);
+
+/* Sets the exception for a failed status from the core's last error and returns NULL. With
+ * DSC_EINTR the exception is already set. */
+PyObject *dsc_bind_raise(struct dsc_bind_state *state, enum dsc_status status);
+
+/* dsc_interrupt_fn for communicators: takes the GIL and runs pending signal handlers. */
+bool dsc_bind_interrupted(void *context);
+
+/* A borrowed view of a tensor: valid until the caller gives up its reference to the object. */
+struct dsc_borrowed {
+    void *data;
+    size_t n_elems;
+    enum dsc_dtype dtype;
+    bool on_cpu;
+    bool contiguous; /* C order, or 0/1 elements */
+    bool dense;      /* some permutation of dimensions is C order: memory is one run of elements */
+    int n_dims;
+    int64_t shape[8], strides[8]; /* n_dims <= 8, else DSC_EINVAL */
+};
+/* Reads a tensor without copying: DLPack's C exchange table where the type has it (one table look-up
+ * per type, no allocation), else __dlpack__ on a detached view. Returns 0, or -1 with an exception
+ * that names `what`. dtypes outside enum dsc_dtype are a TypeError. */
+int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what,
+                    struct dsc_borrowed *out);
+
+#endif

@@ -1,0 +1,65 @@
+/* The table of element-wise maths, and the hyper-parameters that it takes.
+ *
+ * Decides: what a kernel is; which tier serves is decided once, in dispatch.c (DSC_ISA forces one).
+ * Invariant: every tier gives the same bits for the same input (contract N2). Pointers need only the
+ * alignment of their element; n may be 0; buffers do not overlap unless they are the same. */
+#ifndef DSC_KERNELS_H
+#define DSC_KERNELS_H
+
+#include "../dsc.h"
+
+/* One Adam or AdamW step. The factors are prepared in double by optim.c, once per group and step:
+ * step_size = lr / c1, inv_sqrt_c2 = 1 / sqrt(c2), decay = lr * weight_decay (decoupled) or
+ * weight_decay (L2), with c1 = 1 - beta1^t, c2 = 1 - beta2^t, or both 1 without bias correction.
+ *   g = grad * grad_scale;  L2: g += decay * p
+ *   m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g * g
+ *   p -= (decoupled ? decay * p : 0) + step_size * m / (sqrt(v) * inv_sqrt_c2 + eps) */
+struct dsc_adam {
+    float grad_scale, step_size, beta1, one_minus_beta1, beta2, one_minus_beta2;
+    float inv_sqrt_c2, eps, decay;
+    bool decoupled;
+};
+
+/* One SGD step, torch.optim.SGD's rule:
+ *   g = grad * grad_scale + weight_decay * p
+ *   momentum != 0: buf = first ? g : momentum * buf + (1 - dampening) * g
+ *                  g = nesterov ? g + momentum * buf : buf
+ *   p -= lr * g */
+struct dsc_sgd {
+    float grad_scale, lr, momentum, one_minus_dampening, weight_decay;
+    bool nesterov, first;
+};
+
+struct dsc_kernels {
+    const char *name; /* "scalar", "avx2", "avx512", "neon" */
+
+    /* dst[i] = (first ? +0.0f : dst[i]) + (float)src[i]; indexed by training dtype */
+    void (*accumulate[DSC_TRAIN_DTYPE_COUNT])(float *dst, const void *src, size_t n, bool first);
+    /* dst[i] = (float)src[i] */
+    void (*to_f32[DSC_TRAIN_DTYPE_COUNT])(float *dst, const void *src, size_t n);
+    /* dst[i] = src[i] rounded to nearest even; DSC_F32 copies */
+    void (*from_f32[DSC_TRAIN_DTYPE_COUNT])(void *dst, const float *src, size_t n);
+    /* Copies and says whether every element is finite (the copy is complete either way). */
+    bool (*copy_finite[DSC_TRAIN_DTYPE_COUNT])(void *dst, const void *src, size_t n);
+    bool (*is_finite[DSC_TRAIN_DTYPE_COUNT])(const void *src, size_t n);
+
+    /* Sum of squares in fp64: lane i mod 16 adds in index order, then the lanes in a fixed tree. */
+    double (*sum_squares)(const float *x, size_t n);
+
+    void (*adam)(float *p, float *m, float *v, const float *grad, size_t n, const struct dsc_adam *h);
+    /* buf may be NULL where momentum is 0 */
+    void (*sgd)(float *p, float *buf, const float *grad, size_t n, const struct dsc_sgd *h);
+
+    /* acc[i] = acc[i] op src[i] for collectives. acc is fp32 where the dtype is BF16 or F16, else
+     * of the dtype itself. AVG adds (the caller divides). MIN and MAX propagate NaN. Integers wrap. */
+    void (*combine[DSC_DTYPE_COUNT][DSC_OP_COUNT])(void *acc, const void *src, size_t n);
+};
+
+/* The chosen table; never NULL; the choice is made on first use and then stays. */
+const struct dsc_kernels *dsc_kernels(void);
+/* The table of a tier, or NULL where the build or this machine lacks it. */
+const struct dsc_kernels *dsc_kernels_tier(const char *name);
+/* Names of the tiers that this machine can run, NULL-terminated, slowest first. */
+const char *const *dsc_kernels_tiers(void);
+
+#endif

@@ -1,8 +1,10 @@
 /* The table of element-wise maths, and the hyper-parameters that it takes.
  *
  * Decides: what a kernel is; which tier serves is decided once, in dispatch.c (DSC_ISA forces one).
- * Invariant: every tier gives the same bits for the same input (contract N2). Pointers need only the
- * alignment of their element; n may be 0; buffers do not overlap unless they are the same. */
+ * Invariant: every tier gives the same bits for the same input (contract N2), given the state of
+ * fpenv.h. Pointers need only the alignment of their element; n may be 0; buffers do not overlap
+ * unless they are the same. A NaN that arithmetic gives is the positive quiet one without payload;
+ * copies keep bits. */
 #ifndef DSC_KERNELS_H
 #define DSC_KERNELS_H
 
@@ -46,15 +48,21 @@ struct dsc_kernels {
     /* Sum of squares in fp64: lane i mod 16 adds in index order, then the lanes in a fixed tree. */
     double (*sum_squares)(const float *x, size_t n);
 
-    void (*adam)(float *p, float *m, float *v, const float *grad, size_t n, const struct dsc_adam *h);
+    void (*adam)(float *p, float *m, float *v, const float *grad, size_t n,
+                 const struct dsc_adam *h);
     /* buf may be NULL where momentum is 0 */
     void (*sgd)(float *p, float *buf, const float *grad, size_t n, const struct dsc_sgd *h);
 
     /* acc[i] = acc[i] op src[i] for collectives. acc is fp32 where the dtype is BF16 or F16, else
-     * of the dtype itself. AVG adds (the caller divides). MIN and MAX propagate NaN. Integers wrap. */
+     * of the dtype itself. AVG adds (the caller divides). MIN and MAX propagate NaN. Integers wrap.
+     */
     void (*combine[DSC_DTYPE_COUNT][DSC_OP_COUNT])(void *acc, const void *src, size_t n);
 };
 
+/* DSC_EINVAL where the environment's DSC_ISA names no tier of this machine and build; the fastest
+ * serves then. The binding calls it at import, so that a forced tier is never silently another one.
+ */
+enum dsc_status dsc_kernels_check(void);
 /* The chosen table; never NULL; the choice is made on first use and then stays. */
 const struct dsc_kernels *dsc_kernels(void);
 /* The table of a tier, or NULL where the build or this machine lacks it. */

@@ -1,0 +1,225 @@
+/* Every loop of the kernel table, compiled once per tier: no include guard, on purpose.
+ *
+ * The including file defines TIER (the name), VECTOR_BYTES (its register width) and the two
+ * conversions that compilers do not vectorise: widen_f16(float *, const uint16_t *, n),
+ * narrow_f16(uint16_t *, const float *, n). The loops are plain C over the maths of <op>.h; the
+ * compiler makes the vectors. Invariant: nothing here depends on TIER but the speed. */
+#include "adam.h"
+#include "cast.h"
+#include "combine.h"
+#include "norm.h"
+#include "sgd.h"
+
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define NAME(op) PASTE(op, TIER)
+#define TEXT_(x) #x
+#define TEXT(x) TEXT_(x)
+
+/* fp16 goes through a buffer on the stack, which stays in L1. */
+enum { CHUNK = 512 };
+
+/* ---- conversions ---- */
+
+static void NAME(copy_f32)(void *dst, const float *src, size_t n) {
+    if (n) /* memmove takes no NULL */
+        memmove(dst, src, n * sizeof *src);
+}
+static void NAME(to_f32_f32)(float *dst, const void *src, size_t n) {
+    NAME(copy_f32)(dst, src, n);
+}
+static void NAME(to_f32_bf16)(float *dst, const void *src, size_t n) {
+    const uint16_t *x = src;
+    DSC_IVDEP
+    for (size_t i = 0; i < n; i++)
+        dst[i] = dsc_f32_of_bf16(x[i]);
+}
+static void NAME(from_f32_bf16)(void *dst, const float *src, size_t n) {
+    uint16_t *y = dst;
+    DSC_IVDEP
+    for (size_t i = 0; i < n; i++)
+        y[i] = dsc_bf16_of_f32(src[i]);
+}
+static void NAME(to_f32_f16)(float *dst, const void *src, size_t n) {
+    widen_f16(dst, src, n);
+}
+static void NAME(from_f32_f16)(void *dst, const float *src, size_t n) {
+    narrow_f16(dst, src, n);
+}
+
+/* ---- collectives ---- */
+
+#define SAME(x) (x)
+#define COMBINE(op, dtype, acc_type, src_type, acc_name, load)                                     \
+    static void NAME(op##_##dtype)(void *acc, const void *src, size_t n) {                         \
+        acc_type *a = acc;                                                                         \
+        const src_type *x = src;                                                                   \
+        DSC_IVDEP                                                                                  \
+        for (size_t i = 0; i < n; i++)                                                             \
+            a[i] = dsc_##op##_##acc_name(a[i], load(x[i]));                                        \
+    }
+#define COMBINE_F16(op)                                                                            \
+    static void NAME(op##_f16)(void *acc, const void *src, size_t n) {                             \
+        float *a = acc, wide[CHUNK];                                                               \
+        const uint16_t *x = src;                                                                   \
+        for (size_t at = 0; at < n; at += CHUNK) {                                                 \
+            size_t part = dsc_min(CHUNK, n - at);                                                  \
+            widen_f16(wide, x + at, part);                                                         \
+            NAME(op##_f32)(a + at, wide, part);                                                    \
+        }                                                                                          \
+    }
+#define COMBINE_OP(op)                                                                             \
+    COMBINE(op, f32, float, float, f32, SAME)                                                      \
+    COMBINE(op, bf16, float, uint16_t, f32, dsc_f32_of_bf16)                                       \
+    COMBINE(op, f64, double, double, f64, SAME)                                                    \
+    COMBINE(op, i32, int32_t, int32_t, i32, SAME)                                                  \
+    COMBINE(op, i64, int64_t, int64_t, i64, SAME)                                                  \
+    COMBINE_F16(op)
+COMBINE_OP(sum)
+COMBINE_OP(prod)
+COMBINE_OP(min)
+COMBINE_OP(max)
+
+/* ---- accumulation ---- */
+
+/* The first addend meets +0.0, not what is in memory. */
+#define ACCUMULATE(dtype, src_type, load)                                                          \
+    static void NAME(accumulate_##dtype)(float *dst, const void *src, size_t n, bool first) {      \
+        const src_type *x = src;                                                                   \
+        if (!first) {                                                                              \
+            NAME(sum_##dtype)(dst, src, n);                                                        \
+            return;                                                                                \
+        }                                                                                          \
+        DSC_IVDEP                                                                                  \
+        for (size_t i = 0; i < n; i++)                                                             \
+            dst[i] = dsc_sum_f32(0.0f, load(x[i]));                                                \
+    }
+ACCUMULATE(f32, float, SAME)
+ACCUMULATE(bf16, uint16_t, dsc_f32_of_bf16)
+
+static void NAME(accumulate_f16)(float *dst, const void *src, size_t n, bool first) {
+    if (first) {
+        const uint16_t *x = src;
+        for (size_t at = 0; at < n; at += CHUNK) { /* the second pass finds the part in L1 */
+            size_t part = dsc_min(CHUNK, n - at);
+            widen_f16(dst + at, x + at, part);
+            NAME(accumulate_f32)(dst + at, dst + at, part, true);
+        }
+    } else {
+        NAME(sum_f16)(dst, src, n);
+    }
+}
+
+/* ---- finite? ---- */
+
+#define FINITE(dtype, bits_type)                                                                   \
+    static bool NAME(is_finite_##dtype)(const void *src, size_t n) {                               \
+        const bits_type *x = src;                                                                  \
+        bits_type any = 0;                                                                         \
+        for (size_t i = 0; i < n; i++)                                                             \
+            any |= dsc_nonfinite_##dtype(x[i]);                                                    \
+        return !(any >> (8 * sizeof any - 1));                                                     \
+    }                                                                                              \
+    static bool NAME(copy_finite_##dtype)(void *dst, const void *src, size_t n) {                  \
+        const bits_type *x = src;                                                                  \
+        bits_type *y = dst, any = 0;                                                               \
+        DSC_IVDEP                                                                                  \
+        for (size_t i = 0; i < n; i++) {                                                           \
+            y[i] = x[i];                                                                           \
+            any |= dsc_nonfinite_##dtype(x[i]);                                                    \
+        }                                                                                          \
+        return !(any >> (8 * sizeof any - 1));                                                     \
+    }
+FINITE(f32, uint32_t)
+FINITE(bf16, uint16_t)
+FINITE(f16, uint16_t)
+
+/* ---- norm ---- */
+
+/* Vector types, because no compiler keeps sixteen scalar sums in registers as vectors. */
+typedef double NAME(doubles) __attribute__((vector_size(VECTOR_BYTES)));
+typedef float NAME(floats) __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+static double NAME(sum_squares)(const float *x, size_t n) {
+    enum { WIDTH = VECTOR_BYTES / sizeof(double), N_SUMS = DSC_LANES / WIDTH };
+    NAME(doubles) sums[N_SUMS] = {{0}};
+    double lane[DSC_LANES];
+    size_t whole = n - n % DSC_LANES;
+    for (size_t i = 0; i < whole; i += DSC_LANES) {
+        for (int k = 0; k < N_SUMS; k++) {
+            NAME(floats) narrow;
+            memcpy(&narrow, x + i + k * WIDTH, sizeof narrow);
+            NAME(doubles) wide = __builtin_convertvector(narrow, NAME(doubles));
+            sums[k] += wide * wide;
+        }
+    }
+    memcpy(lane, sums, sizeof lane);
+    for (size_t i = whole; i < n; i++)
+        lane[i - whole] += (double)x[i] * (double)x[i];
+    return dsc_sum_lanes(lane);
+}
+
+/* ---- optimizers ---- */
+
+static void NAME(adam)(float *p, float *m, float *v, const float *grad, size_t n,
+                       const struct dsc_adam *hyper) {
+    const struct dsc_adam h = *hyper; /* a copy that no store can change */
+    if (h.decay == 0.0f) {
+        DSC_IVDEP
+        for (size_t i = 0; i < n; i++)
+            dsc_adam_step(&p[i], &m[i], &v[i], grad[i], &h, DSC_DECAY_NONE);
+    } else if (h.decoupled) {
+        DSC_IVDEP
+        for (size_t i = 0; i < n; i++)
+            dsc_adam_step(&p[i], &m[i], &v[i], grad[i], &h, DSC_DECAY_DECOUPLED);
+    } else {
+        DSC_IVDEP
+        for (size_t i = 0; i < n; i++)
+            dsc_adam_step(&p[i], &m[i], &v[i], grad[i], &h, DSC_DECAY_L2);
+    }
+}
+
+static void NAME(sgd)(float *p, float *buf, const float *grad, size_t n,
+                      const struct dsc_sgd *hyper) {
+    const struct dsc_sgd h = *hyper;
+    if (h.momentum == 0.0f) {
+        DSC_IVDEP
+        for (size_t i = 0; i < n; i++)
+            dsc_sgd_step(&p[i], grad[i], &h);
+    } else {
+        DSC_IVDEP
+        for (size_t i = 0; i < n; i++)
+            dsc_sgd_momentum_step(&p[i], &buf[i], grad[i], &h);
+    }
+}
+
+/* ---- the table ---- */
+
+#define TRAIN_ROW(op)                                                                              \
+    { [DSC_F32] = NAME(op##_f32), [DSC_BF16] = NAME(op##_bf16), [DSC_F16] = NAME(op##_f16) }
+#define OP_ROW(dtype)                                                                              \
+    {                                                                                              \
+        [DSC_SUM] = NAME(sum_##dtype), [DSC_AVG] = NAME(sum_##dtype),                              \
+        [DSC_MIN] = NAME(min_##dtype), [DSC_MAX] = NAME(max_##dtype),                              \
+        [DSC_PROD] = NAME(prod_##dtype)                                                            \
+    }
+
+const struct dsc_kernels NAME(dsc__kernels) = {
+    .name = TEXT(TIER),
+    .accumulate = TRAIN_ROW(accumulate),
+    .to_f32 = TRAIN_ROW(to_f32),
+    .from_f32 = {[DSC_F32] = NAME(copy_f32),
+                 [DSC_BF16] = NAME(from_f32_bf16),
+                 [DSC_F16] = NAME(from_f32_f16)},
+    .copy_finite = TRAIN_ROW(copy_finite),
+    .is_finite = TRAIN_ROW(is_finite),
+    .sum_squares = NAME(sum_squares),
+    .adam = NAME(adam),
+    .sgd = NAME(sgd),
+    .combine = {[DSC_F32] = OP_ROW(f32),
+                [DSC_BF16] = OP_ROW(bf16),
+                [DSC_F16] = OP_ROW(f16),
+                [DSC_F64] = OP_ROW(f64),
+                [DSC_I32] = OP_ROW(i32),
+                [DSC_I64] = OP_ROW(i64)},
+};

@@ -16,7 +16,8 @@ struct dsc_alloc_counters {
 
 /* `n_bytes` zeroed bytes, 64-byte aligned, in *out. n_bytes 0 gives a valid pointer. */
 enum dsc_status dsc_alloc(size_t n_bytes, void **out);
-/* Grows or shrinks *block, which may hold NULL; new bytes are zero; *block is untouched on failure. */
+/* Grows or shrinks *block, which may hold NULL; new bytes are zero; *block is untouched on failure.
+ */
 enum dsc_status dsc_realloc(void **block, size_t n_bytes);
 /* NULL is fine. */
 void dsc_free(void *block);

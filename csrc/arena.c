@@ -25,8 +25,7 @@ enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
         return DSC_OK;
     }
     size_t size = mapped_size(n_bytes);
-    void *block =
-        mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void *block = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (block == MAP_FAILED)
         return DSC_FAIL(DSC_ENOMEM, "could not map %zu bytes of private memory: %s", n_bytes,
                         strerror(errno));

@@ -1,7 +1,7 @@
 /* What every module may include: status codes, element types, small helpers.
  *
- * Decides: how failure travels (a value with a sentence and a place), and which element types exist.
- * Invariant: nothing here prints, exits, allocates or knows Python. */
+ * Decides: how failure travels (a value with a sentence and a place), and which element types
+ * exist. Invariant: nothing here prints, exits, allocates or knows Python. */
 #ifndef DSC_H
 #define DSC_H
 
@@ -10,18 +10,18 @@
 #include <stdint.h>
 
 /* name, value, sentence, Python exception kind (see bind/errors.c) */
-#define DSC_STATUS_MAP(X)                                                            \
-    X(DSC_OK, 0, "success", NONE)                                                    \
-    X(DSC_EINVAL, -1, "an argument is outside what is allowed", VALUE)               \
-    X(DSC_ETYPE, -2, "an argument has the wrong type", TYPE)                         \
-    X(DSC_ENOMEM, -3, "memory could not be had", MEMORY)                             \
-    X(DSC_EIO, -4, "the operating system refused an operation", OS)                  \
-    X(DSC_ETIMEDOUT, -5, "other ranks did not come in time", TIMEOUT)                \
-    X(DSC_EDEAD, -6, "another rank died or gave up", COMM)                           \
-    X(DSC_EDIVERGED, -7, "ranks called different operations", COMM)                  \
-    X(DSC_EINTR, -8, "a signal handler raised", PENDING)                             \
-    X(DSC_ENOTYET, -9, "the feature is not there yet", NOTYET)                       \
-    X(DSC_ESTATE, -10, "the object is not in a state that allows this", RUNTIME)     \
+#define DSC_STATUS_MAP(X)                                                                          \
+    X(DSC_OK, 0, "success", NONE)                                                                  \
+    X(DSC_EINVAL, -1, "an argument is outside what is allowed", VALUE)                             \
+    X(DSC_ETYPE, -2, "an argument has the wrong type", TYPE)                                       \
+    X(DSC_ENOMEM, -3, "memory could not be had", MEMORY)                                           \
+    X(DSC_EIO, -4, "the operating system refused an operation", OS)                                \
+    X(DSC_ETIMEDOUT, -5, "other ranks did not come in time", TIMEOUT)                              \
+    X(DSC_EDEAD, -6, "another rank died or gave up", COMM)                                         \
+    X(DSC_EDIVERGED, -7, "ranks called different operations", COMM)                                \
+    X(DSC_EINTR, -8, "a signal handler raised", PENDING)                                           \
+    X(DSC_ENOTYET, -9, "the feature is not there yet", NOTYET)                                     \
+    X(DSC_ESTATE, -10, "the object is not in a state that allows this", RUNTIME)                   \
     X(DSC_ECONFIG, -11, "the configuration is wrong", CONFIG)
 
 enum dsc_status {
@@ -46,20 +46,21 @@ enum dsc_status dsc__fail(enum dsc_status status, const char *file, int line, co
 
 #define DSC_FAIL(status, ...) dsc__fail(status, __FILE__, __LINE__, __VA_ARGS__)
 /* Propagates a failure untouched. */
-#define DSC_TRY(expr)                                  \
-    do {                                               \
-        enum dsc_status dsc_try_status_ = (expr);      \
-        if (dsc_try_status_ != DSC_OK)                 \
-            return dsc_try_status_;                    \
+#define DSC_TRY(expr)                                                                              \
+    do {                                                                                           \
+        enum dsc_status dsc_try_status_ = (expr);                                                  \
+        if (dsc_try_status_ != DSC_OK)                                                             \
+            return dsc_try_status_;                                                                \
     } while (0)
 
-/* Element types: name, bytes, short name. The first three are the types that a model may train in. */
-#define DSC_DTYPE_MAP(X)   \
-    X(DSC_F32, 4, "fp32")  \
-    X(DSC_BF16, 2, "bf16") \
-    X(DSC_F16, 2, "fp16")  \
-    X(DSC_F64, 8, "fp64")  \
-    X(DSC_I32, 4, "int32") \
+/* Element types: name, bytes, short name. The first three are the types that a model may train in.
+ */
+#define DSC_DTYPE_MAP(X)                                                                           \
+    X(DSC_F32, 4, "fp32")                                                                          \
+    X(DSC_BF16, 2, "bf16")                                                                         \
+    X(DSC_F16, 2, "fp16")                                                                          \
+    X(DSC_F64, 8, "fp64")                                                                          \
+    X(DSC_I32, 4, "int32")                                                                         \
     X(DSC_I64, 8, "int64")
 
 enum dsc_dtype {

@@ -12,8 +12,8 @@ static _Thread_local char last_place[128];
 
 const char *dsc_status_sentence(enum dsc_status status) {
     switch (status) {
-#define X(name, value, sentence, kind) \
-    case name:                         \
+#define X(name, value, sentence, kind)                                                             \
+    case name:                                                                                     \
         return sentence;
         DSC_STATUS_MAP(X)
 #undef X
@@ -50,8 +50,8 @@ enum dsc_status dsc__fail(enum dsc_status status, const char *file, int line, co
 
 size_t dsc_dtype_size(enum dsc_dtype dtype) {
     switch (dtype) {
-#define X(name, bytes, text) \
-    case name:               \
+#define X(name, bytes, text)                                                                       \
+    case name:                                                                                     \
         return bytes;
         DSC_DTYPE_MAP(X)
 #undef X
@@ -63,8 +63,8 @@ size_t dsc_dtype_size(enum dsc_dtype dtype) {
 
 const char *dsc_dtype_name(enum dsc_dtype dtype) {
     switch (dtype) {
-#define X(name, bytes, text) \
-    case name:               \
+#define X(name, bytes, text)                                                                       \
+    case name:                                                                                     \
         return text;
         DSC_DTYPE_MAP(X)
 #undef X

@@ -1,24 +1,27 @@
 /* What the binding's files share: module state, the one mapping from status to exception, borrowing
  * of tensors.
  *
- * Decides: how C failures become Python exceptions. Invariant: every method parses, borrows, releases
- * the GIL, makes one core call, takes the GIL and converts the status; logic lives in the core. */
+ * Decides: how C failures become Python exceptions. Invariant: every method parses, borrows,
+ * releases the GIL, makes one core call, takes the GIL and converts the status; logic lives in the
+ * core. */
 #ifndef DSC_BIND_H
 #define DSC_BIND_H
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <dlpack/dlpack.h>
+
 #include "../dsc.h"
 
 /* One row per file of this folder that adds types or functions: dsc_bind_add_<name>(module). */
-#define DSC_BIND_MAP(X) \
-    X(errors)           \
-    X(tensor)           \
-    X(kernels)          \
-    X(config)           \
-    X(schedule)         \
-    X(comm)             \
+#define DSC_BIND_MAP(X)                                                                            \
+    X(errors)                                                                                      \
+    X(tensor)                                                                                      \
+    X(kernels)                                                                                     \
+    X(config)                                                                                      \
+    X(schedule)                                                                                    \
+    X(comm)                                                                                        \
     X(engine)
 
 #define X(name) int dsc_bind_add_##name(PyObject *module);
@@ -28,9 +31,12 @@ DSC_BIND_MAP(X)
 struct dsc_bind_state {
     PyObject *config_error; /* deepspeed_c.DeepSpeedConfigError, a ValueError */
     PyObject *comm_error;   /* deepspeed_c.CommError, a RuntimeError */
-    PyTypeObject *config_type, *comm_type, *engine_type, *schedule_type, *window_type;
+    PyTypeObject *config_type, *comm_type, *engine_type, *schedule_type, *window_type, *hook_type;
     PyObject *str_grad, *str_dlpack; /* interned names */
-    PyObject *str_version;
+    PyObject *str_version, *str_data;
+    /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */
+    PyTypeObject *exchange_type[4];
+    const DLPackExchangeAPI *exchange[4];
 };
 
 extern struct PyModuleDef dsc_bind_module;
@@ -56,9 +62,9 @@ struct dsc_borrowed {
     int n_dims;
     int64_t shape[8], strides[8]; /* n_dims <= 8, else DSC_EINVAL */
 };
-/* Reads a tensor without copying: DLPack's C exchange table where the type has it (one table look-up
- * per type, no allocation), else __dlpack__ on a detached view. Returns 0, or -1 with an exception
- * that names `what`. dtypes outside enum dsc_dtype are a TypeError. */
+/* Reads a tensor without copying: DLPack's C exchange table where the type has it (one table
+ * look-up per type, no allocation), else __dlpack__ on a detached view. Returns 0, or -1 with an
+ * exception that names `what`. dtypes outside enum dsc_dtype are a TypeError. */
 int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what,
                     struct dsc_borrowed *out);
 

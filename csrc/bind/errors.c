@@ -16,8 +16,8 @@ static PyObject *exception_of(struct dsc_bind_state *state, enum dsc_status stat
 #define RUNTIME PyExc_RuntimeError
 #define CONFIG state->config_error
     switch (status) {
-#define X(name, value, sentence, kind) \
-    case name:                         \
+#define X(name, value, sentence, kind)                                                             \
+    case name:                                                                                     \
         return kind;
         DSC_STATUS_MAP(X)
 #undef X
@@ -77,8 +77,7 @@ int dsc_bind_add_errors(PyObject *module) {
         "deepspeed_c.CommError",
         "Ranks diverged or one died; the text names the rank and the calls.", PyExc_RuntimeError,
         NULL);
-    if (!state->comm_error ||
-        PyModule_AddObjectRef(module, "CommError", state->comm_error) < 0)
+    if (!state->comm_error || PyModule_AddObjectRef(module, "CommError", state->comm_error) < 0)
         return -1;
     dsc_log_set_sink(log_to_python);
     return 0;

@@ -13,17 +13,19 @@ struct dsc_bind_state *dsc_bind_state_of(PyTypeObject *type) {
 }
 
 static int module_exec(PyObject *module) {
-#define X(name)                            \
-    if (dsc_bind_add_##name(module) < 0)   \
+#define X(name)                                                                                    \
+    if (dsc_bind_add_##name(module) < 0)                                                           \
         return -1;
     DSC_BIND_MAP(X)
 #undef X
     return 0;
 }
 
-#define DSC_BIND_STATE_OBJECTS(X)                                                              \
-    X(config_error) X(comm_error) X(config_type) X(comm_type) X(engine_type) X(schedule_type) \
-    X(window_type) X(str_grad) X(str_dlpack) X(str_version)
+#define DSC_BIND_STATE_OBJECTS(X)                                                                  \
+    X(config_error)                                                                                \
+    X(comm_error) X(config_type) X(comm_type) X(engine_type) X(schedule_type) X(window_type)       \
+        X(hook_type) X(str_grad) X(str_dlpack) X(str_version) X(str_data) X(exchange_type[0])      \
+            X(exchange_type[1]) X(exchange_type[2]) X(exchange_type[3])
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     struct dsc_bind_state *state = dsc_bind_module_state(module);

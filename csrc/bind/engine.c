@@ -1,0 +1,713 @@
+/* _core.Engine and _core.GradHook: the engine seen from Python.
+ *
+ * Decides: how torch's parameters and gradients become views, and what is dropped after a call.
+ * Invariant: an Engine holds its parameters and borrows their memory afresh in every call; a
+ * gradient is held exactly as long as the core reads it; a hook holds its engine weakly. */
+#include "bind.h"
+
+#include "../alloc.h"
+#include "../comm/comm.h"
+#include "../config.h"
+#include "../engine.h"
+
+#include <string.h>
+#include <structmember.h>
+
+typedef struct {
+    PyObject_HEAD struct dsc_engine *core;
+    PyObject *comm;      /* keeps the communicator open */
+    PyObject *params;    /* list of Parameter */
+    PyObject *names;     /* list of str, parallel to params */
+    PyObject *conform;   /* (param, grad) -> grad in the parameter's layout */
+    PyObject *increment; /* torch's increment_version over a list */
+    PyObject *weakrefs;
+    Py_ssize_t n_params;
+    int n_groups;
+    struct dsc_param *shapes;
+    struct dsc_view *views;
+    PyObject **grads; /* held during a call */
+    struct dsc_hyper *hypers;
+    bool busy;
+} EngineObject;
+
+static struct dsc_bind_state *state_of(EngineObject *self) {
+    return dsc_bind_state_of(Py_TYPE(self));
+}
+
+static int enter(EngineObject *self, const char *method) {
+    if (!self->core) {
+        PyErr_Format(PyExc_RuntimeError, "%s: the engine was destroyed", method);
+        return -1;
+    }
+    if (self->busy) {
+        PyErr_Format(PyExc_RuntimeError, "%s: the engine is already running in another thread",
+                     method);
+        return -1;
+    }
+    self->busy = true;
+    return 0;
+}
+
+/* Runs one core call without the GIL. */
+#define WITHOUT_GIL(status, call)                                                                  \
+    do {                                                                                           \
+        Py_BEGIN_ALLOW_THREADS(status) = (call);                                                   \
+        Py_END_ALLOW_THREADS                                                                       \
+    } while (0)
+
+/* ---- views ---- */
+
+static const char *name_of(EngineObject *self, Py_ssize_t i) {
+    const char *name = PyUnicode_AsUTF8(PyList_GET_ITEM(self->names, i));
+    return name ? name : "?";
+}
+
+static int view_param(EngineObject *self, Py_ssize_t i) {
+    struct dsc_borrowed t;
+    const char *name = name_of(self, i);
+    if (dsc_bind_borrow(state_of(self), PyList_GET_ITEM(self->params, i), name, &t) < 0)
+        return -1;
+    const struct dsc_param *was = &self->shapes[i];
+    if (!t.on_cpu || t.dtype != was->dtype || t.n_elems != was->n_elems || !t.dense) {
+        PyErr_Format(PyExc_ValueError,
+                     "parameter %s changed since initialize: it was a dense CPU tensor of %zu %s "
+                     "elements and is %s%s of %zu %s elements",
+                     name, was->n_elems, dsc_dtype_name(was->dtype),
+                     t.on_cpu ? "" : "not on the CPU, ", t.dense ? "dense" : "not dense", t.n_elems,
+                     dsc_dtype_name(t.dtype));
+        return -1;
+    }
+    self->views[i] = (struct dsc_view){.data = t.data};
+    return 0;
+}
+
+static bool same_layout(const struct dsc_borrowed *a, const struct dsc_borrowed *b) {
+    if (a->contiguous && b->contiguous)
+        return true;
+    if (a->n_dims != b->n_dims)
+        return false;
+    for (int i = 0; i < a->n_dims; i++)
+        if (a->shape[i] != b->shape[i] || (a->shape[i] != 1 && a->strides[i] != b->strides[i]))
+            return false;
+    return a->dense;
+}
+
+/* Borrows a gradient in the parameter's own layout. *held is replaced where a copy had to be made.
+ */
+static int borrow_grad(EngineObject *self, Py_ssize_t i, PyObject **held,
+                       struct dsc_borrowed *out) {
+    struct dsc_borrowed param;
+    struct dsc_bind_state *state = state_of(self);
+    PyObject *tensor = PyList_GET_ITEM(self->params, i); /* borrowed from the list */
+    const char *name = name_of(self, i);
+    if (dsc_bind_borrow(state, *held, name, out) < 0)
+        return -1;
+    if (!out->on_cpu || out->dtype != self->shapes[i].dtype ||
+        out->n_elems != self->shapes[i].n_elems) {
+        PyErr_Format(
+            PyExc_TypeError,
+            "the gradient of %s has %zu %s elements, its parameter %zu %s; both must be on "
+            "the CPU",
+            name, out->n_elems, dsc_dtype_name(out->dtype), self->shapes[i].n_elems,
+            dsc_dtype_name(self->shapes[i].dtype));
+        return -1;
+    }
+    if (out->contiguous && out->n_dims <= 1)
+        return 0;
+    if (dsc_bind_borrow(state, tensor, name, &param) < 0)
+        return -1;
+    if (same_layout(&param, out))
+        return 0;
+    PyObject *copy = PyObject_CallFunctionObjArgs(self->conform, tensor, *held, NULL);
+    if (!copy)
+        return -1;
+    Py_SETREF(*held, copy);
+    return dsc_bind_borrow(state, copy, name, out);
+}
+
+static void drop_grads(EngineObject *self) {
+    for (Py_ssize_t i = 0; i < self->n_params; i++)
+        Py_CLEAR(self->grads[i]);
+}
+
+/* Fills self->views with parameters and gradients; gradients are held until drop_grads. */
+static int view_all(EngineObject *self) {
+    struct dsc_bind_state *state = state_of(self);
+    for (Py_ssize_t i = 0; i < self->n_params; i++) {
+        if (view_param(self, i) < 0)
+            return -1;
+        PyObject *grad = PyObject_GetAttr(PyList_GET_ITEM(self->params, i), state->str_grad);
+        if (!grad)
+            return -1;
+        if (grad == Py_None) {
+            Py_DECREF(grad);
+            continue;
+        }
+        struct dsc_borrowed t;
+        self->grads[i] = grad;
+        if (borrow_grad(self, i, &self->grads[i], &t) < 0)
+            return -1;
+        self->views[i].grad = t.data;
+        self->views[i].grad_dtype = t.dtype;
+    }
+    return 0;
+}
+
+/* Sets .grad to None where it is set; `only_16bit` leaves fp32 ones. */
+static int forget_grads(EngineObject *self, bool only_16bit) {
+    struct dsc_bind_state *state = state_of(self);
+    for (Py_ssize_t i = 0; i < self->n_params; i++) {
+        if (!self->grads[i] || (only_16bit && self->shapes[i].dtype == DSC_F32))
+            continue;
+        if (PyObject_SetAttr(PyList_GET_ITEM(self->params, i), state->str_grad, Py_None) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* ---- construction ---- */
+
+static bool skips_nonfinite(const struct dsc_config *config) {
+    if (config->fp16_enabled)
+        return true;
+    return config->bf16_enabled ? config->bf16_check_grad_overflow
+                                : config->fp32_check_grad_overflow;
+}
+
+static struct dsc_engine_options options_of(const struct dsc_config *config, const char *optimizer,
+                                            int n_threads, uint64_t names_hash) {
+    struct dsc_engine_options options = {
+        .stage = (int)config->zero_stage,
+        .overlap = config->zero_overlap_comm == 1,
+        .bucket_elems = (size_t)config->zero_reduce_bucket_size,
+        .clip = config->gradient_clipping,
+        .skip_nonfinite = skips_nonfinite(config),
+        .many_micro_steps = config->gradient_accumulation_steps > 1,
+        .optim = strcmp(optimizer, "sgd") == 0 ? DSC_OPTIM_SGD : DSC_OPTIM_ADAM,
+        .n_threads = n_threads,
+        .names_hash = names_hash,
+    };
+    if (config->fp16_enabled && config->fp16_loss_scale == 0)
+        dsc_scaler_init_dynamic(&options.scaler, (double)(1ull << config->fp16_initial_scale_power),
+                                (double)config->fp16_min_loss_scale, config->fp16_loss_scale_window,
+                                config->fp16_hysteresis, config->fp16_consecutive_hysteresis);
+    else
+        dsc_scaler_init_static(&options.scaler,
+                               config->fp16_enabled ? config->fp16_loss_scale : 1.0);
+    return options;
+}
+
+static int describe_params(EngineObject *self, PyObject *groups) {
+    for (Py_ssize_t i = 0; i < self->n_params; i++) {
+        struct dsc_borrowed t;
+        const char *name = name_of(self, i);
+        long group = PyLong_AsLong(PyList_GET_ITEM(groups, i));
+        if (group == -1 && PyErr_Occurred())
+            return -1;
+        if (group < 0 || group >= self->n_groups) {
+            PyErr_Format(PyExc_ValueError, "parameter %s is in group %ld of %d", name, group,
+                         self->n_groups);
+            return -1;
+        }
+        if (dsc_bind_borrow(state_of(self), PyList_GET_ITEM(self->params, i), name, &t) < 0)
+            return -1;
+        if (!t.on_cpu) {
+            PyErr_Format(PyExc_NotImplementedError,
+                         "parameter %s is not on the CPU: other devices are not yet", name);
+            return -1;
+        }
+        if (t.dtype >= DSC_TRAIN_DTYPE_COUNT) {
+            PyErr_Format(PyExc_TypeError,
+                         "trainable parameter %s is %s, allowed: float32, bfloat16, float16", name,
+                         dsc_dtype_name(t.dtype));
+            return -1;
+        }
+        self->shapes[i] = (struct dsc_param){t.n_elems, t.dtype, (int)group};
+    }
+    return 0;
+}
+
+static int allocate(EngineObject *self) {
+    size_t n = (size_t)self->n_params;
+    struct dsc_bind_state *state = state_of(self);
+    enum dsc_status status = dsc_alloc(n * sizeof *self->shapes, (void **)&self->shapes);
+    if (status == DSC_OK)
+        status = dsc_alloc(n * sizeof *self->views, (void **)&self->views);
+    if (status == DSC_OK)
+        status = dsc_alloc(n * sizeof *self->grads, (void **)&self->grads);
+    if (status == DSC_OK)
+        status = dsc_alloc((size_t)self->n_groups * sizeof *self->hypers, (void **)&self->hypers);
+    if (status != DSC_OK)
+        dsc_bind_raise(state, status);
+    return status == DSC_OK ? 0 : -1;
+}
+
+/* Engine(comm, config, params, names, groups, n_groups, optimizer, n_threads, names_hash, conform,
+ * increment) */
+static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *keys[] = {"comm",       "config",   "params",    "names",
+                           "groups",     "n_groups", "optimizer", "n_threads",
+                           "names_hash", "conform",  "increment", NULL};
+    PyObject *comm, *config, *params, *names, *groups, *conform, *increment;
+    const char *optimizer;
+    int n_groups, n_threads;
+    unsigned long long names_hash;
+    struct dsc_bind_state *state = dsc_bind_state_of(type);
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO!O!O!isiKOO:Engine", keys, &comm, &config,
+                                     &PyList_Type, &params, &PyList_Type, &names, &PyList_Type,
+                                     &groups, &n_groups, &optimizer, &n_threads, &names_hash,
+                                     &conform, &increment))
+        return NULL;
+    if (PyList_GET_SIZE(names) != PyList_GET_SIZE(params) ||
+        PyList_GET_SIZE(groups) != PyList_GET_SIZE(params) || n_groups < 1) {
+        PyErr_SetString(PyExc_ValueError, "params, names and groups must be parallel lists");
+        return NULL;
+    }
+    struct dsc_comm *core_comm = dsc_bind_comm(state, comm);
+    const struct dsc_config *core_config = dsc_bind_config(state, config);
+    if (!core_comm || !core_config)
+        return NULL;
+    EngineObject *self = (EngineObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    self->comm = Py_NewRef(comm);
+    self->params = Py_NewRef(params);
+    self->names = Py_NewRef(names);
+    self->conform = Py_NewRef(conform);
+    self->increment = Py_NewRef(increment);
+    self->n_params = PyList_GET_SIZE(params);
+    self->n_groups = n_groups;
+    if (allocate(self) < 0 || describe_params(self, groups) < 0)
+        goto error;
+    struct dsc_engine_options options = options_of(core_config, optimizer, n_threads, names_hash);
+    enum dsc_status status;
+    WITHOUT_GIL(status, dsc_engine_open(core_comm, &options, self->shapes, (size_t)self->n_params,
+                                        n_groups, &self->core));
+    if (status == DSC_OK)
+        return (PyObject *)self;
+    dsc_bind_raise(state, status);
+error:
+    Py_DECREF(self);
+    return NULL;
+}
+
+static int engine_traverse(EngineObject *self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->comm);
+    Py_VISIT(self->params);
+    Py_VISIT(self->names);
+    Py_VISIT(self->conform);
+    Py_VISIT(self->increment);
+    return 0;
+}
+
+static int engine_clear(EngineObject *self) {
+    /* The core refers to the communicator's memory, so it goes first. */
+    dsc_engine_close(self->core);
+    self->core = NULL;
+    Py_CLEAR(self->comm);
+    Py_CLEAR(self->params);
+    Py_CLEAR(self->names);
+    Py_CLEAR(self->conform);
+    Py_CLEAR(self->increment);
+    return 0;
+}
+
+static void engine_dealloc(EngineObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    if (self->weakrefs)
+        PyObject_ClearWeakRefs((PyObject *)self);
+    if (self->grads)
+        drop_grads(self);
+    (void)engine_clear(self);
+    dsc_free(self->shapes);
+    dsc_free(self->views);
+    dsc_free(self->grads);
+    dsc_free(self->hypers);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *engine_close(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (self->busy) {
+        PyErr_SetString(PyExc_RuntimeError, "close: the engine is already running");
+        return NULL;
+    }
+    dsc_engine_close(self->core);
+    self->core = NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---- backward ---- */
+
+static PyObject *engine_load_masters(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (enter(self, "load_masters") < 0)
+        return NULL;
+    int failed = view_all(self);
+    if (!failed) {
+        Py_BEGIN_ALLOW_THREADS dsc_engine_load_masters(self->core, self->views);
+        Py_END_ALLOW_THREADS
+    }
+    drop_grads(self);
+    self->busy = false;
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
+/* Does what the core asks for around a backward pass. */
+static int satisfy(EngineObject *self, int need) {
+    enum dsc_status status = DSC_OK;
+    if (need == DSC_NEED_NOTHING)
+        return 0;
+    int failed = view_all(self);
+    if (!failed) {
+        Py_BEGIN_ALLOW_THREADS if (need & DSC_NEED_CHECK) dsc_engine_check(self->core, self->views);
+        if (need & DSC_NEED_FOLD)
+            status = dsc_engine_fold(self->core, self->views);
+        Py_END_ALLOW_THREADS if (status != DSC_OK) {
+            dsc_bind_raise(state_of(self), status);
+            failed = -1;
+        }
+    }
+    if (!failed && need & DSC_NEED_FOLD)
+        failed = forget_grads(self, true);
+    drop_grads(self);
+    return failed;
+}
+
+static PyObject *around_backward(EngineObject *self, PyObject *boundary, bool begin) {
+    int need = DSC_NEED_NOTHING, is_boundary = PyObject_IsTrue(boundary);
+    if (is_boundary < 0 || enter(self, begin ? "begin_backward" : "end_backward") < 0)
+        return NULL;
+    enum dsc_status status;
+    if (begin)
+        WITHOUT_GIL(status, dsc_engine_begin_backward(self->core, is_boundary, &need));
+    else
+        WITHOUT_GIL(status, dsc_engine_end_backward(self->core, is_boundary, &need));
+    int failed = status != DSC_OK;
+    if (failed)
+        dsc_bind_raise(state_of(self), status);
+    else
+        failed = satisfy(self, need);
+    self->busy = false;
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *engine_begin_backward(EngineObject *self, PyObject *boundary) {
+    return around_backward(self, boundary, true);
+}
+
+static PyObject *engine_end_backward(EngineObject *self, PyObject *boundary) {
+    return around_backward(self, boundary, false);
+}
+
+/* Hands parameter i's gradient to the core; drops it from .grad where the core took it. */
+static int arrive(EngineObject *self, Py_ssize_t i) {
+    struct dsc_bind_state *state = state_of(self);
+    PyObject *param = PyList_GET_ITEM(self->params, i); /* borrowed from the list */
+    PyObject *grad = PyObject_GetAttr(param, state->str_grad);
+    struct dsc_borrowed t;
+    bool taken = false;
+    int failed = 0;
+    if (!grad)
+        return -1;
+    if (grad != Py_None) {
+        failed = borrow_grad(self, i, &grad, &t);
+        if (!failed) {
+            enum dsc_status status;
+            WITHOUT_GIL(status, dsc_engine_arrive(self->core, (size_t)i, t.data, t.dtype, &taken));
+            if (status != DSC_OK) {
+                dsc_bind_raise(state, status);
+                failed = -1;
+            }
+        }
+    }
+    if (!failed && taken)
+        failed = PyObject_SetAttr(param, state->str_grad, Py_None);
+    Py_DECREF(grad);
+    return failed;
+}
+
+typedef struct {
+    PyObject_HEAD PyObject *engine; /* weak reference */
+    Py_ssize_t index;
+} HookObject;
+
+static PyObject *hook_call(HookObject *self, PyObject *args, PyObject *kwargs) {
+    (void)args;
+    (void)kwargs;
+    /* PyWeakref_GetObject lends; the strong reference keeps the engine through the call. */
+    EngineObject *engine = (EngineObject *)Py_NewRef(PyWeakref_GetObject(self->engine));
+    int failed = 0;
+    if ((PyObject *)engine != Py_None && engine->core) {
+        failed = enter(engine, "gradient hook");
+        if (!failed) {
+            failed = arrive(engine, self->index);
+            engine->busy = false;
+        }
+    }
+    Py_DECREF(engine);
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
+static void hook_dealloc(HookObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(self->engine);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *engine_hook(EngineObject *self, PyObject *index) {
+    PyTypeObject *type = state_of(self)->hook_type;
+    Py_ssize_t i = PyLong_AsSsize_t(index);
+    if (i < 0 || i >= self->n_params) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_IndexError, "parameter %zd of %zd", i, self->n_params);
+        return NULL;
+    }
+    HookObject *hook = (HookObject *)type->tp_alloc(type, 0);
+    if (!hook)
+        return NULL;
+    hook->index = i;
+    hook->engine = PyWeakref_NewRef((PyObject *)self, NULL);
+    if (!hook->engine)
+        Py_CLEAR(hook);
+    return (PyObject *)hook;
+}
+
+/* ---- the boundary ---- */
+
+/* Reads one number of a group's dict; a missing key or None gives `absent`. */
+static int read_number(PyObject *group, const char *key, double absent, double *out) {
+    PyObject *value = PyDict_GetItemString(group, key); /* borrowed from the dict */
+    *out = absent;
+    if (!value || value == Py_None)
+        return 0;
+    PyObject *number = PyNumber_Float(value); /* tensors of one element included */
+    if (!number)
+        return -1;
+    *out = PyFloat_AS_DOUBLE(number);
+    Py_DECREF(number);
+    return 0;
+}
+
+static int read_flag(PyObject *group, const char *key, bool absent, bool *out) {
+    PyObject *value = PyDict_GetItemString(group, key); /* borrowed from the dict */
+    int truth = !value || value == Py_None ? absent : PyObject_IsTrue(value);
+    *out = truth > 0;
+    return truth < 0 ? -1 : 0;
+}
+
+static int read_betas(PyObject *group, struct dsc_hyper *out) {
+    PyObject *betas = PyDict_GetItemString(group, "betas"); /* borrowed from the dict */
+    PyObject *pair = NULL;
+    out->beta1 = 0.9;
+    out->beta2 = 0.999;
+    if (!betas)
+        return 0;
+    pair = PySequence_Fast(betas, "betas must be two numbers");
+    if (!pair)
+        return -1;
+    if (PySequence_Fast_GET_SIZE(pair) != 2)
+        PyErr_Format(PyExc_ValueError, "betas has %zd items, allowed: 2",
+                     PySequence_Fast_GET_SIZE(pair));
+    else {
+        out->beta1 = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(pair, 0));
+        out->beta2 = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(pair, 1));
+    }
+    Py_DECREF(pair);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+static int read_group(PyObject *group, struct dsc_hyper *out) {
+    if (!PyDict_Check(group)) {
+        PyErr_SetString(PyExc_TypeError, "a parameter group must be a dict");
+        return -1;
+    }
+    return read_number(group, "lr", 1e-3, &out->lr) < 0 ||
+                   read_number(group, "weight_decay", 0, &out->weight_decay) < 0 ||
+                   read_number(group, "eps", 1e-8, &out->eps) < 0 ||
+                   read_number(group, "momentum", 0, &out->momentum) < 0 ||
+                   read_number(group, "dampening", 0, &out->dampening) < 0 ||
+                   read_flag(group, "nesterov", false, &out->nesterov) < 0 ||
+                   read_flag(group, "adam_w_mode", true, &out->decoupled) < 0 ||
+                   read_flag(group, "bias_correction", true, &out->bias_correction) < 0 ||
+                   read_betas(group, out) < 0
+               ? -1
+               : 0;
+}
+
+static int read_groups(EngineObject *self, PyObject *groups) {
+    if (!PyList_Check(groups) || PyList_GET_SIZE(groups) != self->n_groups) {
+        PyErr_Format(PyExc_ValueError,
+                     "param_groups must stay a list of %d groups, as at initialize; adding or "
+                     "removing groups afterwards is not yet",
+                     self->n_groups);
+        return -1;
+    }
+    for (int g = 0; g < self->n_groups; g++)
+        if (read_group(PyList_GET_ITEM(groups, g), &self->hypers[g]) < 0)
+            return -1;
+    return 0;
+}
+
+static PyObject *report_to_dict(const struct dsc_step_report *r) {
+    return Py_BuildValue(
+        "{s:O,s:O,s:d,s:d,s:d,s:i,s:i,s:K,s:K,s:i,s:K}", "stepped", r->stepped ? Py_True : Py_False,
+        "nonfinite", r->nonfinite ? Py_True : Py_False, "norm", r->norm, "scale", r->scale,
+        "next_scale", r->next_scale, "bad_rank", r->bad_rank, "bad_param", r->bad_param, "bad_elem",
+        (unsigned long long)r->bad_elem, "bad_micro", (unsigned long long)r->bad_micro,
+        "changed_param", r->changed_param, "n_changed", (unsigned long long)r->n_changed);
+}
+
+static int after_step(EngineObject *self, bool stepped) {
+    if (forget_grads(self, false) < 0)
+        return -1;
+    if (!stepped)
+        return 0;
+    PyObject *done = PyObject_CallOneArg(self->increment, self->params);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+}
+
+/* step(param_groups) -> report dict. A loss scale that cannot shrink any more is raised after the
+ * gradients are dropped, since the step is over by then. */
+static PyObject *engine_step(EngineObject *self, PyObject *groups) {
+    struct dsc_step_report report = {0};
+    PyObject *result = NULL;
+    if (enter(self, "step") < 0)
+        return NULL;
+    if (read_groups(self, groups) == 0 && view_all(self) == 0) {
+        enum dsc_status status;
+        WITHOUT_GIL(status, dsc_engine_step(self->core, self->views, self->hypers, &report));
+        bool over = status == DSC_OK || status == DSC_ESTATE;
+        int failed = over ? after_step(self, report.stepped) : 0;
+        if (!failed && status != DSC_OK)
+            dsc_bind_raise(state_of(self), status);
+        else if (!failed)
+            result = report_to_dict(&report);
+    }
+    drop_grads(self);
+    self->busy = false;
+    return result;
+}
+
+/* ---- looking ---- */
+
+static PyObject *engine_counters(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (enter(self, "counters") < 0)
+        return NULL;
+    struct dsc_engine_counters c = dsc_engine_counters(self->core);
+    struct dsc_alloc_counters a = dsc_alloc_counters();
+    self->busy = false;
+    return Py_BuildValue(
+        "{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:L,s:L}", "n_settled",
+        (unsigned long long)c.n_settled, "n_bytes_settled", (unsigned long long)c.n_bytes_settled,
+        "n_bytes_settled_in_backward", (unsigned long long)c.n_bytes_settled_in_backward,
+        "n_extra_slots", (unsigned long long)c.n_extra_slots, "private_bytes",
+        (unsigned long long)c.private_bytes, "shared_bytes", (unsigned long long)c.shared_bytes,
+        "owned_elems", (unsigned long long)c.owned_elems, "padded_elems",
+        (unsigned long long)c.padded_elems, "alloc_calls", (unsigned long long)a.n_calls,
+        "alloc_live", (long long)a.n_live, "alloc_bytes", (long long)a.n_bytes);
+}
+
+/* state(index, which) -> (begin, bytes of fp32) of the part that this rank holds, or None. */
+static PyObject *engine_state(EngineObject *self, PyObject *args) {
+    Py_ssize_t index;
+    int which;
+    if (!PyArg_ParseTuple(args, "ni:state", &index, &which) || enter(self, "state") < 0)
+        return NULL;
+    PyObject *result = NULL;
+    if (index < 0 || index >= self->n_params || which < -1 || which >= DSC_OPTIM_MAX_STATES) {
+        PyErr_Format(PyExc_IndexError, "state(%zd, %d): allowed: 0 to %zd, -1 to %d", index, which,
+                     self->n_params - 1, DSC_OPTIM_MAX_STATES - 1);
+    } else {
+        size_t begin, n;
+        const float *values = dsc_engine_state(self->core, (size_t)index, which, &begin, &n);
+        result = values ? Py_BuildValue("(ny#)", (Py_ssize_t)begin, (const char *)values,
+                                        (Py_ssize_t)(n * sizeof *values))
+                        : Py_NewRef(Py_None);
+    }
+    self->busy = false;
+    return result;
+}
+
+static PyObject *engine_get_early(EngineObject *self, void *unused) {
+    (void)unused;
+    return PyBool_FromLong(self->core && dsc_engine_early(self->core));
+}
+
+static PyObject *engine_get_scale(EngineObject *self, void *unused) {
+    (void)unused;
+    if (!self->core) {
+        PyErr_SetString(PyExc_RuntimeError, "scale: the engine was destroyed");
+        return NULL;
+    }
+    return PyFloat_FromDouble(dsc_engine_scale(self->core));
+}
+
+static PyMethodDef engine_methods[] = {
+    {"close", (PyCFunction)engine_close, METH_NOARGS, "Frees everything; idempotent."},
+    {"load_masters", (PyCFunction)engine_load_masters, METH_NOARGS,
+     "fp32 masters take the parameters' values."},
+    {"begin_backward", (PyCFunction)engine_begin_backward, METH_O, "Before a backward pass."},
+    {"end_backward", (PyCFunction)engine_end_backward, METH_O, "After a backward pass."},
+    {"hook", (PyCFunction)engine_hook, METH_O,
+     "The post-accumulate-grad hook of parameter i (only where `early`)."},
+    {"step", (PyCFunction)engine_step, METH_O, "The boundary; returns a report as a dict."},
+    {"counters", (PyCFunction)engine_counters, METH_NOARGS, "Counters as a dict."},
+    {"state", (PyCFunction)engine_state, METH_VARARGS,
+     "state(i, which): (begin, fp32 bytes) of the part held here, or None; which -1 is the "
+     "master."},
+    {NULL},
+};
+
+static PyGetSetDef engine_getset[] = {
+    {"early", (getter)engine_get_early, NULL, "Gradients are taken inside backward.", NULL},
+    {"scale", (getter)engine_get_scale, NULL, "The loss scale of the next backward pass.", NULL},
+    {NULL},
+};
+
+static PyMemberDef engine_members[] = {
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(EngineObject, weakrefs), READONLY, NULL},
+    {NULL},
+};
+
+static PyType_Slot engine_slots[] = {
+    {Py_tp_new, engine_new},           {Py_tp_dealloc, engine_dealloc},
+    {Py_tp_traverse, engine_traverse}, {Py_tp_clear, engine_clear},
+    {Py_tp_methods, engine_methods},   {Py_tp_getset, engine_getset},
+    {Py_tp_members, engine_members},   {0, NULL},
+};
+
+static PyType_Spec engine_spec = {
+    .name = "deepspeed_c._core.Engine",
+    .basicsize = sizeof(EngineObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = engine_slots,
+};
+
+static PyType_Slot hook_slots[] = {
+    {Py_tp_dealloc, hook_dealloc},
+    {Py_tp_call, hook_call},
+    {0, NULL},
+};
+
+static PyType_Spec hook_spec = {
+    .name = "deepspeed_c._core.GradHook",
+    .basicsize = sizeof(HookObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = hook_slots,
+};
+
+int dsc_bind_add_engine(PyObject *module) {
+    struct dsc_bind_state *state = dsc_bind_module_state(module);
+    state->engine_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &engine_spec, NULL);
+    if (!state->engine_type || PyModule_AddType(module, state->engine_type) < 0)
+        return -1;
+    state->hook_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &hook_spec, NULL);
+    return state->hook_type ? 0 : -1;
+}

@@ -1,0 +1,92 @@
+/* Buckets: how one rank's gradients become the sums that their owners hold.
+ *
+ * A bucket is a run of elements inside one owner's range. Every rank publishes each bucket once per
+ * round (one backward pass): data in a slot of its own staging, or 'nothing', which equals zero.
+ * When all ranks have published a bucket it is settled: the contributions are added in rank order,
+ * starting at +0.0, into the owner's sums.
+ *
+ * At the boundary (stages 0 and 1): dsc_buckets_exchange does all of it, with waits; only the owner
+ * settles, reads its own gradients where they lie, and takes the norm while the sums are in cache.
+ * Early (stage 2, or overlap_comm): gradients arrive one by one inside backward; whoever completes
+ * a bucket settles it; nothing waits before the boundary. A rank that is ahead takes more slots.
+ *
+ * Invariant: the sums depend on the published values and the order of ranks and rounds only, never
+ * on time, bucket size or who settles (contract N1). */
+#ifndef DSC_BUCKET_H
+#define DSC_BUCKET_H
+
+#include "clip.h"
+#include "comm/comm.h"
+#include "pool.h"
+#include "space.h"
+
+/* This rank's own contribution where it lies: fp32 sums over micro-steps where a parameter has been
+ * folded, else the view's gradient, else nothing. */
+struct dsc_source {
+    const struct dsc_view *views; /* per parameter; may be NULL */
+    const float *local;           /* over the space; NULL: no sums */
+    const bool *folded;           /* per parameter; with local */
+};
+/* The part's values and their dtype, or NULL for nothing. */
+const void *dsc_source_at(const struct dsc_source *source, const struct dsc_segment *segment,
+                          size_t begin, enum dsc_dtype *dtype);
+/* dst = the source over a range, as fp32, zero where there is nothing (and in padding). */
+void dsc_source_read(const struct dsc_source *source, const struct dsc_space *space,
+                     struct dsc_range range, float *dst);
+
+struct dsc_bucket_options {
+    bool early;           /* gradients settle during backward */
+    bool settle_in_hooks; /* early: settle as soon as a bucket is complete (overlap_comm) */
+    bool shared_sums;     /* all ranks read the sums (stage 0) */
+    size_t bucket_elems;  /* reduce_bucket_size */
+    struct dsc_pool *pool;
+};
+
+struct dsc_bucket_counters {
+    uint64_t n_settled, n_bytes_settled, n_bytes_settled_in_backward;
+    uint64_t n_extra_slots; /* taken because this rank was ahead */
+    uint64_t n_slots;
+};
+
+struct dsc_buckets;
+
+/* Collective. `space` must outlive the result. Not for a world of one. */
+enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *space,
+                                 const struct dsc_bucket_options *options,
+                                 struct dsc_buckets **out);
+void dsc_buckets_close(struct dsc_buckets *buckets);
+
+/* At the boundary: publishes and settles everything; adds the squares of this rank's sums to norm.
+ */
+enum dsc_status dsc_buckets_exchange(struct dsc_buckets *buckets, const struct dsc_source *source,
+                                     struct dsc_norm *norm, const char *label);
+
+/* Early. The dtype of slots from the next round on: the model's, or fp32 where contributions are
+ * sums over micro-steps. The same on all ranks or not: a tag says what a slot holds. */
+void dsc_buckets_set_dtype(struct dsc_buckets *buckets, enum dsc_dtype dtype);
+/* Early. True when the segment has not arrived in the open round. */
+bool dsc_buckets_expects(const struct dsc_buckets *buckets, size_t segment);
+/* Takes a parameter's gradient (all of it); *finite says whether every element was. */
+enum dsc_status dsc_buckets_arrive(struct dsc_buckets *buckets, size_t segment, const void *grad,
+                                   enum dsc_dtype dtype, bool *finite);
+/* Ends the round: what did not arrive comes from `source`, or is nothing (NULL). */
+enum dsc_status dsc_buckets_end_round(struct dsc_buckets *buckets, const struct dsc_source *source);
+/* Settles what is complete, without waiting. */
+void dsc_buckets_settle_ready(struct dsc_buckets *buckets);
+/* Waits until n_rounds rounds of this rank's buckets are settled; then the norm as above. */
+enum dsc_status dsc_buckets_finish(struct dsc_buckets *buckets, uint32_t n_rounds,
+                                   struct dsc_norm *norm, const char *label);
+/* Marks whether settlements from here on happen inside a backward pass (for the counters). */
+void dsc_buckets_in_backward(struct dsc_buckets *buckets, bool inside);
+/* Once all ranks have settled (a meeting after finish or exchange): ready for the next step. */
+void dsc_buckets_reset(struct dsc_buckets *buckets);
+
+/* The sums of an owner's range, from its first element on: this rank's own, or any rank's where
+ * they are shared or early. */
+const float *dsc_buckets_sums(const struct dsc_buckets *buckets, int owner);
+struct dsc_bucket_counters dsc_buckets_counters(const struct dsc_buckets *buckets);
+/* Bytes of private memory and of touched staging: for the memory table. */
+size_t dsc_buckets_private_bytes(const struct dsc_buckets *buckets);
+size_t dsc_buckets_shared_bytes(const struct dsc_buckets *buckets);
+
+#endif

@@ -1,0 +1,101 @@
+/* The engine: from gradients to new parameters, one optimizer step at a time.
+ *
+ * Decides: the state machine of micro-step, boundary and skip; which memory exists at which stage.
+ * ZeRO's stage is data: stage 0 shares the sums and steps everything on every rank, stages 1 and 2
+ * step what a rank owns and spread it; stage 2 (and overlap) settles gradients inside backward.
+ * Invariant: with one micro-step per step, stage, overlap and bucket size change no bit (contract
+ * N1); a step in the steady state allocates nothing (M2).
+ *
+ * An engine belongs to one thread at a time. It never keeps a view or a gradient between calls. */
+#ifndef DSC_ENGINE_H
+#define DSC_ENGINE_H
+
+#include "comm/comm.h"
+#include "optim.h"
+#include "scaler.h"
+#include "space.h"
+
+struct dsc_engine;
+
+struct dsc_engine_options {
+    int stage;             /* 0, 1, 2 */
+    bool overlap;          /* overlap_comm */
+    size_t bucket_elems;   /* reduce_bucket_size, >= 1 */
+    double clip;           /* gradient_clipping; 0 turns it off */
+    bool skip_nonfinite;   /* a step with a non-finite gradient is skipped, else reported only */
+    bool many_micro_steps; /* gradient_accumulation_steps > 1: fp32 sums are there from the start */
+    enum dsc_optim_kind optim;
+    struct dsc_scaler scaler;
+    int n_threads; /* of this rank */
+    uint64_t
+        names_hash; /* of parameter names, so that ranks with different models are told apart */
+};
+
+/* What a step did. */
+struct dsc_step_report {
+    bool stepped; /* false: skipped because of a non-finite gradient */
+    bool nonfinite;
+    double norm;  /* of the averaged, unscaled gradients, before clipping */
+    double scale; /* the loss scale that the gradients were made with */
+    double next_scale;
+    int bad_rank; /* where the first non-finite element arose; -1: on no rank, in the sum */
+    int bad_param;
+    size_t bad_elem;    /* within the parameter, in storage order */
+    uint64_t bad_micro; /* backward pass within the step, counted from 1 */
+    int changed_param;  /* a 16-bit parameter that somebody else wrote to since the last step; -1 */
+    size_t n_changed;   /* how many of them this rank saw among what it steps */
+};
+
+struct dsc_engine_counters {
+    uint64_t n_settled, n_bytes_settled, n_bytes_settled_in_backward, n_extra_slots;
+    size_t private_bytes, shared_bytes; /* by formula; see docs/zero.md */
+    size_t owned_elems, padded_elems;
+};
+
+/* Collective: compares the ranks' models, builds spaces and partition. */
+enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_options *options,
+                                const struct dsc_param *params, size_t n_params, int n_groups,
+                                struct dsc_engine **out);
+/* NULL is fine; local. */
+void dsc_engine_close(struct dsc_engine *engine);
+
+/* Masters take the parameters' values (after the initial broadcast). */
+void dsc_engine_load_masters(struct dsc_engine *engine, const struct dsc_view *views);
+
+/* Whether gradients have to be handed over one by one inside backward. */
+bool dsc_engine_early(const struct dsc_engine *engine);
+
+/* What the caller must do with gradients at this point: bits. */
+enum dsc_engine_need {
+    DSC_NEED_NOTHING = 0,
+    DSC_NEED_FOLD = 1,  /* call fold, then drop the gradients of 16-bit parameters */
+    DSC_NEED_CHECK = 2, /* call check */
+};
+/* Around each backward pass. `boundary`: the step follows. */
+enum dsc_status dsc_engine_begin_backward(struct dsc_engine *engine, bool boundary, int *need);
+enum dsc_status dsc_engine_end_backward(struct dsc_engine *engine, bool boundary, int *need);
+/* Adds 16-bit gradients to this rank's fp32 sums. */
+enum dsc_status dsc_engine_fold(struct dsc_engine *engine, const struct dsc_view *views);
+/* Looks for the first non-finite element of fp32 gradients that stay where they are. */
+void dsc_engine_check(struct dsc_engine *engine, const struct dsc_view *views);
+
+/* A gradient that autograd has just completed. *taken: the caller drops it; else it stays. */
+enum dsc_status dsc_engine_arrive(struct dsc_engine *engine, size_t param, const void *grad,
+                                  enum dsc_dtype dtype, bool *taken);
+
+/* The boundary. Collective. `views` may be written to. The caller drops all gradients after. */
+enum dsc_status dsc_engine_step(struct dsc_engine *engine, struct dsc_view *views,
+                                const struct dsc_hyper *groups, struct dsc_step_report *report);
+
+/* The loss scale for the next backward pass. */
+double dsc_engine_scale(const struct dsc_engine *engine);
+uint64_t dsc_engine_n_steps(const struct dsc_engine *engine);
+struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *engine);
+
+/* fp32 values of a parameter that this rank holds: part of its elements [*begin, *begin + *n).
+ * which: -1 the master (NULL where the model is fp32), else optimizer state 0, 1. NULL: none here.
+ */
+const float *dsc_engine_state(const struct dsc_engine *engine, size_t param, int which,
+                              size_t *begin, size_t *n);
+
+#endif

@@ -1,0 +1,42 @@
+/* One pass over owned elements: unscale, clip, optimizer, cast, and the new values to the other
+ * ranks.
+ *
+ * Decides: the order in which elements are stepped and spread. Invariant: each element is read once
+ * and written once per array; which rank steps it changes no bit. */
+#ifndef DSC_UPDATE_H
+#define DSC_UPDATE_H
+
+#include "bucket.h"
+#include "optim.h"
+#include "spread.h"
+
+#include <stdatomic.h>
+
+/* What this rank holds of one space. */
+struct dsc_holding {
+    const struct dsc_space *space;
+    struct dsc_range stepped; /* elements that this rank steps: its own, or all of them (stage 0) */
+    float *master;            /* fp32 values of `stepped`; NULL where the model is fp32 itself */
+    float *state[DSC_OPTIM_MAX_STATES]; /* of `stepped` */
+    struct dsc_buckets *buckets;        /* NULL in a world of one */
+};
+
+struct dsc_update {
+    struct dsc_comm *comm;
+    struct dsc_pool *pool;
+    struct dsc_spread *spread; /* NULL: every rank steps what it needs */
+    struct dsc_view *views;
+    const struct dsc_source *source;   /* gradients in a world of one */
+    const struct dsc_optim_args *args; /* per group */
+    const char *label;                 /* for waits */
+    atomic_bool *changed; /* per parameter: set where a 16-bit value is not its master's: somebody
+                             else wrote it, and the master takes it before the step */
+};
+
+/* Steps and spreads one space. Collective where spread is set. */
+enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc_holding *holding);
+/* master = the parameter's values, for the parts of one parameter that this rank steps. */
+void dsc_update_load_master(const struct dsc_holding *holding, const struct dsc_segment *segment,
+                            const void *data);
+
+#endif

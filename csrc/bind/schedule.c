@@ -1,0 +1,196 @@
+/* Learning rates, data order and loss-scale traces for Python.
+ *
+ * Adds module functions only: the values behind them are plain structs that cost nothing to build
+ * per call. The NumPy C API is imported by the first call that hands out an array, in this file
+ * alone, so that importing deepspeed_c._core does not import NumPy. */
+#include "bind.h"
+
+#include "../lr.h"
+#include "../scaler.h"
+#include "../shuffle.h"
+
+#define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
+#define NPY_TARGET_VERSION NPY_1_23_API_VERSION
+#include <numpy/arrayobject.h>
+
+/* A new one-dimensional array, or NULL with an exception. */
+static PyObject *new_array(Py_ssize_t count, int type) {
+    if (count < 0)
+        return PyErr_Format(PyExc_ValueError, "count must not be negative, got %zd", count);
+    if (!PyArray_API && _import_array() < 0)
+        return NULL;
+    npy_intp shape[1] = {count};
+    return PyArray_SimpleNew(1, shape, type);
+}
+
+/* "O&": an int in [0, 2**64); the "K" format would take any int modulo 2**64 without a word. */
+static int as_uint64(PyObject *number, void *out) {
+    const unsigned long long value = PyLong_AsUnsignedLongLong(number);
+    if (value == (unsigned long long)-1 && PyErr_Occurred())
+        return 0;
+    *(uint64_t *)out = value;
+    return 1;
+}
+
+/* "O&": the name of a schedule class. */
+static int as_kind(PyObject *name, void *out) {
+    static const char *const names[] = {"WarmupLR", "WarmupDecayLR", "WarmupCosineLR"};
+    for (int kind = DSC_LR_WARMUP; kind <= DSC_LR_WARMUP_COSINE; kind++)
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[kind]) == 0) {
+            *(enum dsc_lr_kind *)out = (enum dsc_lr_kind)kind;
+            return 1;
+        }
+    PyErr_Format(PyExc_ValueError,
+                 "schedule %R is not one of 'WarmupLR', 'WarmupDecayLR', 'WarmupCosineLR'", name);
+    return 0;
+}
+
+static int as_ramp(PyObject *name, void *out) {
+    static const char *const names[] = {"log", "linear"};
+    for (int ramp = DSC_LR_LOG; ramp <= DSC_LR_LINEAR; ramp++)
+        if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, names[ramp]) == 0) {
+            *(enum dsc_lr_ramp *)out = (enum dsc_lr_ramp)ramp;
+            return 1;
+        }
+    PyErr_Format(PyExc_ValueError, "warm-up ramp %R is not one of 'log', 'linear'", name);
+    return 0;
+}
+
+PyDoc_STRVAR(
+    lr_at_doc,
+    "lr_at(kind, ramp, n_warmup, n_total, min, max, i, base=0.0) -> float\n\n"
+    "The learning rate at step index i (-1: at construction). kind: 'WarmupLR',\n"
+    "'WarmupDecayLR' or 'WarmupCosineLR'; ramp: 'log' or 'linear'. For the cosine, min and\n"
+    "max are warmup_min_ratio and cos_min_ratio, both of base. n_total counts where the\n"
+    "kind uses it. ValueError names the parameter that is out of range.");
+
+static PyObject *lr_at(PyObject *module, PyObject *args) {
+    struct dsc_lr lr;
+    long long n_warmup, n_total, i;
+    double base = 0;
+    if (!PyArg_ParseTuple(args, "O&O&LLddL|d:lr_at", as_kind, &lr.kind, as_ramp, &lr.ramp,
+                          &n_warmup, &n_total, &lr.min, &lr.max, &i, &base))
+        return NULL;
+    lr.n_warmup = n_warmup, lr.n_total = n_total;
+    const enum dsc_status status = dsc_lr_check(&lr);
+    if (status != DSC_OK)
+        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    return PyFloat_FromDouble(dsc_lr_at(&lr, i, base));
+}
+
+PyDoc_STRVAR(lr_table_doc,
+             "lr_table(kind, ramp, n_warmup, n_total, min, max, i0, count, base=0.0)\n\n"
+             "The rates at indices i0, i0 + 1, ... as a float64 NumPy array of `count` elements;\n"
+             "the other arguments are those of lr_at.");
+
+static PyObject *lr_table(PyObject *module, PyObject *args) {
+    struct dsc_lr lr;
+    long long n_warmup, n_total, i0;
+    Py_ssize_t count;
+    double base = 0;
+    if (!PyArg_ParseTuple(args, "O&O&LLddLn|d:lr_table", as_kind, &lr.kind, as_ramp, &lr.ramp,
+                          &n_warmup, &n_total, &lr.min, &lr.max, &i0, &count, &base))
+        return NULL;
+    lr.n_warmup = n_warmup, lr.n_total = n_total;
+    const enum dsc_status status = dsc_lr_check(&lr);
+    if (status != DSC_OK)
+        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    if (count > 0 && i0 > INT64_MAX - count)
+        return PyErr_Format(PyExc_ValueError, "index i0 + count does not fit 64 bits");
+    PyObject *array = new_array(count, NPY_DOUBLE);
+    if (!array)
+        return NULL;
+    double *rate = PyArray_DATA((PyArrayObject *)array);
+    for (Py_ssize_t k = 0; k < count; k++)
+        rate[k] = dsc_lr_at(&lr, i0 + k, base);
+    return array;
+}
+
+PyDoc_STRVAR(shuffle_doc,
+             "shuffle(seed, epoch, n, start, stride, count)\n\n"
+             "Samples at positions start, start + stride, ... of the order of (seed, epoch) over\n"
+             "range(n), as an int64 NumPy array of `count` elements; positions wrap around at n.\n"
+             "The order is a function of its arguments alone, in this and every later version.");
+
+static PyObject *shuffle(PyObject *module, PyObject *args) {
+    uint64_t seed, epoch, n, start, stride;
+    Py_ssize_t count;
+    if (!PyArg_ParseTuple(args, "O&O&O&O&O&n:shuffle", as_uint64, &seed, as_uint64, &epoch,
+                          as_uint64, &n, as_uint64, &start, as_uint64, &stride, &count))
+        return NULL;
+    PyObject *array = new_array(count, NPY_INT64);
+    if (!array)
+        return NULL;
+    int64_t *out = PyArray_DATA((PyArrayObject *)array);
+    enum dsc_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = dsc_shuffle_fill(seed, epoch, n, start, stride, (uint64_t)count, out);
+    Py_END_ALLOW_THREADS;
+    if (status != DSC_OK) {
+        Py_DECREF(array);
+        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    }
+    return array;
+}
+
+PyDoc_STRVAR(scaler_trace_doc,
+             "scaler_trace(overflows, initial, min_scale=1.0, window=1000, hysteresis=2,\n"
+             "             consecutive_hysteresis=False, dynamic=True) -> list of float\n\n"
+             "The loss scale after each boundary step; overflows is bytes, one per step, non-zero\n"
+             "where the step overflowed. RuntimeError when the scale must shrink below min_scale.");
+
+static PyObject *trace_scales(struct dsc_bind_state *state, struct dsc_scaler scaler,
+                              const char *overflows, Py_ssize_t n_steps) {
+    PyObject *scales = PyList_New(n_steps);
+    if (!scales)
+        return NULL;
+    for (Py_ssize_t k = 0; k < n_steps; k++) {
+        const enum dsc_status status = dsc_scaler_update(&scaler, overflows[k] != 0);
+        PyObject *scale =
+            status == DSC_OK ? PyFloat_FromDouble(scaler.scale) : dsc_bind_raise(state, status);
+        if (!scale) {
+            Py_DECREF(scales);
+            return NULL;
+        }
+        PyList_SET_ITEM(scales, k, scale); /* takes the reference */
+    }
+    return scales;
+}
+
+static PyObject *scaler_trace(PyObject *module, PyObject *args, PyObject *kwargs) {
+    static char *names[] = {
+        "overflows", "initial", "min_scale", "window", "hysteresis", "consecutive_hysteresis",
+        "dynamic",   NULL,
+    };
+    const char *overflows;
+    Py_ssize_t n_steps;
+    double initial, min_scale = 1;
+    long long window = 1000, hysteresis = 2;
+    int consecutive = 0, is_dynamic = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#d|dLLpp:scaler_trace", names, &overflows,
+                                     &n_steps, &initial, &min_scale, &window, &hysteresis,
+                                     &consecutive, &is_dynamic))
+        return NULL;
+    if (!(initial > 0) || !(min_scale > 0) || window < 1 || hysteresis < 1)
+        return PyErr_Format(PyExc_ValueError,
+                            "initial, min_scale, window and hysteresis must be positive");
+    struct dsc_scaler scaler;
+    if (is_dynamic)
+        dsc_scaler_init_dynamic(&scaler, initial, min_scale, window, hysteresis, consecutive);
+    else
+        dsc_scaler_init_static(&scaler, initial);
+    return trace_scales(dsc_bind_module_state(module), scaler, overflows, n_steps);
+}
+
+static PyMethodDef methods[] = {
+    {"lr_at", lr_at, METH_VARARGS, lr_at_doc},
+    {"lr_table", lr_table, METH_VARARGS, lr_table_doc},
+    {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
+    {"scaler_trace", (PyCFunction)(void (*)(void))scaler_trace, METH_VARARGS | METH_KEYWORDS,
+     scaler_trace_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+int dsc_bind_add_schedule(PyObject *module) {
+    return PyModule_AddFunctions(module, methods);
+}

@@ -1,0 +1,354 @@
+"""DeepSpeedEngine: the nn.Module that a script trains through.
+
+It runs the module, autograd and the caller's objects; every number between gradient and new parameter is
+the core's. Configuration accessors (``fp16_enabled()`` and so on) are derived from the core's table.
+"""
+import math
+import os
+import weakref
+from contextlib import contextmanager
+
+import torch
+
+from . import _core, model as model_setup
+from .distributed import world_comm
+from .optimizer import CoreOptimizer, DeepSpeedOptimizer, resolve
+from .utils.logging import log_dist, logger
+
+
+def _local_rank(args):
+    """This process's rank on its machine: args.local_rank, args.device_rank or LOCAL_RANK; 0 without any."""
+    env = os.environ.get("LOCAL_RANK")
+    for name in ("local_rank", "device_rank"):
+        given = getattr(args, name, None)
+        if given is None or given == -1:
+            continue
+        if not isinstance(given, int):
+            raise TypeError(f"args.{name} is {given!r}, allowed: an integer")
+        if env is not None and int(env) != given:
+            raise ValueError(f"args.{name} is {given} and LOCAL_RANK is {env}; they must be equal")
+        return given
+    return int(env) if env is not None else 0
+
+
+def _remove_hooks(handles):
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+class DeepSpeedEngine(torch.nn.Module):
+    """Made by deepspeed_c.initialize.
+
+    Attributes: module (the caller's own object), optimizer, lr_scheduler, training_dataloader, config (the
+    dict that was given), global_steps, global_samples, micro_steps, skipped_steps, local_rank, global_rank,
+    world_size, device. Attributes that the engine has not are looked up in the module.
+    """
+
+    def __init__(self, args=None, model=None, optimizer=None, model_parameters=None, training_data=None,
+                 lr_scheduler=None, collate_fn=None, config=None):
+        super().__init__()
+        if optimizer is not None:
+            raise NotImplementedError("initialize(optimizer=...): not yet; name one in the configuration: "
+                                      '{"optimizer": {"type": "AdamW", "params": {...}}}')
+        self._comm = world_comm()
+        self.world_size = self.dp_world_size = self._comm.size
+        self.global_rank = self._comm.rank
+        self.local_rank = _local_rank(args)
+        self._config = _core.Config(config, self.world_size)
+        self.config = self._config.source
+        for line in self._config.warnings if self.global_rank == 0 else ():
+            logger.warning("configuration: %s", line)
+        self.device = torch.device("cpu")
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self._boundary_override = None
+        self._inside_no_sync = self._last_step_skipped = self._step_applied = self._said_changed = False
+        self._grad_norm = None
+        self._handles = []
+        self._finalizer = weakref.finalize(self, _remove_hooks, self._handles)
+        self.optimizer = self.basic_optimizer = self._core = None
+        self._prepare_module(model)
+        self._prepare_optimizer(model_parameters)
+        self.lr_scheduler = self._make_scheduler(lr_scheduler)
+        self.training_dataloader = None
+        if training_data is not None:
+            self.training_dataloader = self.deepspeed_io(training_data, collate_fn=collate_fn)
+        log_dist(f"DeepSpeed info: version=deepspeed_c, world_size={self.world_size}, "
+                 f"stage={self.zero_optimization_stage()}", ranks=[0])
+
+    # ---- construction ----
+
+    def _prepare_module(self, module):
+        dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
+        model_setup.cast(module, dtype)
+        self.module = module
+
+    def _prepare_optimizer(self, model_parameters):
+        name = self._config.get("optimizer.type")
+        if name is None:
+            model_setup.lay_out(self.module.parameters())
+            model_setup.broadcast(self._comm, self.module, ())
+            if self.zero_optimization_stage() > 0:
+                raise ValueError(f"zero_optimization.stage is {self.zero_optimization_stage()} and there is no "
+                                 "optimizer; allowed without one: stage 0")
+            return
+        kind, defaults = resolve(name, self._config.subtree("optimizer.params") or {})
+        parameters = model_setup.Parameters(self.module, model_parameters, defaults)
+        if not parameters.tensors:
+            raise ValueError("there is nothing to train: no parameter in model_parameters requires a gradient")
+        model_setup.lay_out((*self.module.parameters(), *parameters.tensors))
+        model_setup.broadcast(self._comm, self.module, parameters.tensors)
+        self._names = parameters.names
+        self._params = parameters.tensors
+        self._core = model_setup.open_core(self._comm, self._config, parameters, kind)
+        self._core.load_masters()
+        self._install_hooks(parameters.tensors)
+        me = weakref.proxy(self)  # the engine holds its optimizers; a cycle would delay closing
+        self.basic_optimizer = CoreOptimizer(parameters.groups, defaults, me)
+        self.optimizer = DeepSpeedOptimizer(parameters.groups, defaults, me)
+
+    def _install_hooks(self, parameters):
+        for i, p in enumerate(parameters):
+            # An earlier engine over the same parameter stops taking its gradients.
+            earlier = getattr(p, "_dsc_hook", None)
+            if earlier is not None:
+                earlier.remove()
+                p._dsc_hook = None
+            if self._core.early:
+                p._dsc_hook = p.register_post_accumulate_grad_hook(self._core.hook(i))
+                self._handles.append(p._dsc_hook)
+
+    def _make_scheduler(self, given):
+        if given is not None:
+            if isinstance(given, torch.optim.lr_scheduler.LRScheduler) or not callable(given):
+                return given
+            if self.basic_optimizer is None:
+                raise ValueError("lr_scheduler is a callable and there is no optimizer to call it with")
+            return given(self.basic_optimizer)
+        name = self._config.get("scheduler.type")
+        if name is None or self.optimizer is None:
+            return None
+        from . import lr_schedules
+        return lr_schedules.create(name, self.optimizer, self._config.subtree("scheduler.params") or {})
+
+    def deepspeed_io(self, dataset, batch_size=None, route="train", pin_memory=True, data_sampler=None,
+                     collate_fn=None, num_local_io_workers=None):
+        """A torch DataLoader over this rank's part of dataset.
+
+        The order is a counter-based function of (seed, epoch, index); each iteration is a new epoch.
+        route: "train" shuffles, "eval" and "predict" do not. num_local_io_workers: None takes
+        ``dataloader_num_workers`` of the configuration.
+        """
+        from .dataloader import make_loader
+        workers = self._config.get("dataloader_num_workers") if num_local_io_workers is None else num_local_io_workers
+        return make_loader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), self.global_rank,
+                           self.world_size, self._config.get("seed"), collate_fn,
+                           self._config.get("dataloader_drop_last"), workers, data_sampler, route == "train")
+
+    # ---- a step ----
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss, retain_graph=False, scale_wrt_gas=True):
+        """Runs autograd from `loss`, scaled by the loss scale and, with scale_wrt_gas, divided by
+        gradient_accumulation_steps. loss: a tensor of one element. Returns the loss so divided."""
+        core = self._needs_core("backward")
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(f"backward needs a loss of one element, got {got}")
+        if not loss.requires_grad:
+            raise ValueError("backward needs a loss that depends on parameters that require a gradient; got one "
+                             "without grad_fn")
+        divisor = self.gradient_accumulation_steps() if scale_wrt_gas else 1
+        factor = core.scale / divisor
+        boundary = self.is_gradient_accumulation_boundary()
+        core.begin_backward(boundary)
+        loss.backward(None if factor == 1.0 else torch.full_like(loss, factor), retain_graph=retain_graph)
+        core.end_backward(boundary)
+        return loss if divisor == 1 else loss / divisor
+
+    def scale(self, loss):
+        """The loss times the loss scale, for a ``.backward()`` of one's own before step()."""
+        return loss * self._needs_core("scale").scale
+
+    def is_gradient_accumulation_boundary(self):
+        """Whether the current micro-step ends with an optimizer step."""
+        if self._inside_no_sync:
+            return False
+        if self._boundary_override is not None:
+            return self._boundary_override
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        """Decides is_gradient_accumulation_boundary() from now on, instead of counting."""
+        self._boundary_override = bool(is_boundary)
+
+    @contextmanager
+    def no_sync(self):
+        """Backward passes inside only accumulate; step() is not allowed. ZeRO 0 and 1 only."""
+        if self.zero_optimization_stage() >= 2:
+            raise RuntimeError(f"no_sync is not possible with ZeRO stage {self.zero_optimization_stage()}: gradients "
+                               "are reduced in every backward; allowed: 0, 1")
+        if self._inside_no_sync:
+            raise RuntimeError("no_sync: already inside no_sync")
+        self._inside_no_sync = True
+        try:
+            yield
+        finally:
+            self._inside_no_sync = False
+
+    def step(self, lr_kwargs=None):
+        """At a boundary: optimizer step, then schedule. Elsewhere it only counts the micro-step."""
+        self._needs_core("step")
+        if self._inside_no_sync:
+            raise RuntimeError("step() inside no_sync(): leave the context first")
+        self._step_applied = False
+        if self.is_gradient_accumulation_boundary():
+            self._apply_gradients()
+            if self.lr_scheduler is not None and not self._last_step_skipped:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+            self._print_progress()
+        self.micro_steps += 1
+
+    def _apply_gradients(self):
+        """The boundary in the core, then counters and what has to be said about it."""
+        report = self._needs_core("step").step(self.optimizer.param_groups)
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        self._grad_norm = report["norm"]
+        self._last_step_skipped = not report["stepped"]
+        self._step_applied = report["stepped"]
+        self.skipped_steps += self._last_step_skipped
+        if report["nonfinite"]:
+            self._say_nonfinite(report)
+        if report["n_changed"] and not self._said_changed:
+            self._said_changed = True
+            logger.warning("[Rank %d] step %d: %d parameters were changed outside the engine since the last step (first: "
+                           "%s); their new values are used. This is said once.", self.global_rank, self.global_steps,
+                           report["n_changed"], self._names[report["changed_param"]])
+
+    def _say_nonfinite(self, report):
+        if self.global_rank != 0:
+            return
+        where = "every rank's gradients are finite; their sum is not"
+        if report["bad_rank"] >= 0:
+            where = (f"it began in {self._names[report['bad_param']]}, element {report['bad_elem']}, on rank "
+                     f"{report['bad_rank']}, in backward pass {report['bad_micro']} of the step")
+        what = "skipped: non-finite gradient" if self._last_step_skipped else "used a non-finite gradient"
+        scale = ""
+        if self.fp16_enabled():
+            scale = f"; loss scale {report['scale']:g}, next {report['next_scale']:g}"
+        logger.warning("step %d %s; %s%s (%d skipped so far)", self.global_steps, what, where, scale, self.skipped_steps)
+
+    def _print_progress(self):
+        every = self._config.get("steps_per_print")
+        if not every or not math.isfinite(every) or self.global_steps % int(every):
+            return
+        log_dist(f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}, mom={self.get_mom()}",
+                 ranks=[0])
+
+    def was_step_applied(self):
+        """Whether the last step() changed parameters: False off a boundary and for a skipped step."""
+        return self._step_applied
+
+    def zero_grad(self, set_to_none=True):
+        """Drops the gradients of the module's parameters."""
+        for p in self.module.parameters():
+            p.grad = None
+
+    # ---- reading ----
+
+    def get_global_grad_norm(self):
+        """2-norm of the last step's averaged, unscaled gradients before clipping; None before the first step."""
+        return self._grad_norm
+
+    def get_lr(self):
+        """One learning rate per parameter group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_mom(self):
+        """One momentum (SGD) or pair of betas (Adam) per parameter group."""
+        return [group.get("betas", group.get("momentum", 0.0)) for group in self.optimizer.param_groups]
+
+    def get_type(self):
+        """One entry per parameter group: its "type" key, or None."""
+        return [group.get("type") for group in self.optimizer.param_groups]
+
+    def get_batch_info(self):
+        """(train_batch_size, micro batch size per rank, gradient_accumulation_steps) as numbers."""
+        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+
+    def optimizer_name(self):
+        """``optimizer.type`` of the configuration, or None."""
+        return self._config.get("optimizer.type")
+
+    def scheduler_name(self):
+        """``scheduler.type`` of the configuration, or None."""
+        return self._config.get("scheduler.type")
+
+    def dynamic_loss_scale(self):
+        """Whether the loss scale changes by itself."""
+        return bool(self.fp16_enabled() and self._config.get("fp16.loss_scale") == 0)
+
+    def loss_scale(self):
+        """The loss scale of the next backward pass; 1.0 unless fp16."""
+        return self._core.scale if self._core is not None else 1.0
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or not hasattr(module, name):
+                raise AttributeError(f"neither DeepSpeedEngine nor its module has an attribute {name!r}") from None
+            return getattr(module, name)
+
+    # ---- the end ----
+
+    def _needs_core(self, method):
+        if self._core is None:
+            raise RuntimeError(f"engine.{method}() needs an optimizer, and the engine has none (or was destroyed)")
+        return self._core
+
+    def destroy(self):
+        """Frees masters, optimizer states and shared memory, and takes the hooks off. The module stays usable,
+        its parameters in ordinary private storage. Idempotent."""
+        self._finalizer()
+        if self._core is not None:
+            self._core.close()
+            self._core = None
+
+    def _not_yet(name):
+        def method(self, *args, **kwargs):
+            raise NotImplementedError(f"engine.{name}() is not yet")
+        method.__name__ = name
+        method.__doc__ = "Not there yet."
+        return method
+
+    # The rest of the documented surface: an error that says so, never silence.
+    for _name in ("save_checkpoint", "load_checkpoint", "save_16bit_model", "save_fp16_model", "module_state_dict",
+                  "load_module_state_dict", "offload_states", "reload_states", "coalesce_grad_reduction",
+                  "set_train_batch_size", "set_train_micro_batch_size", "compile", "allreduce_gradients",
+                  "get_sequence_parallel_group", "random_ltd_initialize", "empty_partition_cache",
+                  "set_data_post_process_func", "set_custom_curriculum_learning_schedule", "get_wall_clock_timers"):
+        locals()[_name] = _not_yet(_name)
+    del _name, _not_yet
+
+
+def _accessor(name, path, text):
+    def read(self):
+        return self._config.get(path)
+    read.__name__ = read.__qualname__ = name
+    read.__doc__ = f"``{path}`` of the configuration: {text}"
+    return read
+
+
+def _derive_accessors():
+    for row in _core.config_keys():
+        name = row["accessor"]
+        if name and name not in DeepSpeedEngine.__dict__:
+            setattr(DeepSpeedEngine, name, _accessor(name, row["path"], row["help"]))
+
+
+_derive_accessors()

@@ -1,0 +1,132 @@
+"""From the caller's module and parameters to what the core takes: dtypes, layout, groups, equal values."""
+import hashlib
+
+import torch
+
+from . import _core
+
+ALIGNMENT = 64  # torch's own kernels give other bits for a weight that starts elsewhere (contract N1)
+TRAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CORE_DTYPES = (*TRAIN_DTYPES, torch.float64, torch.int32, torch.int64)
+
+
+def cast(module, dtype):
+    """Casts floating parameters to dtype (None: nothing), frozen ones included, and the floating buffers of
+    modules that have parameters of their own (batch statistics); tables of modules without stay."""
+    if dtype is None:
+        return
+    for child in module.modules():
+        own = [p for p in child.parameters(recurse=False) if p.is_floating_point()]
+        for p in own:
+            p.data = p.data.to(dtype)
+            if p.grad is not None:
+                p.grad = None
+        if own:
+            for name, buffer in child.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    child._buffers[name] = buffer.to(dtype)
+
+
+def is_dense(tensor):
+    """True where some order of the dimensions makes the tensor contiguous: its memory is one run."""
+    run = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride != run:
+            return False
+        run *= size
+    return True
+
+
+def lay_out(parameters):
+    """Gives each parameter a dense storage that starts at 64 bytes; most have one already."""
+    for p in parameters:
+        if p.layout != torch.strided:
+            raise ValueError(f"a parameter of layout {p.layout} is not supported; allowed: torch.strided")
+        if p.numel() == 0:
+            continue
+        if not is_dense(p):
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
+        elif p.data_ptr() % ALIGNMENT:
+            p.data = p.data.clone(memory_format=torch.preserve_format)
+
+
+def conform(param, grad):
+    """A copy of grad in param's memory order."""
+    if grad.layout != torch.strided:
+        raise NotImplementedError(f"a gradient of layout {grad.layout} (sparse=True?) is not yet; allowed: strided")
+    return torch.empty_like(param, requires_grad=False).copy_(grad)
+
+
+def flat(tensor):
+    """A dense tensor's memory as one dimension, without a copy."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def broadcast(comm, module, parameters):
+    """All ranks take rank 0's values, of the module's parameters and of others that are trained."""
+    seen = set()
+    for p in (*module.parameters(), *parameters):
+        if id(p) in seen or p.numel() == 0:
+            continue
+        seen.add(id(p))
+        if p.dtype in _CORE_DTYPES:
+            comm.broadcast(flat(p), 0)
+        elif comm.size > 1:
+            torch.distributed.broadcast(p.data, 0)
+
+
+class Parameters:
+    """Trainable parameters in model order, with their names and groups.
+
+    model_parameters: None (all of the module's), an iterable of parameters, or one of group dicts. Frozen
+    parameters are left out, empty groups dropped. ValueError where a parameter is there twice.
+    """
+
+    def __init__(self, module, model_parameters, defaults):
+        names = {id(p): name for name, p in module.named_parameters()}
+        order = {key: i for i, key in enumerate(names)}
+        self.groups = self._make_groups(module, model_parameters, defaults)
+        found = []
+        for index, group in enumerate(self.groups):
+            found += [(p, index) for p in group["params"]]
+        if len({id(p) for p, _ in found}) != len(found):
+            counts = {}
+            for p, _ in found:
+                counts[id(p)] = counts.get(id(p), 0) + 1
+            twice = [names.get(key, "(not in the model)") for key, n in counts.items() if n > 1]
+            raise ValueError(f"model_parameters holds parameters more than once: {', '.join(twice[:5])}")
+        found.sort(key=lambda item: order.get(id(item[0]), len(order)))
+        self.tensors = [p for p, _ in found]
+        self.group_of = [g for _, g in found]
+        self.names = [names.get(id(p), f"(parameter {i}, not in the model)") for i, p in enumerate(self.tensors)]
+
+    @staticmethod
+    def _make_groups(module, model_parameters, defaults):
+        items = list(module.parameters() if model_parameters is None else model_parameters)
+        if not (items and isinstance(items[0], dict)):
+            items = [{"params": items}]
+        groups = []
+        for item in items:
+            if not isinstance(item, dict) or "params" not in item:
+                raise TypeError("model_parameters must hold parameters, or only dicts with a 'params' key")
+            params = item["params"]
+            params = [params] if isinstance(params, torch.Tensor) else list(params)
+            for p in params:
+                if not isinstance(p, torch.Tensor):
+                    raise TypeError(f"model_parameters holds a {type(p).__name__}; allowed: parameters, or group dicts")
+            params = [p for p in params if p.requires_grad]
+            if params:
+                groups.append({**defaults, **item, "params": params})
+        return groups
+
+    def digest(self):
+        """A 63-bit number that differs where names, shapes or strides differ."""
+        text = ";".join(f"{n}{tuple(p.shape)}{p.stride()}{p.dtype}" for n, p in zip(self.names, self.tensors))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def open_core(comm, config, parameters, kind):
+    """The C engine over these parameters. Collective."""
+    return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of,
+                        len(parameters.groups), kind, torch.get_num_threads(), parameters.digest(), conform,
+                        torch.autograd.graph.increment_version)

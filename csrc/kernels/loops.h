@@ -136,20 +136,20 @@ FINITE(f16, uint16_t)
 
 /* ---- norm ---- */
 
-/* Vector types, because no compiler keeps sixteen scalar sums in registers as vectors. */
+/* A vector type, because sums in an array go through memory in every round (gcc 12: 40 instead of
+ * 54 GB/s from L2 with AVX-512, 44 instead of 58 with AVX2). */
 typedef double NAME(doubles) __attribute__((vector_size(VECTOR_BYTES)));
-typedef float NAME(floats) __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 static double NAME(sum_squares)(const float *x, size_t n) {
-    enum { WIDTH = VECTOR_BYTES / sizeof(double), N_SUMS = DSC_LANES / WIDTH };
+    enum { WIDTH = VECTOR_BYTES / (int)sizeof(double), N_SUMS = DSC_LANES / WIDTH };
     NAME(doubles) sums[N_SUMS] = {{0}};
     double lane[DSC_LANES];
     size_t whole = n - n % DSC_LANES;
     for (size_t i = 0; i < whole; i += DSC_LANES) {
         for (int k = 0; k < N_SUMS; k++) {
-            NAME(floats) narrow;
-            memcpy(&narrow, x + i + k * WIDTH, sizeof narrow);
-            NAME(doubles) wide = __builtin_convertvector(narrow, NAME(doubles));
+            NAME(doubles) wide; /* element by element: gcc makes one conversion of it */
+            for (int j = 0; j < WIDTH; j++)
+                wide[j] = (double)x[i + (size_t)(k * WIDTH + j)];
             sums[k] += wide * wide;
         }
     }

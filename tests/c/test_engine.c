@@ -1,0 +1,382 @@
+/* The engine with all ranks as threads: contract N1 over stage, overlap, bucket size and dtype with
+ * random delays, clipping and skips, and that a step in the steady state allocates nothing. */
+#include "case.h"
+
+#include "alloc.h"
+#include "comm/comm.h"
+#include "engine.h"
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <time.h>
+
+enum { N_PARAMS = 7, MAX_RANKS = 4, N_STEPS = 4 };
+static const size_t sizes[N_PARAMS] = {1000, 17, 0, 5000, 33, 2048, 12345};
+enum { TOTAL = 1000 + 17 + 5000 + 33 + 2048 + 12345 };
+
+struct setup {
+    int size, stage, n_micro;
+    bool overlap, delays, momentum_sgd;
+    size_t bucket;
+    enum dsc_dtype dtype;
+    double scale;
+    int poison_step; /* rank 1 makes one element infinite in this step; -1: never */
+    int unused_param; /* gets no gradient on rank 0; -1: none */
+};
+
+struct outcome {
+    float master[TOTAL];
+    double norm[N_STEPS];
+    bool stepped[N_STEPS];
+    struct dsc_step_report last;
+    struct dsc_engine_counters counters;
+    uint64_t allocs_in_last_step;
+};
+
+struct rank_job {
+    const struct setup *setup;
+    struct dsc_comm *comm;
+    int rank;
+    struct outcome out;
+};
+
+static float value_of(int what, int rank, int step, size_t i) {
+    uint32_t x = (uint32_t)(what * 7919 + rank * 104729 + step * 1299709) + (uint32_t)i * 2654435761u;
+    x ^= x >> 15;
+    x *= 2246822519u;
+    x ^= x >> 13;
+    return ((float)(x & 0xffff) / 65536.0f - 0.5f) * 0.25f;
+}
+
+static void sleep_us(long us) {
+    struct timespec t = {0, us * 1000};
+    nanosleep(&t, NULL);
+}
+
+static void maybe_delay(const struct rank_job *job, uint32_t *seed) {
+    *seed = *seed * 1664525u + 1013904223u;
+    if (job->setup->delays && (*seed >> 28) == 0)
+        sleep_us((long)(*seed >> 20 & 0xff));
+}
+
+/* A rank's parameters and gradients, as torch would hold them. */
+struct model {
+    char *data[N_PARAMS], *grad[N_PARAMS];
+    bool has_grad[N_PARAMS];
+    struct dsc_view views[N_PARAMS];
+};
+
+static void fill(char *dst, enum dsc_dtype dtype, const float *src, size_t n) {
+    dsc_kernels()->from_f32[dtype](dst, src, n);
+}
+
+static void model_open(struct model *model, enum dsc_dtype dtype) {
+    float *values = calloc(TOTAL, sizeof(float));
+    memset(model, 0, sizeof *model);
+    for (int p = 0; p < N_PARAMS; p++) {
+        size_t n_bytes = dsc_round_up(sizes[p] * 4 + 1, 64);
+        model->data[p] = aligned_alloc(64, n_bytes);
+        model->grad[p] = aligned_alloc(64, n_bytes);
+        for (size_t i = 0; i < sizes[p]; i++)
+            values[i] = value_of(100 + p, 0, 0, i);
+        fill(model->data[p], dtype, values, sizes[p]);
+    }
+    free(values);
+}
+
+static void model_close(struct model *model) {
+    for (int p = 0; p < N_PARAMS; p++) {
+        free(model->data[p]);
+        free(model->grad[p]);
+    }
+}
+
+/* .grad += fresh, in the model's dtype */
+static void autograd_adds(struct model *model, int p, enum dsc_dtype dtype, const float *fresh) {
+    float *sum = calloc(sizes[p] + 1, sizeof(float));
+    if (model->has_grad[p])
+        dsc_kernels()->to_f32[dtype](sum, model->grad[p], sizes[p]);
+    for (size_t i = 0; i < sizes[p]; i++)
+        sum[i] = model->has_grad[p] ? sum[i] + fresh[i] : fresh[i];
+    fill(model->grad[p], dtype, sum, sizes[p]);
+    model->has_grad[p] = true;
+    free(sum);
+}
+
+static struct dsc_view *view(struct model *model, enum dsc_dtype dtype) {
+    for (int p = 0; p < N_PARAMS; p++)
+        model->views[p] = (struct dsc_view){
+            model->data[p], model->has_grad[p] ? model->grad[p] : NULL, dtype};
+    return model->views;
+}
+
+static void satisfy(struct dsc_engine *engine, struct model *model, enum dsc_dtype dtype, int need) {
+    if (need & DSC_NEED_CHECK)
+        dsc_engine_check(engine, view(model, dtype));
+    if (need & DSC_NEED_FOLD) {
+        CHECK_OK(dsc_engine_fold(engine, view(model, dtype)));
+        memset(model->has_grad, 0, sizeof model->has_grad);
+    }
+}
+
+static void backward(struct rank_job *job, struct dsc_engine *engine, struct model *model, int step,
+                     int micro, uint32_t *seed) {
+    const struct setup *s = job->setup;
+    bool boundary = micro == s->n_micro - 1;
+    int need;
+    CHECK_OK(dsc_engine_begin_backward(engine, boundary, &need));
+    satisfy(engine, model, s->dtype, need);
+    float *fresh = calloc(TOTAL, sizeof(float));
+    for (int p = N_PARAMS; p-- > 0;) {
+        if (p == s->unused_param && job->rank == 0)
+            continue;
+        for (size_t i = 0; i < sizes[p]; i++)
+            fresh[i] = value_of(p, job->rank, step * 10 + micro, i) * (float)s->scale;
+        if (step == s->poison_step && micro == 0 && job->rank == 1 && p == 3)
+            fresh[4321] = INFINITY;
+        autograd_adds(model, p, s->dtype, fresh);
+        maybe_delay(job, seed);
+        bool taken;
+        CHECK_OK(dsc_engine_arrive(engine, (size_t)p, model->grad[p], s->dtype, &taken));
+        if (taken)
+            model->has_grad[p] = false;
+    }
+    free(fresh);
+    CHECK_OK(dsc_engine_end_backward(engine, boundary, &need));
+    satisfy(engine, model, s->dtype, need);
+}
+
+static void *run_rank(void *context) {
+    struct rank_job *job = context;
+    const struct setup *s = job->setup;
+    struct dsc_engine_options options = {.stage = s->stage,
+                                         .overlap = s->overlap,
+                                         .bucket_elems = s->bucket,
+                                         .clip = 1.0,
+                                         .skip_nonfinite = true,
+                                         .many_micro_steps = s->n_micro > 1,
+                                         .optim = s->momentum_sgd ? DSC_OPTIM_SGD : DSC_OPTIM_ADAM,
+                                         .n_threads = 1};
+    dsc_scaler_init_static(&options.scaler, s->scale);
+    struct dsc_param params[N_PARAMS];
+    for (int p = 0; p < N_PARAMS; p++)
+        params[p] = (struct dsc_param){sizes[p], s->dtype, p % 2};
+    struct dsc_hyper groups[2] = {
+        {.lr = 1e-2, .weight_decay = 0.1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8,
+         .momentum = 0.9, .decoupled = true, .bias_correction = true, .nesterov = true},
+        {.lr = 3e-3, .beta1 = 0.8, .beta2 = 0.99, .eps = 1e-8, .momentum = 0.5, .bias_correction = true}};
+    struct model model;
+    struct dsc_engine *engine;
+    uint32_t seed = (uint32_t)job->rank * 77 + 5;
+    model_open(&model, s->dtype);
+    CHECK_OK(dsc_engine_open(job->comm, &options, params, N_PARAMS, 2, &engine));
+    dsc_engine_load_masters(engine, view(&model, s->dtype));
+    for (int step = 0; step < N_STEPS; step++) {
+        uint64_t before = dsc_alloc_counters().n_calls;
+        for (int micro = 0; micro < s->n_micro; micro++)
+            backward(job, engine, &model, step, micro, &seed);
+        maybe_delay(job, &seed);
+        CHECK_OK(dsc_engine_step(engine, view(&model, s->dtype), groups, &job->out.last));
+        memset(model.has_grad, 0, sizeof model.has_grad);
+        job->out.norm[step] = job->out.last.norm;
+        job->out.stepped[step] = job->out.last.stepped;
+        job->out.allocs_in_last_step = dsc_alloc_counters().n_calls - before;
+    }
+    size_t at = 0;
+    for (int p = 0; p < N_PARAMS; p++) {
+        dsc_kernels()->to_f32[s->dtype](job->out.master + at, model.data[p], sizes[p]);
+        at += sizes[p];
+    }
+    job->out.counters = dsc_engine_counters(engine);
+    dsc_engine_close(engine);
+    model_close(&model);
+    return NULL;
+}
+
+static struct outcome *run(const struct setup *setup) {
+    struct rank_job *jobs = calloc((size_t)setup->size, sizeof *jobs);
+    struct dsc_comm *comms[MAX_RANKS];
+    pthread_t threads[MAX_RANKS];
+    struct dsc_comm_options options = {.timeout_s = 8};
+    if (setup->size == 1)
+        CHECK_OK(dsc_comm_open_self(&options, &comms[0]));
+    else
+        CHECK_OK(dsc_comm_open_threads(&options, setup->size, comms));
+    for (int r = 0; r < setup->size; r++) {
+        jobs[r].setup = setup;
+        jobs[r].comm = comms[r];
+        jobs[r].rank = r;
+        CHECK(pthread_create(&threads[r], NULL, run_rank, &jobs[r]) == 0);
+    }
+    for (int r = 0; r < setup->size; r++)
+        pthread_join(threads[r], NULL);
+    struct outcome *first = calloc(1, sizeof *first);
+    *first = jobs[0].out;
+    for (int r = 1; r < setup->size; r++) {
+        CHECK(memcmp(jobs[r].out.master, first->master, sizeof first->master) == 0);
+        CHECK(memcmp(jobs[r].out.norm, first->norm, sizeof first->norm) == 0);
+        first->counters.n_settled += jobs[r].out.counters.n_settled;
+        first->counters.n_bytes_settled += jobs[r].out.counters.n_bytes_settled;
+        first->counters.n_bytes_settled_in_backward +=
+            jobs[r].out.counters.n_bytes_settled_in_backward;
+    }
+    for (int r = 0; r < setup->size; r++)
+        dsc_comm_close(comms[r]);
+    free(jobs);
+    return first;
+}
+
+static void check_same(const struct setup *a, const struct setup *b) {
+    struct outcome *x = run(a), *y = run(b);
+    if (memcmp(x->master, y->master, sizeof x->master) != 0 ||
+        memcmp(x->norm, y->norm, sizeof x->norm) != 0) {
+        size_t i = 0;
+        while (i < TOTAL - 1 && x->master[i] == y->master[i])
+            i++;
+        fprintf(stderr,
+                "stage %d overlap %d bucket %zu differs from stage %d overlap %d bucket %zu "
+                "(%d ranks, %s, %d micro-steps): element %zu is %.9g, not %.9g; norm %.17g, %.17g\n",
+                b->stage, b->overlap, b->bucket, a->stage, a->overlap, a->bucket, a->size,
+                dsc_dtype_name(a->dtype), a->n_micro, i, (double)y->master[i],
+                (double)x->master[i], y->norm[0], x->norm[0]);
+        exit(1);
+    }
+    free(x);
+    free(y);
+}
+
+static const struct setup plain = {.size = 2, .n_micro = 1, .bucket = 500000000, .scale = 1,
+                                   .poison_step = -1, .unused_param = -1};
+
+static void sweep(int size, int n_micro, bool delays, bool momentum_sgd) {
+    for (int dtype = 0; dtype < DSC_TRAIN_DTYPE_COUNT; dtype++) {
+        struct setup base = plain;
+        base.size = size;
+        base.n_micro = n_micro;
+        base.dtype = (enum dsc_dtype)dtype;
+        base.momentum_sgd = momentum_sgd;
+        base.unused_param = 5;
+        struct setup other = base;
+        other.delays = delays;
+        for (other.stage = 0; other.stage <= 2; other.stage++)
+            for (int overlap = 0; overlap < 2; overlap++)
+                for (int small = 0; small < 2; small++) {
+                    other.overlap = overlap;
+                    other.bucket = small ? 1000 : 500000000;
+                    /* Several micro-steps: 0 equals 1; 2 sums in another order and is its own base. */
+                    base.stage = n_micro > 1 && other.stage == 2 ? 2 : 0;
+                    check_same(&base, &other);
+                }
+    }
+}
+
+static void stages_overlap_and_buckets_agree_on_2_ranks(void) {
+    sweep(2, 1, false, false);
+}
+static void stages_overlap_and_buckets_agree_on_4_ranks(void) {
+    sweep(4, 1, false, false);
+}
+static void three_micro_steps_agree_on_2_ranks(void) {
+    sweep(2, 3, false, false);
+}
+static void three_micro_steps_agree_on_4_ranks(void) {
+    sweep(4, 3, false, true);
+}
+static void random_delays_change_no_bit_2_ranks(void) {
+    sweep(2, 1, true, true);
+}
+static void random_delays_change_no_bit_3_ranks(void) {
+    sweep(3, 2, true, false);
+}
+
+static void a_world_of_one_agrees_over_stages(void) {
+    struct setup a = plain, b = plain;
+    a.size = b.size = 1;
+    a.n_micro = b.n_micro = 3;
+    a.dtype = b.dtype = DSC_BF16;
+    for (b.stage = 1; b.stage <= 2; b.stage++)
+        check_same(&a, &b);
+}
+
+static void overlap_settles_at_least_half_in_backward(void) {
+    struct setup s = plain;
+    s.overlap = true;
+    s.stage = 2;
+    struct outcome *large = run(&s);
+    CHECK(2 * large->counters.n_bytes_settled_in_backward >= large->counters.n_bytes_settled);
+    CHECK(large->counters.n_bytes_settled == (uint64_t)N_STEPS * TOTAL * sizeof(float));
+    s.bucket = 1000;
+    struct outcome *small = run(&s);
+    CHECK(small->counters.n_settled > large->counters.n_settled);
+    CHECK(small->counters.n_bytes_settled == large->counters.n_bytes_settled);
+    free(large);
+    free(small);
+}
+
+static void an_infinite_gradient_is_skipped_and_its_place_is_named(void) {
+    for (int dtype = 0; dtype < DSC_TRAIN_DTYPE_COUNT; dtype++)
+        for (int stage = 0; stage <= 2; stage++)
+            for (int n_micro = 1; n_micro <= 2; n_micro++) {
+                struct setup s = plain;
+                s.dtype = (enum dsc_dtype)dtype;
+                s.stage = stage;
+                s.n_micro = n_micro;
+                s.overlap = stage == 1;
+                s.poison_step = N_STEPS - 1;
+                struct outcome *o = run(&s);
+                CHECK(!o->stepped[N_STEPS - 1] && o->stepped[N_STEPS - 2]);
+                CHECK_EQ_INT(o->last.bad_rank, 1);
+                CHECK_EQ_INT(o->last.bad_param, 3);
+                CHECK_EQ_INT(o->last.bad_elem, 4321);
+                CHECK_EQ_INT(o->last.bad_micro, 1);
+                free(o);
+            }
+}
+
+static void a_power_of_two_loss_scale_changes_no_bit(void) {
+    struct setup a = plain, b = plain;
+    a.stage = b.stage = 1;
+    b.scale = 1024;
+    check_same(&a, &b);
+}
+
+static void a_step_in_the_steady_state_allocates_nothing(void) {
+    for (int stage = 0; stage <= 2; stage++) {
+        struct setup s = plain;
+        s.stage = stage;
+        s.size = 2;
+        struct outcome *o = run(&s);
+        CHECK_EQ_INT(o->allocs_in_last_step, 0);
+        free(o);
+    }
+    CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
+}
+
+static void a_stage_that_is_not_there_says_so(void) {
+    struct dsc_comm *comm;
+    struct dsc_comm_options comm_options = {.timeout_s = 5};
+    struct dsc_engine_options options = {.stage = 3, .bucket_elems = 1000};
+    struct dsc_param param = {10, DSC_F32, 0};
+    struct dsc_engine *engine;
+    CHECK_OK(dsc_comm_open_self(&comm_options, &comm));
+    CHECK(dsc_engine_open(comm, &options, &param, 1, 1, &engine) == DSC_ENOTYET);
+    CHECK(strstr(dsc_last_error(), "not yet") && strstr(dsc_last_error(), "zero_optimization.stage"));
+    dsc_comm_close(comm);
+}
+
+static const struct test_case cases[] = {
+    CASE(a_stage_that_is_not_there_says_so),
+    CASE(a_world_of_one_agrees_over_stages),
+    CASE(stages_overlap_and_buckets_agree_on_2_ranks),
+    CASE(stages_overlap_and_buckets_agree_on_4_ranks),
+    CASE(three_micro_steps_agree_on_2_ranks),
+    CASE(three_micro_steps_agree_on_4_ranks),
+    CASE(random_delays_change_no_bit_2_ranks),
+    CASE(random_delays_change_no_bit_3_ranks),
+    CASE(overlap_settles_at_least_half_in_backward),
+    CASE(an_infinite_gradient_is_skipped_and_its_place_is_named),
+    CASE(a_power_of_two_loss_scale_changes_no_bit),
+    CASE(a_step_in_the_steady_state_allocates_nothing),
+};
+RUN_CASES(cases)

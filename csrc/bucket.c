@@ -1,17 +1,12 @@
-/* Publishing and settling. The window of rank r holds, in this order: a control record for each
- * bucket that r owns, r's sums where other ranks need them, and r's slots. A record has one entry
- * per rank: 0 while that rank has published nothing new, else a tag (slot and dtype, or NOTHING).
- * Entries and the lock are sequentially consistent: a publisher that fails to take the lock relies
- * on the holder to look again after it unlocked, which needs the total order (the same pattern as a
- * sleeping waiter). */
-#include "bucket.h"
+/* Buckets: layout, slots and settling. How contributions get there is in bucket_boundary.c and
+ * bucket_early.c; what is shared is described in bucket_impl.h. Invariant: see bucket.h. */
+#include "bucket_impl.h"
 
 #include "alloc.h"
 #include "arena.h"
 #include "kernels/kernels.h"
 #include "log.h"
 
-#include <stdatomic.h>
 #include <string.h>
 
 enum {
@@ -23,111 +18,27 @@ enum {
     MAX_ROUNDS_AHEAD = 16,
 };
 
-static const uint64_t NOTHING = 1;
-
-struct record {
-    _Atomic uint32_t lock;
-    _Atomic uint32_t n_settled;
-    _Atomic uint64_t entry[];
-};
-
-struct bucket {
-    struct dsc_range range;
-    int owner;
-    uint32_t n_used;    /* elements that belong to parameters */
-    uint32_t n_missing; /* of them, not yet arrived in the open round */
-    int32_t slot;       /* being filled; -1: none */
-    int32_t n_waiting;  /* entries of the backlog */
-    bool published;     /* in the open round */
-    bool blocked;       /* in one pass over the backlog */
-};
-
-struct outstanding {
-    uint32_t bucket;
-    uint64_t tag;
-};
-
-struct dsc_buckets {
-    struct dsc_comm *comm;
-    const struct dsc_space *space;
-    struct dsc_bucket_options options;
-    int rank, size;
-    struct dsc_range *owned; /* per rank */
-    size_t *first;           /* per rank: its first bucket; first[size] is the count */
-    struct bucket *bucket;
-    uint32_t *arrived; /* per segment: the round in which it last arrived, counted from 1 */
-    uint32_t round;    /* the open round */
-    size_t slot_elems;
-    enum dsc_dtype slot_dtype; /* early: of the open round */
-
-    struct dsc_window *window;
-    size_t record_stride, sums_offset, slots_offset;
-    float *private_sums; /* NULL where the sums are in the window */
-
-    int32_t n_slots, max_slots, budget_slots;
-    int32_t *free_slots, n_free;
-    struct outstanding *outstanding; /* published, not known to be consumed */
-    int32_t n_outstanding;
-    uint32_t reclaim_bell;
-    bool reclaim_due; /* this rank settled something itself, which rings no bell of its own */
-    struct outstanding
-        *backlog; /* published rounds that wait for the previous one of their bucket */
-    size_t n_backlog, max_backlog;
-
-    double *squares; /* per block of one slot */
-    bool in_backward, said_ahead;
-    struct dsc_bucket_counters counters;
-};
-
-/* ---- sources ---- */
-
-const void *dsc_source_at(const struct dsc_source *source, const struct dsc_segment *segment,
-                          size_t begin, enum dsc_dtype *dtype) {
-    if (source->local && source->folded[segment->param]) {
-        *dtype = DSC_F32;
-        return source->local + begin;
-    }
-    const struct dsc_view *view = source->views ? &source->views[segment->param] : NULL;
-    if (!view || !view->grad)
-        return NULL;
-    *dtype = view->grad_dtype;
-    return (const char *)view->grad + (begin - segment->begin) * dsc_dtype_size(view->grad_dtype);
-}
-
-void dsc_source_read(const struct dsc_source *source, const struct dsc_space *space,
-                     struct dsc_range range, float *dst) {
-    struct dsc_parts it = dsc_parts(space, range);
-    memset(dst, 0, dsc_range_size(range) * sizeof *dst);
-    while (dsc_parts_next(&it)) {
-        enum dsc_dtype dtype;
-        const void *src = dsc_source_at(source, it.segment, it.part.begin, &dtype);
-        if (src)
-            dsc_kernels()->accumulate[dtype](dst + (it.part.begin - range.begin), src,
-                                             dsc_range_size(it.part), false);
-    }
-}
-
 /* ---- where things are ---- */
 
-static struct record *record_of(const struct dsc_buckets *set, size_t b) {
+struct dsc__record *dsc__bucket_record(const struct dsc_buckets *set, size_t b) {
     int owner = set->bucket[b].owner;
     size_t k = b - set->first[owner];
-    return (struct record *)(void *)(set->window->base[owner] + k * set->record_stride);
+    return (struct dsc__record *)(void *)(set->window->base[owner] + k * set->record_stride);
 }
 
-static char *slot_address(const struct dsc_buckets *set, int rank, int32_t slot) {
+char *dsc__bucket_slot(const struct dsc_buckets *set, int rank, int32_t slot) {
     return set->window->base[rank] + set->slots_offset +
            (size_t)slot * set->slot_elems * sizeof(float);
 }
 
-static uint64_t make_tag(int32_t slot, enum dsc_dtype dtype) {
+uint64_t dsc__bucket_tag(int32_t slot, enum dsc_dtype dtype) {
     return ((uint64_t)slot + 1) << 8 | (uint64_t)dtype << 1;
 }
 
 static const char *tag_data(const struct dsc_buckets *set, int rank, uint64_t tag,
                             enum dsc_dtype *dtype) {
     *dtype = (enum dsc_dtype)((tag & 0xff) >> 1);
-    return slot_address(set, rank, (int32_t)(tag >> 8) - 1);
+    return dsc__bucket_slot(set, rank, (int32_t)(tag >> 8) - 1);
 }
 
 const float *dsc_buckets_sums(const struct dsc_buckets *set, int owner) {
@@ -136,14 +47,14 @@ const float *dsc_buckets_sums(const struct dsc_buckets *set, int owner) {
     return (const float *)(const void *)(set->window->base[owner] + set->sums_offset);
 }
 
-static float *sums_at(struct dsc_buckets *set, const struct bucket *bucket) {
+static float *sums_at(struct dsc_buckets *set, const struct dsc__bucket *bucket) {
     size_t offset = bucket->range.begin - set->owned[bucket->owner].begin;
     if (set->private_sums)
         return set->private_sums + offset;
     return (float *)(void *)(set->window->base[bucket->owner] + set->sums_offset) + offset;
 }
 
-static size_t bucket_at(const struct dsc_buckets *set, size_t elem) {
+size_t dsc__bucket_at(const struct dsc_buckets *set, size_t elem) {
     int low = 0, high = set->size - 1;
     while (low < high) {
         int middle = low + (high - low) / 2;
@@ -157,8 +68,8 @@ static size_t bucket_at(const struct dsc_buckets *set, size_t elem) {
 
 /* ---- slots ---- */
 
-static bool consumed(const struct dsc_buckets *set, const struct outstanding *item) {
-    return atomic_load(&record_of(set, item->bucket)->entry[set->rank]) != item->tag;
+static bool consumed(const struct dsc_buckets *set, const struct dsc__outstanding *item) {
+    return atomic_load(&dsc__bucket_record(set, item->bucket)->entry[set->rank]) != item->tag;
 }
 
 static void reclaim(struct dsc_buckets *set) {
@@ -178,8 +89,7 @@ static void reclaim(struct dsc_buckets *set) {
     set->n_outstanding = kept;
 }
 
-/* A slot to fill, or -1 where `limit` slots are in use. */
-static int32_t take_slot(struct dsc_buckets *set, int32_t limit) {
+int32_t dsc__bucket_take_slot(struct dsc_buckets *set, int32_t limit) {
     if (set->n_free == 0)
         reclaim(set);
     if (set->n_free > 0)
@@ -202,8 +112,8 @@ static int32_t take_slot(struct dsc_buckets *set, int32_t limit) {
 
 struct sum_job {
     struct dsc_buckets *set;
-    const struct bucket *bucket;
-    struct record *record;
+    const struct dsc__bucket *bucket;
+    struct dsc__record *record;
     const struct dsc_source *own; /* boundary: this rank's part; NULL: its entry counts */
     bool first;
     double *squares;
@@ -212,7 +122,7 @@ struct sum_job {
 static void add_contribution(const struct sum_job *job, int rank, struct dsc_range range,
                              float *dst) {
     uint64_t tag = atomic_load_explicit(&job->record->entry[rank], memory_order_relaxed);
-    if (tag == NOTHING)
+    if (tag == DSC__NOTHING)
         return;
     enum dsc_dtype dtype;
     const char *data = tag_data(job->set, rank, tag, &dtype);
@@ -253,10 +163,10 @@ static void sum_blocks(void *context, size_t first_block, size_t end_block) {
     }
 }
 
-static void settle(struct dsc_buckets *set, size_t b, const struct dsc_source *own,
-                   struct dsc_norm *norm) {
-    const struct bucket *bucket = &set->bucket[b];
-    struct record *record = record_of(set, b);
+void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_source *own,
+                        struct dsc_norm *norm) {
+    const struct dsc__bucket *bucket = &set->bucket[b];
+    struct dsc__record *record = dsc__bucket_record(set, b);
     struct sum_job job = {
         set, bucket, record, own, atomic_load(&record->n_settled) == 0, norm ? set->squares : NULL};
     size_t n_blocks = dsc_range_size(bucket->range) / DSC_BLOCK;
@@ -275,7 +185,7 @@ static void settle(struct dsc_buckets *set, size_t b, const struct dsc_source *o
         set->counters.n_bytes_settled_in_backward += n_bytes;
 }
 
-static bool complete(const struct dsc_buckets *set, struct record *record, int except) {
+bool dsc__bucket_complete(const struct dsc_buckets *set, struct dsc__record *record, int except) {
     for (int rank = 0; rank < set->size; rank++)
         if (rank != except && atomic_load(&record->entry[rank]) == 0)
             return false;
@@ -284,370 +194,21 @@ static bool complete(const struct dsc_buckets *set, struct record *record, int e
 
 /* Settles a bucket where all entries are there. Never waits: if another rank holds the lock, that
  * rank looks again after it has unlocked. */
-static void try_settle(struct dsc_buckets *set, size_t b) {
-    struct record *record = record_of(set, b);
-    while (complete(set, record, -1)) {
+void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b) {
+    struct dsc__record *record = dsc__bucket_record(set, b);
+    while (dsc__bucket_complete(set, record, -1)) {
         if (atomic_exchange(&record->lock, 1) != 0)
             return;
-        while (complete(set, record, -1))
-            settle(set, b, NULL, NULL);
+        while (dsc__bucket_complete(set, record, -1))
+            dsc__bucket_settle(set, b, NULL, NULL);
         atomic_store(&record->lock, 0);
     }
 }
 
-/* ---- publishing ---- */
-
-static void post(struct dsc_buckets *set, size_t b, uint64_t tag) {
-    if (tag != NOTHING)
-        set->outstanding[set->n_outstanding++] = (struct outstanding){(uint32_t)b, tag};
-    atomic_store(&record_of(set, b)->entry[set->rank], tag);
-}
-
-static bool entry_is_free(const struct dsc_buckets *set, size_t b) {
-    return atomic_load(&record_of(set, b)->entry[set->rank]) == 0;
-}
-
-/* Posts what waited for an earlier round of its bucket, in order per bucket. */
-static void flush_backlog(struct dsc_buckets *set) {
-    size_t kept = 0;
-    for (size_t i = 0; i < set->n_backlog; i++) {
-        struct outstanding item = set->backlog[i];
-        struct bucket *bucket = &set->bucket[item.bucket];
-        /* An earlier round of the bucket goes first, even if its entry became free just now. */
-        if (bucket->blocked || !entry_is_free(set, item.bucket)) {
-            bucket->blocked = true;
-            set->backlog[kept++] = item;
-            continue;
-        }
-        bucket->n_waiting--;
-        post(set, item.bucket, item.tag);
-        try_settle(set, item.bucket);
-    }
-    set->n_backlog = kept;
-    for (size_t i = 0; i < kept; i++)
-        set->bucket[set->backlog[i].bucket].blocked = false;
-}
-
-static enum dsc_status publish(struct dsc_buckets *set, size_t b, uint64_t tag) {
-    struct bucket *bucket = &set->bucket[b];
-    bucket->published = true;
-    bucket->slot = -1;
-    if (bucket->n_waiting == 0 && entry_is_free(set, b)) {
-        post(set, b, tag);
-        if (set->options.settle_in_hooks)
-            try_settle(set, b);
-        return DSC_OK;
-    }
-    if (set->n_backlog == set->max_backlog) {
-        size_t more = 2 * set->max_backlog;
-        DSC_TRY(dsc_realloc((void **)&set->backlog, more * sizeof *set->backlog));
-        set->max_backlog = more;
-    }
-    set->backlog[set->n_backlog++] = (struct outstanding){(uint32_t)b, tag};
-    bucket->n_waiting++;
-    return DSC_OK;
-}
-
-/* ---- early: gradients arrive inside backward ---- */
-
-bool dsc_buckets_expects(const struct dsc_buckets *set, size_t segment) {
-    return set->arrived[segment] != set->round;
-}
-
-void dsc_buckets_set_dtype(struct dsc_buckets *set, enum dsc_dtype dtype) {
-    set->slot_dtype = dtype;
-}
-
-static void zero_gaps(struct dsc_buckets *set, const struct bucket *bucket, char *slot) {
-    size_t elem_size = dsc_dtype_size(set->slot_dtype), at = bucket->range.begin;
-    struct dsc_parts it = dsc_parts(set->space, bucket->range);
-    while (dsc_parts_next(&it)) {
-        memset(slot + (at - bucket->range.begin) * elem_size, 0, (it.part.begin - at) * elem_size);
-        at = it.part.end;
-    }
-    memset(slot + (at - bucket->range.begin) * elem_size, 0, (bucket->range.end - at) * elem_size);
-}
-
-static enum dsc_status open_slot(struct dsc_buckets *set, size_t b) {
-    struct bucket *bucket = &set->bucket[b];
-    /* Without overlap, settling starts when the staging that was asked for is full. */
-    if (!set->options.settle_in_hooks && set->n_free == 0 && set->n_slots >= set->budget_slots)
-        dsc_buckets_settle_ready(set);
-    bucket->slot = take_slot(set, set->max_slots);
-    if (bucket->slot < 0)
-        return DSC_FAIL(
-            DSC_ENOMEM,
-            "rank %d is more than %d backward passes ahead of the slowest rank, and its "
-            "staging is full; ranks must call backward equally often between steps",
-            set->rank, MAX_ROUNDS_AHEAD);
-    bucket->n_missing = bucket->n_used;
-    zero_gaps(set, bucket, slot_address(set, set->rank, bucket->slot));
-    return DSC_OK;
-}
-
-/* src NULL: zeros. */
-static enum dsc_status fill(struct dsc_buckets *set, size_t b, struct dsc_range part,
-                            const void *src, enum dsc_dtype dtype, bool *finite) {
-    struct bucket *bucket = &set->bucket[b];
-    size_t elem_size = dsc_dtype_size(set->slot_dtype), n = dsc_range_size(part);
-    if (bucket->slot < 0)
-        DSC_TRY(open_slot(set, b));
-    char *dst =
-        slot_address(set, set->rank, bucket->slot) + (part.begin - bucket->range.begin) * elem_size;
-    if (!src) {
-        memset(dst, 0, n * elem_size);
-    } else if (dtype == set->slot_dtype) {
-        *finite &= dsc_kernels()->copy_finite[dtype](dst, src, n);
-    } else {
-        dsc_kernels()->to_f32[dtype]((float *)(void *)dst, src, n);
-        *finite &= dsc_kernels()->is_finite[DSC_F32](dst, n);
-    }
-    bucket->n_missing -= (uint32_t)n;
-    if (bucket->n_missing == 0)
-        return publish(set, b, make_tag(bucket->slot, set->slot_dtype));
-    return DSC_OK;
-}
-
-enum dsc_status dsc_buckets_arrive(struct dsc_buckets *set, size_t segment, const void *grad,
-                                   enum dsc_dtype dtype, bool *finite) {
-    const struct dsc_segment *where = &set->space->segments[segment];
-    struct dsc_range whole = dsc_segment_range(where);
-    if (dtype != set->slot_dtype && set->slot_dtype != DSC_F32)
-        return DSC_FAIL(DSC_ETYPE, "parameter %d is %s and its gradient %s", where->param,
-                        dsc_dtype_name(set->space->dtype), dsc_dtype_name(dtype));
-    *finite = true;
-    set->arrived[segment] = set->round;
-    if (set->n_backlog)
-        flush_backlog(set);
-    for (size_t at = whole.begin; at < whole.end;) {
-        size_t b = bucket_at(set, at);
-        struct dsc_range part = dsc_range_cut(whole, set->bucket[b].range);
-        DSC_TRY(fill(set, b, part, (const char *)grad + (at - whole.begin) * dsc_dtype_size(dtype),
-                     dtype, finite));
-        at = part.end;
-    }
-    return DSC_OK;
-}
-
-/* A segment that did not arrive: from the source, or zeros where its bucket is being filled. */
-static enum dsc_status complete_segment(struct dsc_buckets *set, size_t segment,
-                                        const struct dsc_source *source) {
-    const struct dsc_segment *where = &set->space->segments[segment];
-    struct dsc_range whole = dsc_segment_range(where);
-    enum dsc_dtype dtype = set->slot_dtype;
-    const void *src = source ? dsc_source_at(source, where, where->begin, &dtype) : NULL;
-    bool finite;
-    if (src)
-        return dsc_buckets_arrive(set, segment, src, dtype, &finite);
-    for (size_t at = whole.begin; at < whole.end;) {
-        size_t b = bucket_at(set, at);
-        struct dsc_range part = dsc_range_cut(whole, set->bucket[b].range);
-        if (set->bucket[b].slot >= 0)
-            DSC_TRY(fill(set, b, part, NULL, set->slot_dtype, &finite));
-        at = part.end;
-    }
-    return DSC_OK;
-}
-
-enum dsc_status dsc_buckets_end_round(struct dsc_buckets *set, const struct dsc_source *source) {
-    /* Two passes: first what has data (which may open slots), then zeros into the open slots. */
-    for (int pass = 0; pass < 2; pass++)
-        for (size_t s = 0; s < set->space->n_segments; s++) {
-            enum dsc_dtype dtype;
-            const struct dsc_segment *where = &set->space->segments[s];
-            if (!dsc_buckets_expects(set, s))
-                continue;
-            bool has_data = source && dsc_source_at(source, where, where->begin, &dtype);
-            if (has_data == (pass == 0))
-                DSC_TRY(complete_segment(set, s, source));
-        }
-    for (size_t b = 0; b < set->first[set->size]; b++) {
-        if (!set->bucket[b].published)
-            DSC_TRY(publish(set, b, NOTHING));
-        set->bucket[b].published = false;
-    }
-    set->round++;
-    dsc_comm_ring_others(set->comm);
-    return DSC_OK;
-}
-
-void dsc_buckets_settle_ready(struct dsc_buckets *set) {
-    if (set->n_backlog)
-        flush_backlog(set);
-    for (size_t b = 0; b < set->first[set->size]; b++)
-        try_settle(set, b);
-}
-
-/* ---- the boundary ---- */
-
-struct norm_job {
-    const float *sums;
-    double *squares;
-};
-
-static void norm_blocks(void *context, size_t begin, size_t end) {
-    const struct norm_job *job = context;
-    for (size_t k = begin; k < end; k++)
-        job->squares[k] = dsc_kernels()->sum_squares(job->sums + k * DSC_BLOCK, DSC_BLOCK);
-}
-
-static void norm_of_own(struct dsc_buckets *set, struct dsc_norm *norm) {
-    size_t n_blocks = dsc_range_size(set->owned[set->rank]) / DSC_BLOCK;
-    size_t step = set->slot_elems / DSC_BLOCK;
-    const float *sums = dsc_buckets_sums(set, set->rank);
-    for (size_t at = 0; at < n_blocks; at += step) {
-        size_t n = dsc_min(step, n_blocks - at);
-        struct norm_job job = {sums + at * DSC_BLOCK, set->squares};
-        dsc_pool_run(set->options.pool, n, 64, norm_blocks, &job);
-        for (size_t k = 0; k < n; k++)
-            dsc_norm_add(norm, set->squares[k]);
-    }
-}
-
-enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
-                                   struct dsc_norm *norm, const char *label) {
-    size_t at = set->first[set->rank], end = set->first[set->rank + 1];
-    double since = dsc_comm_now();
-    for (;;) {
-        uint32_t bell = dsc_comm_bell(set->comm);
-        flush_backlog(set);
-        size_t before = at;
-        while (at < end) {
-            try_settle(set, at);
-            if (atomic_load(&record_of(set, at)->n_settled) < n_rounds)
-                break;
-            at++;
-        }
-        if (at == end && set->n_backlog == 0)
-            break;
-        if (at != before)
-            since = dsc_comm_now();
-        DSC_TRY(dsc_comm_wait_bell(set->comm, bell, label, since));
-    }
-    norm_of_own(set, norm);
-    return DSC_OK;
-}
-
-void dsc_buckets_in_backward(struct dsc_buckets *set, bool inside) {
-    set->in_backward = inside;
-}
-
-void dsc_buckets_reset(struct dsc_buckets *set) {
-    for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++)
-        atomic_store(&record_of(set, b)->n_settled, 0);
-}
-
-/* Publishing order of the boundary: the k-th bucket of every other owner, then the next k; each
- * rank starts with the owner behind it, so that not all write to one. */
-struct cursor {
-    size_t k;
-    int step;
-};
-
-static bool next_to_publish(const struct dsc_buckets *set, struct cursor *at, size_t *b) {
-    size_t most = 0;
-    for (int r = 0; r < set->size; r++)
-        most = dsc_max(most, set->first[r + 1] - set->first[r]);
-    for (; at->k < most; at->k++, at->step = 1)
-        for (; at->step < set->size; at->step++) {
-            int owner = (set->rank + at->step) % set->size;
-            if (set->first[owner] + at->k < set->first[owner + 1]) {
-                *b = set->first[owner] + at->k;
-                return true;
-            }
-        }
-    return false;
-}
-
-struct copy_job {
-    const struct dsc_buckets *set;
-    const struct dsc_source *source;
-    struct dsc_range range;
-    enum dsc_dtype dtype;
-    char *slot;
-};
-
-static void copy_blocks(void *context, size_t begin, size_t end) {
-    const struct copy_job *job = context;
-    struct dsc_range range = {job->range.begin + begin * DSC_BLOCK,
-                              job->range.begin + end * DSC_BLOCK};
-    size_t elem_size = dsc_dtype_size(job->dtype), at = range.begin;
-    char *base = job->slot - job->range.begin * elem_size;
-    struct dsc_parts it = dsc_parts(job->set->space, range);
-    while (dsc_parts_next(&it)) {
-        enum dsc_dtype dtype;
-        const void *src = dsc_source_at(job->source, it.segment, it.part.begin, &dtype);
-        size_t n = dsc_range_size(it.part);
-        memset(base + at * elem_size, 0, (it.part.begin - at) * elem_size);
-        if (!src)
-            memset(base + it.part.begin * elem_size, 0, n * elem_size);
-        else if (dtype == job->dtype)
-            memcpy(base + it.part.begin * elem_size, src, n * elem_size);
-        else
-            dsc_kernels()->to_f32[dtype]((float *)(void *)base + it.part.begin, src, n);
-        at = it.part.end;
-    }
-    memset(base + at * elem_size, 0, (range.end - at) * elem_size);
-}
-
-static bool has_data(const struct dsc_buckets *set, const struct dsc_source *source,
-                     struct dsc_range range) {
-    struct dsc_parts it = dsc_parts(set->space, range);
-    enum dsc_dtype dtype;
-    while (dsc_parts_next(&it))
-        if (dsc_source_at(source, it.segment, it.part.begin, &dtype))
-            return true;
-    return false;
-}
-
-/* Copies one bucket into a slot and posts it; false where no slot is free. */
-static bool publish_from_source(struct dsc_buckets *set, size_t b,
-                                const struct dsc_source *source) {
-    const struct bucket *bucket = &set->bucket[b];
-    uint64_t tag = NOTHING;
-    /* The entry of the previous step must have been consumed; it has, since all ranks met after it.
-     */
-    if (has_data(set, source, bucket->range)) {
-        int32_t slot = take_slot(set, set->max_slots);
-        if (slot < 0)
-            return false;
-        enum dsc_dtype dtype = source->local ? DSC_F32 : set->space->dtype;
-        struct copy_job job = {set, source, bucket->range, dtype,
-                               slot_address(set, set->rank, slot)};
-        dsc_pool_run(set->options.pool, dsc_range_size(bucket->range) / DSC_BLOCK, 32, copy_blocks,
-                     &job);
-        tag = make_tag(slot, dtype);
-    }
-    post(set, b, tag);
-    dsc_comm_ring(set->comm, bucket->owner);
-    return true;
-}
-
-enum dsc_status dsc_buckets_exchange(struct dsc_buckets *set, const struct dsc_source *source,
-                                     struct dsc_norm *norm, const char *label) {
-    size_t at = set->first[set->rank], end = set->first[set->rank + 1], b = 0;
-    struct cursor cursor = {0, 1};
-    double since = dsc_comm_now();
-    for (;;) {
-        uint32_t bell = dsc_comm_bell(set->comm);
-        bool moved = false;
-        bool publishing = next_to_publish(set, &cursor, &b);
-        if (publishing && publish_from_source(set, b, source)) {
-            cursor.step++;
-            moved = true;
-        }
-        if (at < end && complete(set, record_of(set, at), set->rank)) {
-            settle(set, at, source, norm);
-            at++;
-            moved = true;
-        }
-        if (at == end && !publishing)
-            return DSC_OK;
-        if (moved)
-            since = dsc_comm_now();
-        else
-            DSC_TRY(dsc_comm_wait_bell(set->comm, bell, label, since));
-    }
+void dsc__bucket_post(struct dsc_buckets *set, size_t b, uint64_t tag) {
+    if (tag != DSC__NOTHING)
+        set->outstanding[set->n_outstanding++] = (struct dsc__outstanding){(uint32_t)b, tag};
+    atomic_store(&dsc__bucket_record(set, b)->entry[set->rank], tag);
 }
 
 /* ---- opening and closing ---- */
@@ -668,7 +229,7 @@ static enum dsc_status lay_buckets(struct dsc_buckets *set) {
             size_t begin = set->owned[r].begin + (b - set->first[r]) * set->slot_elems;
             struct dsc_range range = {begin, dsc_min(begin + set->slot_elems, set->owned[r].end)};
             struct dsc_parts it = dsc_parts(set->space, range);
-            set->bucket[b] = (struct bucket){.range = range, .owner = r, .slot = -1};
+            set->bucket[b] = (struct dsc__bucket){.range = range, .owner = r, .slot = -1};
             while (dsc_parts_next(&it))
                 set->bucket[b].n_used += (uint32_t)dsc_range_size(it.part);
         }
@@ -699,7 +260,7 @@ static enum dsc_status open_window(struct dsc_buckets *set) {
     }
     bool shared = set->options.early || set->options.shared_sums;
     set->record_stride =
-        dsc_round_up(sizeof(struct record) + (size_t)set->size * sizeof(uint64_t), 64);
+        dsc_round_up(sizeof(struct dsc__record) + (size_t)set->size * sizeof(uint64_t), 64);
     set->sums_offset = dsc_round_up(most_buckets * set->record_stride, 4096);
     set->slots_offset =
         dsc_round_up(set->sums_offset + (shared ? most_elems * sizeof(float) : 0), 4096);

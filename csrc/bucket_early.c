@@ -1,0 +1,244 @@
+/* Early buckets: gradients arrive one by one inside backward, and nothing waits before the
+ * boundary. A bucket is published when all its parts are there; whoever completes the set of ranks
+ * settles it. A rank whose previous round of a bucket is not settled yet keeps the next in its
+ * backlog. Invariant: rounds of a bucket are posted in order. */
+#include "bucket_impl.h"
+
+#include "alloc.h"
+#include "kernels/kernels.h"
+
+#include <string.h>
+
+static bool entry_is_free(const struct dsc_buckets *set, size_t b) {
+    return atomic_load(&dsc__bucket_record(set, b)->entry[set->rank]) == 0;
+}
+
+/* Posts what waited for an earlier round of its bucket, in order per bucket. */
+static void flush_backlog(struct dsc_buckets *set) {
+    size_t kept = 0;
+    for (size_t i = 0; i < set->n_backlog; i++) {
+        struct dsc__outstanding item = set->backlog[i];
+        struct dsc__bucket *bucket = &set->bucket[item.bucket];
+        /* An earlier round of the bucket goes first, even if its entry became free just now. */
+        if (bucket->blocked || !entry_is_free(set, item.bucket)) {
+            bucket->blocked = true;
+            set->backlog[kept++] = item;
+            continue;
+        }
+        bucket->n_waiting--;
+        dsc__bucket_post(set, item.bucket, item.tag);
+        dsc__bucket_try_settle(set, item.bucket);
+    }
+    set->n_backlog = kept;
+    for (size_t i = 0; i < kept; i++)
+        set->bucket[set->backlog[i].bucket].blocked = false;
+}
+
+static enum dsc_status publish(struct dsc_buckets *set, size_t b, uint64_t tag) {
+    struct dsc__bucket *bucket = &set->bucket[b];
+    bucket->published = true;
+    bucket->slot = -1;
+    if (bucket->n_waiting == 0 && entry_is_free(set, b)) {
+        dsc__bucket_post(set, b, tag);
+        if (set->options.settle_in_hooks)
+            dsc__bucket_try_settle(set, b);
+        return DSC_OK;
+    }
+    if (set->n_backlog == set->max_backlog) {
+        size_t more = 2 * set->max_backlog;
+        DSC_TRY(dsc_realloc((void **)&set->backlog, more * sizeof *set->backlog));
+        set->max_backlog = more;
+    }
+    set->backlog[set->n_backlog++] = (struct dsc__outstanding){(uint32_t)b, tag};
+    bucket->n_waiting++;
+    return DSC_OK;
+}
+
+/* ---- early: gradients arrive inside backward ---- */
+
+bool dsc_buckets_expects(const struct dsc_buckets *set, size_t segment) {
+    return set->arrived[segment] != set->round;
+}
+
+void dsc_buckets_set_dtype(struct dsc_buckets *set, enum dsc_dtype dtype) {
+    set->slot_dtype = dtype;
+}
+
+static void zero_gaps(struct dsc_buckets *set, const struct dsc__bucket *bucket, char *slot) {
+    size_t elem_size = dsc_dtype_size(set->slot_dtype), at = bucket->range.begin;
+    struct dsc_parts it = dsc_parts(set->space, bucket->range);
+    while (dsc_parts_next(&it)) {
+        memset(slot + (at - bucket->range.begin) * elem_size, 0, (it.part.begin - at) * elem_size);
+        at = it.part.end;
+    }
+    memset(slot + (at - bucket->range.begin) * elem_size, 0, (bucket->range.end - at) * elem_size);
+}
+
+static enum dsc_status open_slot(struct dsc_buckets *set, size_t b) {
+    struct dsc__bucket *bucket = &set->bucket[b];
+    /* Without overlap, settling starts when the staging that was asked for is full. */
+    if (!set->options.settle_in_hooks && set->n_free == 0 && set->n_slots >= set->budget_slots)
+        dsc_buckets_settle_ready(set);
+    bucket->slot = dsc__bucket_take_slot(set, set->max_slots);
+    if (bucket->slot < 0)
+        return DSC_FAIL(
+            DSC_ENOMEM,
+            "rank %d is more than %d backward passes ahead of the slowest rank, and its "
+            "staging is full; ranks must call backward equally often between steps",
+            set->rank, MAX_ROUNDS_AHEAD);
+    bucket->n_missing = bucket->n_used;
+    zero_gaps(set, bucket, dsc__bucket_slot(set, set->rank, bucket->slot));
+    return DSC_OK;
+}
+
+/* src NULL: zeros. */
+static enum dsc_status fill(struct dsc_buckets *set, size_t b, struct dsc_range part,
+                            const void *src, enum dsc_dtype dtype, bool *finite) {
+    struct dsc__bucket *bucket = &set->bucket[b];
+    size_t elem_size = dsc_dtype_size(set->slot_dtype), n = dsc_range_size(part);
+    if (bucket->slot < 0)
+        DSC_TRY(open_slot(set, b));
+    char *dst = dsc__bucket_slot(set, set->rank, bucket->slot) +
+                (part.begin - bucket->range.begin) * elem_size;
+    if (!src) {
+        memset(dst, 0, n * elem_size);
+    } else if (dtype == set->slot_dtype) {
+        *finite &= dsc_kernels()->copy_finite[dtype](dst, src, n);
+    } else {
+        dsc_kernels()->to_f32[dtype]((float *)(void *)dst, src, n);
+        *finite &= dsc_kernels()->is_finite[DSC_F32](dst, n);
+    }
+    bucket->n_missing -= (uint32_t)n;
+    if (bucket->n_missing == 0)
+        return publish(set, b, dsc__bucket_tag(bucket->slot, set->slot_dtype));
+    return DSC_OK;
+}
+
+enum dsc_status dsc_buckets_arrive(struct dsc_buckets *set, size_t segment, const void *grad,
+                                   enum dsc_dtype dtype, bool *finite) {
+    const struct dsc_segment *where = &set->space->segments[segment];
+    struct dsc_range whole = dsc_segment_range(where);
+    if (dtype != set->slot_dtype && set->slot_dtype != DSC_F32)
+        return DSC_FAIL(DSC_ETYPE, "parameter %d is %s and its gradient %s", where->param,
+                        dsc_dtype_name(set->space->dtype), dsc_dtype_name(dtype));
+    *finite = true;
+    set->arrived[segment] = set->round;
+    if (set->n_backlog)
+        flush_backlog(set);
+    for (size_t at = whole.begin; at < whole.end;) {
+        size_t b = dsc__bucket_at(set, at);
+        struct dsc_range part = dsc_range_cut(whole, set->bucket[b].range);
+        DSC_TRY(fill(set, b, part, (const char *)grad + (at - whole.begin) * dsc_dtype_size(dtype),
+                     dtype, finite));
+        at = part.end;
+    }
+    return DSC_OK;
+}
+
+/* A segment that did not arrive: from the source, or zeros where its bucket is being filled. */
+static enum dsc_status complete_segment(struct dsc_buckets *set, size_t segment,
+                                        const struct dsc_source *source) {
+    const struct dsc_segment *where = &set->space->segments[segment];
+    struct dsc_range whole = dsc_segment_range(where);
+    enum dsc_dtype dtype = set->slot_dtype;
+    const void *src = source ? dsc_source_at(source, where, where->begin, &dtype) : NULL;
+    bool finite;
+    if (src)
+        return dsc_buckets_arrive(set, segment, src, dtype, &finite);
+    for (size_t at = whole.begin; at < whole.end;) {
+        size_t b = dsc__bucket_at(set, at);
+        struct dsc_range part = dsc_range_cut(whole, set->bucket[b].range);
+        if (set->bucket[b].slot >= 0)
+            DSC_TRY(fill(set, b, part, NULL, set->slot_dtype, &finite));
+        at = part.end;
+    }
+    return DSC_OK;
+}
+
+enum dsc_status dsc_buckets_end_round(struct dsc_buckets *set, const struct dsc_source *source) {
+    /* Two passes: first what has data (which may open slots), then zeros into the open slots. */
+    for (int pass = 0; pass < 2; pass++)
+        for (size_t s = 0; s < set->space->n_segments; s++) {
+            enum dsc_dtype dtype;
+            const struct dsc_segment *where = &set->space->segments[s];
+            if (!dsc_buckets_expects(set, s))
+                continue;
+            bool has_data = source && dsc_source_at(source, where, where->begin, &dtype);
+            if (has_data == (pass == 0))
+                DSC_TRY(complete_segment(set, s, source));
+        }
+    for (size_t b = 0; b < set->first[set->size]; b++) {
+        if (!set->bucket[b].published)
+            DSC_TRY(publish(set, b, DSC__NOTHING));
+        set->bucket[b].published = false;
+    }
+    set->round++;
+    dsc_comm_ring_others(set->comm);
+    return DSC_OK;
+}
+
+void dsc_buckets_settle_ready(struct dsc_buckets *set) {
+    if (set->n_backlog)
+        flush_backlog(set);
+    for (size_t b = 0; b < set->first[set->size]; b++)
+        dsc__bucket_try_settle(set, b);
+}
+
+/* ---- the boundary ---- */
+
+struct norm_job {
+    const float *sums;
+    double *squares;
+};
+
+static void norm_blocks(void *context, size_t begin, size_t end) {
+    const struct norm_job *job = context;
+    for (size_t k = begin; k < end; k++)
+        job->squares[k] = dsc_kernels()->sum_squares(job->sums + k * DSC_BLOCK, DSC_BLOCK);
+}
+
+static void norm_of_own(struct dsc_buckets *set, struct dsc_norm *norm) {
+    size_t n_blocks = dsc_range_size(set->owned[set->rank]) / DSC_BLOCK;
+    size_t step = set->slot_elems / DSC_BLOCK;
+    const float *sums = dsc_buckets_sums(set, set->rank);
+    for (size_t at = 0; at < n_blocks; at += step) {
+        size_t n = dsc_min(step, n_blocks - at);
+        struct norm_job job = {sums + at * DSC_BLOCK, set->squares};
+        dsc_pool_run(set->options.pool, n, 64, norm_blocks, &job);
+        for (size_t k = 0; k < n; k++)
+            dsc_norm_add(norm, set->squares[k]);
+    }
+}
+
+enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
+                                   struct dsc_norm *norm, const char *label) {
+    size_t at = set->first[set->rank], end = set->first[set->rank + 1];
+    double since = dsc_comm_now();
+    for (;;) {
+        uint32_t bell = dsc_comm_bell(set->comm);
+        flush_backlog(set);
+        size_t before = at;
+        while (at < end) {
+            dsc__bucket_try_settle(set, at);
+            if (atomic_load(&dsc__bucket_record(set, at)->n_settled) < n_rounds)
+                break;
+            at++;
+        }
+        if (at == end && set->n_backlog == 0)
+            break;
+        if (at != before)
+            since = dsc_comm_now();
+        DSC_TRY(dsc_comm_wait_bell(set->comm, bell, label, since));
+    }
+    norm_of_own(set, norm);
+    return DSC_OK;
+}
+
+void dsc_buckets_in_backward(struct dsc_buckets *set, bool inside) {
+    set->in_backward = inside;
+}
+
+void dsc_buckets_reset(struct dsc_buckets *set) {
+    for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++)
+        atomic_store(&dsc__bucket_record(set, b)->n_settled, 0);
+}

@@ -1,0 +1,92 @@
+/* What the three bucket files share: the records in the window, the state of one rank, the
+ * primitive moves. Nobody else includes it.
+ *
+ * The window of rank r holds, in this order: a control record for each bucket that r owns, r's sums
+ * where other ranks need them, and r's slots. A record has one entry per rank: 0 while that rank
+ * has published nothing new, else a tag (slot and dtype, or DSC__NOTHING). Invariant: entries and
+ * the lock are sequentially consistent, because a publisher that fails to take the lock relies on
+ * the holder to look again after it unlocked, which needs the total order. */
+#ifndef DSC_BUCKET_IMPL_H
+#define DSC_BUCKET_IMPL_H
+
+#include "bucket.h"
+
+#include <stdatomic.h>
+
+/* The tag of a contribution that equals zero. */
+#define DSC__NOTHING ((uint64_t)1)
+
+struct dsc__record {
+    _Atomic uint32_t lock;
+    _Atomic uint32_t n_settled;
+    _Atomic uint64_t entry[];
+};
+
+struct dsc__bucket {
+    struct dsc_range range;
+    int owner;
+    uint32_t n_used;    /* elements that belong to parameters */
+    uint32_t n_missing; /* of them, not yet arrived in the open round */
+    int32_t slot;       /* being filled; -1: none */
+    int32_t n_waiting;  /* entries of the backlog */
+    bool published;     /* in the open round */
+    bool blocked;       /* in one pass over the backlog */
+};
+
+struct dsc__outstanding {
+    uint32_t bucket;
+    uint64_t tag;
+};
+
+struct dsc_buckets {
+    struct dsc_comm *comm;
+    const struct dsc_space *space;
+    struct dsc_bucket_options options;
+    int rank, size;
+    struct dsc_range *owned; /* per rank */
+    size_t *first;           /* per rank: its first bucket; first[size] is the count */
+    struct dsc__bucket *bucket;
+    uint32_t *arrived; /* per segment: the round in which it last arrived, counted from 1 */
+    uint32_t round;    /* the open round */
+    size_t slot_elems;
+    enum dsc_dtype slot_dtype; /* early: of the open round */
+
+    struct dsc_window *window;
+    size_t record_stride, sums_offset, slots_offset;
+    float *private_sums; /* NULL where the sums are in the window */
+
+    int32_t n_slots, max_slots, budget_slots;
+    int32_t *free_slots, n_free;
+    struct dsc__outstanding *outstanding; /* published, not known to be consumed */
+    int32_t n_outstanding;
+    uint32_t reclaim_bell;
+    bool reclaim_due; /* this rank settled something itself, which rings no bell of its own */
+    struct dsc__outstanding *backlog; /* published rounds that wait for an earlier one */
+    size_t n_backlog, max_backlog;
+
+    double *squares; /* per block of one slot */
+    bool in_backward, said_ahead;
+    struct dsc_bucket_counters counters;
+};
+
+struct dsc__record *dsc__bucket_record(const struct dsc_buckets *set, size_t b);
+/* A slot's memory in any rank's window. */
+char *dsc__bucket_slot(const struct dsc_buckets *set, int rank, int32_t slot);
+uint64_t dsc__bucket_tag(int32_t slot, enum dsc_dtype dtype);
+/* The bucket that holds an element of the space. */
+size_t dsc__bucket_at(const struct dsc_buckets *set, size_t elem);
+/* A slot to fill, or -1 where `limit` slots are in use. */
+int32_t dsc__bucket_take_slot(struct dsc_buckets *set, int32_t limit);
+/* Makes this rank's contribution visible; its entry must be free. */
+void dsc__bucket_post(struct dsc_buckets *set, size_t b, uint64_t tag);
+/* Whether every rank but `except` (-1: none) has published. */
+bool dsc__bucket_complete(const struct dsc_buckets *set, struct dsc__record *record, int except);
+/* Adds all contributions; the caller has the bucket for itself. own: this rank's part read where it
+ * lies, instead of an entry. norm: NULL, or takes the squares of the sums. */
+void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_source *own,
+                        struct dsc_norm *norm);
+/* Settles a bucket where all entries are there. Never waits: if another rank holds the lock, that
+ * rank looks again after it has unlocked. */
+void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b);
+
+#endif

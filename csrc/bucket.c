@@ -14,8 +14,6 @@ enum {
     BOUNDARY_SLOT_ELEMS = 128 * 1024,
     BOUNDARY_SLOTS_PER_PEER = 3,
     EARLY_SLOT_ELEMS = 1024 * 1024,
-    /* How many backward passes a rank may be ahead of the slowest before it is an error. */
-    MAX_ROUNDS_AHEAD = 16,
 };
 
 /* ---- where things are ---- */
@@ -240,7 +238,7 @@ static enum dsc_status lay_slots(struct dsc_buckets *set) {
     size_t n_buckets = set->first[set->size];
     size_t asked = set->options.bucket_elems / set->slot_elems;
     set->budget_slots = (int32_t)dsc_max(1, dsc_min(asked, n_buckets));
-    set->max_slots = set->options.early ? (int32_t)(MAX_ROUNDS_AHEAD * n_buckets + 1)
+    set->max_slots = set->options.early ? (int32_t)(DSC__MAX_ROUNDS_AHEAD * n_buckets + 1)
                                         : BOUNDARY_SLOTS_PER_PEER * (set->size - 1);
     if (!set->options.early)
         set->budget_slots = set->max_slots;

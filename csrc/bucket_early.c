@@ -85,7 +85,7 @@ static enum dsc_status open_slot(struct dsc_buckets *set, size_t b) {
             DSC_ENOMEM,
             "rank %d is more than %d backward passes ahead of the slowest rank, and its "
             "staging is full; ranks must call backward equally often between steps",
-            set->rank, MAX_ROUNDS_AHEAD);
+            set->rank, DSC__MAX_ROUNDS_AHEAD);
     bucket->n_missing = bucket->n_used;
     zero_gaps(set, bucket, dsc__bucket_slot(set, set->rank, bucket->slot));
     return DSC_OK;

@@ -15,6 +15,8 @@
 
 /* The tag of a contribution that equals zero. */
 #define DSC__NOTHING ((uint64_t)1)
+/* How many backward passes a rank may be ahead of the slowest before it is an error. */
+enum { DSC__MAX_ROUNDS_AHEAD = 16 };
 
 struct dsc__record {
     _Atomic uint32_t lock;

@@ -1,10 +1,10 @@
 /* Communicators: a fixed set of ranks that call the same operations in the same order.
  *
- * Decides: argument checks, numbering, fingerprints, time-outs and poisoning; back ends (self.c, shm.c,
- * later delegate.c, nccl.c) only move bytes. Two classes of failure: the caller's argument (nothing has
- * changed), and a broken world (the communicator is poisoned: every later call returns the first error).
- * Invariant: no data moves before all ranks' fingerprints agree; every sum is taken in rank order and
- * starts at +0.0, so results repeat bit for bit.
+ * Decides: argument checks, numbering, fingerprints, time-outs and poisoning; back ends (self.c,
+ * shm.c, later delegate.c, nccl.c) only move bytes. Two classes of failure: the caller's argument
+ * (nothing has changed), and a broken world (the communicator is poisoned: every later call returns
+ * the first error). Invariant: no data moves before all ranks' fingerprints agree; every sum is
+ * taken in rank order and starts at +0.0, so results repeat bit for bit.
  *
  * A communicator belongs to one thread at a time (the binding sees to it). */
 #ifndef DSC_COMM_H
@@ -14,7 +14,8 @@
 
 struct dsc_comm;
 
-/* What an operation is: compared between ranks before data moves. `label` says who calls, for people
+/* What an operation is: compared between ranks before data moves. `label` says who calls, for
+ * people
  * ("all_reduce", "engine.step #12"); it is cut at 63 bytes and compared as well. */
 enum dsc_comm_op {
     DSC_COMM_ALL_REDUCE,
@@ -30,7 +31,7 @@ enum dsc_comm_op {
 struct dsc_coll {
     const void *src; /* all_reduce, reduce_scatter, all_gather; may equal dst for all_reduce */
     void *dst;       /* all operations but barrier; broadcast reads it on root */
-    size_t n_elems;  /* all_reduce, broadcast: of the buffer; reduce_scatter, all_gather: per rank */
+    size_t n_elems; /* all_reduce, broadcast: of the buffer; reduce_scatter, all_gather: per rank */
     enum dsc_dtype dtype;
     enum dsc_op op;    /* all_reduce, reduce_scatter */
     int root;          /* broadcast */
@@ -52,9 +53,10 @@ struct dsc_comm_options {
 enum dsc_status dsc_comm_open_self(const struct dsc_comm_options *options, struct dsc_comm **out);
 
 /* Ranks of one node over shared memory, in two steps, because addresses travel through the
- * rendezvous of the caller (torch.distributed's store). listen: rank 0 makes an abstract Unix socket
- * and fills `address` (text, NUL-terminated) that all ranks then pass to connect. `node` receives this
- * machine's identity (boot id and user), which the caller compares between ranks first. */
+ * rendezvous of the caller (torch.distributed's store). listen: rank 0 makes an abstract Unix
+ * socket and fills `address` (text, NUL-terminated) that all ranks then pass to connect. `node`
+ * receives this machine's identity (boot id and user), which the caller compares between ranks
+ * first. */
 struct dsc_shm_listener;
 enum { DSC_SHM_ADDRESS_MAX = 108, DSC_SHM_NODE_MAX = 96 };
 enum dsc_status dsc_shm_node(char node[DSC_SHM_NODE_MAX]);
@@ -93,15 +95,16 @@ enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label);
 /* ---- what the engine builds on ---- */
 
 /* Every rank brings n_bytes (<= DSC_MEET_MAX) and receives everyone's, in rank order, in `all`
- * (size * n_bytes). `label` and `tag` are fingerprinted: ranks that come with different ones all get
- * DSC_EDIVERGED naming both. Also a barrier: what a rank wrote before it is visible to all after it. */
+ * (size * n_bytes). `label` and `tag` are fingerprinted: ranks that come with different ones all
+ * get DSC_EDIVERGED naming both. Also a barrier: what a rank wrote before it is visible to all
+ * after it. */
 enum { DSC_MEET_MAX = 512 };
-enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t tag, const void *mine,
-                              size_t n_bytes, void *all);
+enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t tag,
+                              const void *mine, size_t n_bytes, void *all);
 
-/* A window: n_bytes of memory per rank (zeroed, page-aligned) that all ranks of this node map; base[r]
- * is rank r's part. Pages cost memory only once touched. Collective open; local close. On `self` it
- * is private memory. Not inherited by a forked child. */
+/* A window: n_bytes of memory per rank (zeroed, page-aligned) that all ranks of this node map;
+ * base[r] is rank r's part. Pages cost memory only once touched. Collective open; local close. On
+ * `self` it is private memory. Not inherited by a forked child. */
 struct dsc_window {
     size_t n_bytes;
     char *base[]; /* size entries */
@@ -112,8 +115,8 @@ void dsc_comm_window_close(struct dsc_comm *comm, struct dsc_window *window);
 
 /* Bells: one counter per rank. A rank that changed shared state rings those who may wait for it
  * (ordinary stores before ring are visible to who sees the ring); a rank that waits reads its bell
- * first, then looks at the state, then waits for the bell to differ from what it read. Ringing never
- * blocks and costs one atomic add when nobody sleeps. */
+ * first, then looks at the state, then waits for the bell to differ from what it read. Ringing
+ * never blocks and costs one atomic add when nobody sleeps. */
 void dsc_comm_ring(struct dsc_comm *comm, int rank);
 void dsc_comm_ring_others(struct dsc_comm *comm);
 uint32_t dsc_comm_bell(struct dsc_comm *comm);

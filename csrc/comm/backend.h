@@ -1,0 +1,90 @@
+/* What comm.c and the back ends share: fingerprints, the back-end table, the communicator itself.
+ *
+ * Decides: the border between the two. comm.c checks arguments, numbers operations, compares
+ * fingerprints and poisons; a back end publishes, waits and moves bytes. It may assume checked
+ * arguments and that no call comes after a failure of its own.
+ * Invariant: a back end never writes a caller's buffer before `agree` returned DSC_OK. */
+#ifndef DSC_COMM_BACKEND_H
+#define DSC_COMM_BACKEND_H
+
+#include "comm.h"
+
+#include <stdatomic.h>
+
+enum { DSC__LABEL_MAX = 64, DSC__CALL_TEXT_MAX = 160, DSC__REASON_MAX = 1024 };
+
+/* The fingerprint of one operation. Every byte is set (padding included), so memcmp compares it. */
+struct dsc__print {
+    uint64_t sequence; /* from 1 */
+    uint64_t tag;
+    uint64_t n_elems; /* meet and window: bytes */
+    uint32_t op, dtype, reduce, root, size, zero;
+    char label[DSC__LABEL_MAX];
+};
+
+/* Everything below takes the back end's state first. A failed call ends the communicator. */
+struct dsc_comm_backend {
+    const char *name;
+    size_t state_size; /* comm.c allocates and zeroes it */
+    void (*close)(void *state);
+    /* In a forked child, from pthread_atfork: give up descriptors; nothing else is safe there. */
+    void (*forked)(void *state);
+
+    /* Publishes `mine` with up to n_payload bytes and waits until every rank has published its own
+     * fingerprint of the same sequence. */
+    enum dsc_status (*agree)(void *state, const struct dsc__print *mine, const void *payload,
+                             size_t n_payload);
+    void (*print_of)(void *state, int rank, struct dsc__print *out);
+    /* What `rank` published with the current operation; only for n_payload <= DSC_MEET_MAX. */
+    const void *(*payload_of)(void *state, int rank);
+
+    enum dsc_status (*all_reduce)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*reduce_scatter)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*all_gather)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*broadcast)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*window_open)(void *state, size_t n_bytes, struct dsc_window **out);
+    void (*window_close)(void *state, struct dsc_window *window);
+
+    void (*ring)(void *state, int rank);
+    uint32_t (*bell)(void *state);
+    enum dsc_status (*wait_bell)(void *state, uint32_t seen, const char *label, double since);
+    /* Tells the other ranks that this one gives up; `status` is what their waits return. */
+    void (*give_up)(void *state, enum dsc_status status, const char *reason);
+};
+
+struct dsc_comm {
+    const struct dsc_comm_backend *backend;
+    void *state;
+    struct dsc_comm_options options;
+    int rank, size;
+    uint64_t sequence;
+    enum dsc_status broken; /* what every later call returns; DSC_OK while the world is whole */
+    char reason[DSC__REASON_MAX];
+    atomic_flag busy;   /* two threads in one communicator would diverge silently */
+    atomic_bool forked; /* set in a forked child */
+    struct dsc_comm *prev, *next;
+};
+
+/* A communicator with zeroed state of its back end, registered for forks. */
+enum dsc_status dsc__comm_new(const struct dsc_comm_backend *backend,
+                              const struct dsc_comm_options *options, int rank, int size,
+                              struct dsc_comm **out);
+/* Frees what dsc__comm_new gave; the state's contents are the back end's to release before. */
+void dsc__comm_delete(struct dsc_comm *comm);
+
+/* fork.c: the list of live communicators that the fork handler walks. */
+enum dsc_status dsc__fork_register(struct dsc_comm *comm);
+void dsc__fork_forget(struct dsc_comm *comm);
+
+/* fingerprint.c: "all_reduce(fp32 x 1024, sum)", and with " as operation 17" behind it. */
+void dsc__print_call(const struct dsc__print *print, char text[DSC__CALL_TEXT_MAX]);
+void dsc__print_operation(const struct dsc__print *print, char text[DSC__CALL_TEXT_MAX]);
+/* DSC_EDIVERGED naming two ranks and both calls unless all ranks' fingerprints equal rank 0's. */
+enum dsc_status dsc__print_compare(struct dsc_comm *comm, const struct dsc__print *mine);
+
+/* reduce.c: dst = the sources combined in rank order, in fp32 for 16-bit floats, rounded once.
+ * dst may equal a source, not overlap one otherwise. */
+void dsc__reduce(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
+                 enum dsc_dtype dtype, enum dsc_op op);
+
+#endif

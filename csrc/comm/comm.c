@@ -1,0 +1,326 @@
+/* The front of every communicator: what is checked, numbered, compared and remembered.
+ *
+ * Invariant: an operation first passes all argument checks (a failure there changes nothing and
+ * uses no number), then agrees on its fingerprint with every rank, then moves data; a failure from
+ * agreement on breaks the communicator, tells the other ranks, and is what every later call
+ * returns. */
+#define _GNU_SOURCE
+#include "backend.h"
+
+#include "../alloc.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+double dsc_comm_now(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- life ---- */
+
+enum dsc_status dsc__comm_new(const struct dsc_comm_backend *backend,
+                              const struct dsc_comm_options *options, int rank, int size,
+                              struct dsc_comm **out) {
+    void *block = NULL, *state = NULL;
+    enum dsc_status status;
+    DSC_TRY(dsc_alloc(sizeof(struct dsc_comm), &block));
+    if ((status = dsc_alloc(backend->state_size, &state)) != DSC_OK) {
+        dsc_free(block);
+        return status;
+    }
+    struct dsc_comm *comm = block;
+    comm->backend = backend;
+    comm->state = state;
+    if (options)
+        comm->options = *options;
+    comm->rank = rank;
+    comm->size = size;
+    atomic_flag_clear(&comm->busy);
+    if ((status = dsc__fork_register(comm)) != DSC_OK) {
+        dsc_free(state);
+        dsc_free(block);
+        return status;
+    }
+    *out = comm;
+    return DSC_OK;
+}
+
+void dsc__comm_delete(struct dsc_comm *comm) {
+    dsc__fork_forget(comm);
+    dsc_free(comm->state);
+    dsc_free(comm);
+}
+
+void dsc_comm_close(struct dsc_comm *comm) {
+    if (!comm || atomic_load(&comm->forked))
+        return;
+    comm->backend->close(comm->state);
+    dsc__comm_delete(comm);
+}
+
+int dsc_comm_rank(const struct dsc_comm *comm) {
+    return comm->rank;
+}
+
+int dsc_comm_size(const struct dsc_comm *comm) {
+    return comm->size;
+}
+
+const char *dsc_comm_backend(const struct dsc_comm *comm) {
+    return comm->backend->name;
+}
+
+/* ---- one call at a time, none after a failure, none in a forked child ---- */
+
+static enum dsc_status check_usable(const struct dsc_comm *comm) {
+    if (atomic_load_explicit(&comm->forked, memory_order_relaxed))
+        return DSC_FAIL(DSC_ESTATE, "a forked child cannot use its parent's communicator: only the "
+                                    "process that opened it is a rank");
+    if (comm->broken != DSC_OK)
+        return DSC_FAIL(comm->broken, "%s", comm->reason);
+    return DSC_OK;
+}
+
+static enum dsc_status enter(struct dsc_comm *comm) {
+    DSC_TRY(check_usable(comm));
+    if (atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire))
+        return DSC_FAIL(DSC_ESTATE, "an operation of this communicator is already running in "
+                                    "another thread");
+    return DSC_OK;
+}
+
+/* Ends what enter began. A failure breaks the communicator and is told to the others. */
+static enum dsc_status leave(struct dsc_comm *comm, enum dsc_status status) {
+    if (status != DSC_OK) {
+        comm->broken = status;
+        snprintf(comm->reason, sizeof comm->reason, "%s", dsc_last_error());
+        comm->backend->give_up(comm->state, status, comm->reason);
+    }
+    atomic_flag_clear_explicit(&comm->busy, memory_order_release);
+    return status;
+}
+
+void dsc_comm_abort(struct dsc_comm *comm, const char *reason) {
+    if (!comm || atomic_load(&comm->forked) || comm->broken != DSC_OK)
+        return;
+    comm->broken = DSC_EDEAD;
+    snprintf(comm->reason, sizeof comm->reason, "rank %d (this one) gave up: %s", comm->rank,
+             reason ? reason : "no reason given");
+    comm->backend->give_up(comm->state, DSC_EDEAD, reason ? reason : "no reason given");
+}
+
+/* ---- argument checks ---- */
+
+static enum dsc_status check_buffer(const char *call, const char *what, const void *p, size_t n,
+                                    size_t n_ranks, enum dsc_dtype dtype) {
+    size_t size = dsc_dtype_size(dtype);
+    if (n > PTRDIFF_MAX / size / n_ranks)
+        return DSC_FAIL(DSC_EINVAL, "%s: %zu elements of %s for %zu ranks exceed the address space",
+                        call, n, dsc_dtype_name(dtype), n_ranks);
+    if (n > 0 && !p)
+        return DSC_FAIL(DSC_EINVAL, "%s: %s is NULL, %zu elements expected", call, what, n);
+    if ((uintptr_t)p % size != 0)
+        return DSC_FAIL(DSC_EINVAL, "%s: %s is not aligned to its elements (%s needs %zu bytes)",
+                        call, what, dsc_dtype_name(dtype), size);
+    return DSC_OK;
+}
+
+static enum dsc_status check_dtype(const char *call, enum dsc_dtype dtype) {
+    if ((unsigned)dtype >= DSC_DTYPE_COUNT)
+        return DSC_FAIL(DSC_EINVAL, "%s: %d is no element type", call, (int)dtype);
+    return DSC_OK;
+}
+
+static enum dsc_status check_reduction(const char *call, const struct dsc_coll *coll) {
+    if ((unsigned)coll->op >= DSC_OP_COUNT)
+        return DSC_FAIL(DSC_EINVAL, "%s: %d is no reduction; sum, avg, min, max, prod are", call,
+                        (int)coll->op);
+    if (coll->op == DSC_AVG && (coll->dtype == DSC_I32 || coll->dtype == DSC_I64))
+        return DSC_FAIL(DSC_EINVAL,
+                        "%s: avg of %s has no exact result; use sum and divide, or a float type",
+                        call, dsc_dtype_name(coll->dtype));
+    return DSC_OK;
+}
+
+/* Two buffers may be apart, or `inner` exactly at the place named by `allowed`. */
+static enum dsc_status check_overlap(const char *call, const char *inner, size_t n_inner,
+                                     const char *outer, size_t n_outer, const char *allowed,
+                                     const char *remedy) {
+    uintptr_t a = (uintptr_t)inner, b = (uintptr_t)outer;
+    if (n_inner == 0 || inner == allowed || a + n_inner <= b || b + n_outer <= a)
+        return DSC_OK;
+    return DSC_FAIL(DSC_EINVAL, "%s: the two buffers overlap; %s", call, remedy);
+}
+
+/* ---- agreement ---- */
+
+static struct dsc__print print_of_call(const struct dsc_comm *comm, enum dsc_comm_op op,
+                                       const char *label) {
+    struct dsc__print print;
+    memset(&print, 0, sizeof print);
+    print.op = op;
+    print.size = (uint32_t)comm->size;
+    for (size_t i = 0; label && label[i] && i < DSC__LABEL_MAX - 1; i++)
+        print.label[i] = label[i];
+    return print;
+}
+
+static enum dsc_status agree(struct dsc_comm *comm, struct dsc__print *mine, const void *payload,
+                             size_t n_payload) {
+    mine->sequence = ++comm->sequence;
+    DSC_TRY(comm->backend->agree(comm->state, mine, payload, n_payload));
+    return dsc__print_compare(comm, mine);
+}
+
+typedef enum dsc_status (*move_fn)(void *state, const struct dsc_coll *coll);
+
+/* Agreement, then data: the body of the four collectives. */
+static enum dsc_status run(struct dsc_comm *comm, const struct dsc_coll *coll, enum dsc_comm_op op,
+                           const void *payload, size_t n_payload, move_fn move) {
+    struct dsc__print mine = print_of_call(comm, op, coll->label);
+    mine.n_elems = coll->n_elems;
+    mine.dtype = coll->dtype;
+    if (op == DSC_COMM_ALL_REDUCE || op == DSC_COMM_REDUCE_SCATTER)
+        mine.reduce = coll->op;
+    if (op == DSC_COMM_BROADCAST)
+        mine.root = (uint32_t)coll->root;
+
+    DSC_TRY(enter(comm));
+    enum dsc_status status = agree(comm, &mine, payload, n_payload);
+    if (status == DSC_OK && coll->n_elems > 0)
+        status = move(comm->state, coll);
+    return leave(comm, status);
+}
+
+enum dsc_status dsc_comm_all_reduce(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("all_reduce", coll->dtype));
+    DSC_TRY(check_reduction("all_reduce", coll));
+    DSC_TRY(check_buffer("all_reduce", "src", coll->src, coll->n_elems, 1, coll->dtype));
+    DSC_TRY(check_buffer("all_reduce", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    DSC_TRY(check_overlap("all_reduce", coll->src, n_bytes, coll->dst, n_bytes, coll->dst,
+                          "pass the same buffer twice to reduce in place"));
+    return run(comm, coll, DSC_COMM_ALL_REDUCE, coll->src, n_bytes, comm->backend->all_reduce);
+}
+
+enum dsc_status dsc_comm_reduce_scatter(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    size_t n_ranks = (size_t)comm->size;
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("reduce_scatter", coll->dtype));
+    DSC_TRY(check_reduction("reduce_scatter", coll));
+    DSC_TRY(check_buffer("reduce_scatter", "src", coll->src, coll->n_elems, n_ranks, coll->dtype));
+    DSC_TRY(check_buffer("reduce_scatter", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    const char *src = coll->src, *own = src ? src + (size_t)comm->rank * n_bytes : NULL;
+    DSC_TRY(check_overlap("reduce_scatter", coll->dst, n_bytes, src, n_bytes * n_ranks, own,
+                          "only the rank's own part of the input may also be the output"));
+    return run(comm, coll, DSC_COMM_REDUCE_SCATTER, coll->src, n_bytes * n_ranks,
+               comm->backend->reduce_scatter);
+}
+
+enum dsc_status dsc_comm_all_gather(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    size_t n_ranks = (size_t)comm->size;
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("all_gather", coll->dtype));
+    DSC_TRY(check_buffer("all_gather", "src", coll->src, coll->n_elems, 1, coll->dtype));
+    DSC_TRY(check_buffer("all_gather", "dst", coll->dst, coll->n_elems, n_ranks, coll->dtype));
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    const char *dst = coll->dst, *own = dst ? dst + (size_t)comm->rank * n_bytes : NULL;
+    DSC_TRY(check_overlap("all_gather", coll->src, n_bytes, dst, n_bytes * n_ranks, own,
+                          "only the rank's own part of the output may also be the input"));
+    return run(comm, coll, DSC_COMM_ALL_GATHER, coll->src, n_bytes, comm->backend->all_gather);
+}
+
+enum dsc_status dsc_comm_broadcast(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("broadcast", coll->dtype));
+    if (coll->root < 0 || coll->root >= comm->size)
+        return DSC_FAIL(DSC_EINVAL, "broadcast: root is %d; a rank of 0 to %d is allowed",
+                        coll->root, comm->size - 1);
+    DSC_TRY(check_buffer("broadcast", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    return run(comm, coll, DSC_COMM_BROADCAST, coll->dst, comm->rank == coll->root ? n_bytes : 0,
+               comm->backend->broadcast);
+}
+
+enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label) {
+    struct dsc__print mine = print_of_call(comm, DSC_COMM_BARRIER, label);
+    DSC_TRY(enter(comm));
+    return leave(comm, agree(comm, &mine, NULL, 0));
+}
+
+enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t tag,
+                              const void *mine, size_t n_bytes, void *all) {
+    DSC_TRY(check_usable(comm));
+    if (n_bytes > DSC_MEET_MAX)
+        return DSC_FAIL(DSC_EINVAL, "meet: %zu bytes; at most %d are allowed", n_bytes,
+                        (int)DSC_MEET_MAX);
+    if (n_bytes > 0 && (!mine || !all))
+        return DSC_FAIL(DSC_EINVAL, "meet: %s is NULL", mine ? "all" : "mine");
+    struct dsc__print print = print_of_call(comm, DSC_COMM_MEET, label);
+    print.tag = tag;
+    print.n_elems = n_bytes;
+
+    DSC_TRY(enter(comm));
+    enum dsc_status status = agree(comm, &print, mine, n_bytes);
+    for (int r = 0; status == DSC_OK && n_bytes > 0 && r < comm->size; r++)
+        memcpy((char *)all + (size_t)r * n_bytes, comm->backend->payload_of(comm->state, r),
+               n_bytes);
+    return leave(comm, status);
+}
+
+/* ---- windows and bells ---- */
+
+enum dsc_status dsc_comm_window_open(struct dsc_comm *comm, size_t n_bytes, const char *label,
+                                     struct dsc_window **out) {
+    DSC_TRY(check_usable(comm));
+    if (n_bytes > PTRDIFF_MAX / 2)
+        return DSC_FAIL(DSC_EINVAL, "window: %zu bytes exceed the address space", n_bytes);
+    struct dsc__print mine = print_of_call(comm, DSC_COMM_WINDOW, label);
+    mine.n_elems = n_bytes;
+
+    DSC_TRY(enter(comm));
+    enum dsc_status status = agree(comm, &mine, NULL, 0);
+    if (status == DSC_OK)
+        status = comm->backend->window_open(comm->state, n_bytes, out);
+    return leave(comm, status);
+}
+
+void dsc_comm_window_close(struct dsc_comm *comm, struct dsc_window *window) {
+    if (comm && window && !atomic_load(&comm->forked))
+        comm->backend->window_close(comm->state, window);
+}
+
+void dsc_comm_ring(struct dsc_comm *comm, int rank) {
+    if (rank >= 0 && rank < comm->size &&
+        !atomic_load_explicit(&comm->forked, memory_order_relaxed))
+        comm->backend->ring(comm->state, rank);
+}
+
+void dsc_comm_ring_others(struct dsc_comm *comm) {
+    for (int r = 0; r < comm->size; r++)
+        if (r != comm->rank)
+            dsc_comm_ring(comm, r);
+}
+
+uint32_t dsc_comm_bell(struct dsc_comm *comm) {
+    if (atomic_load_explicit(&comm->forked, memory_order_relaxed))
+        return 0;
+    return comm->backend->bell(comm->state);
+}
+
+enum dsc_status dsc_comm_wait_bell(struct dsc_comm *comm, uint32_t seen, const char *label,
+                                   double since) {
+    DSC_TRY(enter(comm));
+    if (comm->size == 1 && comm->backend->bell(comm->state) == seen) {
+        atomic_flag_clear_explicit(&comm->busy, memory_order_release);
+        return DSC_FAIL(DSC_ESTATE, "the only rank waits for itself in %s: nobody can ring",
+                        label ? label : "a bell wait");
+    }
+    return leave(comm,
+                 comm->backend->wait_bell(comm->state, seen, label ? label : "a bell wait", since));
+}

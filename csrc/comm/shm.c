@@ -1,0 +1,137 @@
+/* The shared-memory back end: ranks of one node, a memfd each, mapped by all.
+ *
+ * Decides: what a state holds and how it goes; the table of entries stands at the end. Waiting is
+ * in shm_sync.c, algorithms in shm_coll.c, the first meeting in shm_rendezvous.c. No thread of its
+ * own. Invariant: nothing outlives the processes: memory is memfds without a name, sockets have
+ * abstract names. */
+#include "shm.h"
+
+#include "../alloc.h"
+
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum dsc_status dsc__shm_check_world(int rank, int size) {
+    if (size < 1 || size > DSC__SHM_RANKS_MAX)
+        return DSC_FAIL(DSC_EINVAL, "a world of %d ranks; 1 to %d are allowed on a node", size,
+                        (int)DSC__SHM_RANKS_MAX);
+    if (rank < 0 || rank >= size)
+        return DSC_FAIL(DSC_EINVAL, "rank is %d; 0 to %d are allowed in a world of %d", rank,
+                        size - 1, size);
+    return DSC_OK;
+}
+
+enum dsc_status dsc__shm_prepare(struct dsc__shm *shm, int rank, int size,
+                                 const struct dsc_comm_options *options) {
+    void *array = NULL;
+    size_t n = (size_t)size;
+    shm->rank = rank;
+    shm->size = size;
+    shm->options = options;
+    DSC_TRY(dsc_alloc(n * sizeof *shm->blocks, &array));
+    shm->blocks = array;
+    DSC_TRY(dsc_alloc(n * sizeof *shm->sources, &array));
+    shm->sources = array;
+    DSC_TRY(dsc_alloc(n * sizeof *shm->sockets, &array));
+    shm->sockets = array;
+    for (int r = 0; r < size; r++)
+        shm->sockets[r] = -1;
+    return DSC_OK;
+}
+
+/* Spinning pays only where every rank has a core. Ranks bound to a core each see one CPU, so the
+ * union of all ranks' CPUs counts. */
+void dsc__shm_settle_spins(struct dsc__shm *shm) {
+    enum { SPINS_FREE = 600, SPINS_CROWDED = 10 }; /* about 15 us and 0.3 us */
+    cpu_set_t all;
+    CPU_ZERO(&all);
+    for (int r = 0; r < shm->size; r++)
+        CPU_OR(&all, &all, &shm->blocks[r]->cpus);
+    shm->n_spins = CPU_COUNT(&all) >= shm->size ? SPINS_FREE : SPINS_CROWDED;
+}
+
+static void close_fd(int *fd) {
+    if (*fd >= 0)
+        (void)close(*fd);
+    *fd = -1;
+}
+
+static void close_fds(struct dsc__shm *shm) {
+    for (int r = 0; r < shm->size; r++) {
+        if (shm->sockets)
+            close_fd(&shm->sockets[r]);
+        if (shm->pidfds)
+            close_fd(&shm->pidfds[r].fd);
+    }
+}
+
+void dsc__shm_release(struct dsc__shm *shm) {
+    close_fds(shm);
+    for (int r = 0; !shm->world && shm->blocks && r < shm->size; r++)
+        if (shm->blocks[r])
+            (void)munmap(shm->blocks[r], sizeof(struct dsc__shm_block));
+    dsc__shm_world_unref(shm->world);
+    dsc_free(shm->blocks);
+    dsc_free(shm->sources);
+    dsc_free(shm->sockets);
+    dsc_free(shm->pidfds);
+    memset(shm, 0, sizeof *shm);
+}
+
+static void close_shm(void *state) {
+    struct dsc__shm *shm = state;
+    dsc__shm_leave(shm);
+    dsc__shm_release(shm);
+}
+
+/* A forked child that keeps a socket would hide this rank's death from nobody (pidfds tell), but it
+ * has no business with it. */
+static void forked(void *state) {
+    close_fds(state);
+}
+
+static enum dsc_status agree(void *state, const struct dsc__print *mine, const void *payload,
+                             size_t n_payload) {
+    struct dsc__shm *shm = state;
+    struct dsc__shm_wait wait = {.kind = DSC__SHM_PRINT, .target = mine->sequence};
+    /* The data of a rank that gave up must not be taken for an answer, even where it came in time.
+     */
+    DSC_TRY(dsc__shm_check_broken(shm));
+    shm->sequence = mine->sequence;
+    shm->current = *mine;
+    if (n_payload > 0 && n_payload <= DSC__SHM_SMALL)
+        memcpy(shm->blocks[shm->rank]->small[shm->sequence & 1], payload, n_payload);
+    dsc__shm_publish(shm, mine);
+    return dsc__shm_wait(shm, &wait);
+}
+
+static void print_of(void *state, int rank, struct dsc__print *out) {
+    struct dsc__shm *shm = state;
+    dsc__shm_read_print(shm, rank, shm->sequence, out);
+}
+
+static const void *payload_of(void *state, int rank) {
+    struct dsc__shm *shm = state;
+    return shm->blocks[rank]->small[shm->sequence & 1];
+}
+
+const struct dsc_comm_backend dsc__shm_backend = {
+    .name = "shm",
+    .state_size = sizeof(struct dsc__shm),
+    .close = close_shm,
+    .forked = forked,
+    .agree = agree,
+    .print_of = print_of,
+    .payload_of = payload_of,
+    .all_reduce = dsc__shm_all_reduce,
+    .reduce_scatter = dsc__shm_reduce_scatter,
+    .all_gather = dsc__shm_all_gather,
+    .broadcast = dsc__shm_broadcast,
+    .window_open = dsc__shm_window_open,
+    .window_close = dsc__shm_window_close,
+    .ring = dsc__shm_ring,
+    .bell = dsc__shm_bell,
+    .wait_bell = dsc__shm_wait_bell,
+    .give_up = dsc__shm_give_up,
+};

@@ -1,0 +1,160 @@
+/* Inside the shared-memory back end: what lies in a rank's memory, and what its files offer each
+ * other.
+ *
+ * Decides: the layout. Every rank owns one region (control block, small slots, chunk areas), writes
+ * only its own region and a few words meant for others (wake, bell, broken), and reads everybody's.
+ * Invariant: no call on these structures happens in a forked child. Threads: none of its own. */
+#ifndef DSC_COMM_SHM_H
+#define DSC_COMM_SHM_H
+
+#define _GNU_SOURCE
+#include "backend.h"
+
+#include <poll.h>
+#include <sched.h>
+
+enum {
+    DSC__SHM_PAGE = 4096,
+    DSC__SHM_RANKS_MAX = 1024,
+    DSC__SHM_RING = 4,          /* fingerprints kept; 2 are needed, the rest is for texts */
+    DSC__SHM_SMALL = 32 << 10,  /* up to here data travels with the fingerprint */
+    DSC__SHM_CHUNK = 256 << 10, /* beyond, in chunks that stay in the caches */
+    DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
+};
+_Static_assert(DSC__SHM_PRINT_WORDS == 14, "a fingerprint fills a slot of 16 words");
+_Static_assert(sizeof(void *) == 8, "sizes of regions are computed in 64 bits");
+
+/* A published fingerprint. Word 0 is the sequence: stored last, 0 while the others change. */
+struct dsc__shm_slot {
+    _Alignas(128) _Atomic uint64_t words[16];
+};
+
+/* Each line below is written by one side only, and padded to two cache lines (CPUs fetch pairs). */
+struct dsc__shm_block {
+    struct dsc__shm_slot ring[DSC__SHM_RING];
+    _Alignas(128) _Atomic uint64_t phase; /* steps inside operations, monotonic */
+    _Alignas(128) _Atomic uint32_t asleep;
+    _Alignas(128) _Atomic uint32_t wake; /* the futex: changed by others to end this rank's sleep */
+    _Alignas(128) _Atomic uint32_t bell;
+    _Alignas(128) _Atomic uint32_t left; /* closed */
+    _Atomic uint32_t gave_up;            /* -status, 0 while it did not */
+    _Atomic uint32_t broken;             /* rank 0's only: 1 + the first rank that gave up */
+    int32_t pid;
+    cpu_set_t cpus; /* where the rank may run */
+    char reason[DSC__REASON_MAX];
+    /* Double buffers: an operation's parity or a chunk's parity selects one. */
+    _Alignas(DSC__SHM_PAGE) char small[2][DSC__SHM_SMALL];
+    _Alignas(DSC__SHM_PAGE) char in[2][DSC__SHM_CHUNK];
+    _Alignas(DSC__SHM_PAGE) char result[2][DSC__SHM_CHUNK];
+};
+
+struct dsc__shm_world; /* ranks as threads, see shm_threads.c */
+
+struct dsc__shm {
+    const struct dsc_comm_options *options;
+    int rank, size;
+    unsigned n_spins;
+    uint64_t sequence, phase;
+    struct dsc__print current;      /* the operation that runs, for texts */
+    struct dsc__shm_block **blocks; /* size */
+    const void **sources;           /* size: one reduction's inputs */
+    struct dsc__shm_world *world;   /* NULL where ranks are processes */
+    struct pollfd *pidfds;          /* size; fd -1 for this rank; NULL where ranks are threads */
+    int *sockets;                   /* size: rank 0 has one to each, the others one to rank 0 */
+};
+
+/* ---- shm.c ---- */
+extern const struct dsc_comm_backend dsc__shm_backend;
+/* Allocates the arrays of a state. */
+enum dsc_status dsc__shm_prepare(struct dsc__shm *shm, int rank, int size,
+                                 const struct dsc_comm_options *options);
+/* After all blocks are mapped: how long to spin. */
+void dsc__shm_settle_spins(struct dsc__shm *shm);
+/* Releases whatever prepare and open got, in any state of completion. */
+void dsc__shm_release(struct dsc__shm *shm);
+enum dsc_status dsc__shm_check_world(int rank, int size);
+
+/* ---- shm_memory.c: memfds ---- */
+/* A sealed memfd of n_bytes. */
+enum dsc_status dsc__shm_memfd(const char *name, size_t n_bytes, int *out);
+/* Maps a memfd that must have exactly n_bytes and be sealed against shrinking. */
+enum dsc_status dsc__shm_map(int fd, size_t n_bytes, int owner, void **out);
+enum dsc_status dsc__shm_window_open(void *state, size_t n_bytes, struct dsc_window **out);
+void dsc__shm_window_close(void *state, struct dsc_window *window);
+
+/* ---- shm_socket.c: messages with descriptors ---- */
+enum { DSC__SHM_TEXT_MAX = 512, DSC__SHM_FDS_MAX = 2 };
+enum dsc__shm_kind { DSC__SHM_HELLO = 1, DSC__SHM_PEER, DSC__SHM_REFUSED, DSC__SHM_WINDOW };
+struct dsc__shm_message {
+    uint64_t magic; /* protocol and version */
+    uint64_t number;
+    uint32_t kind;
+    int32_t rank, size, pid;
+    int32_t n_fds;
+    int32_t fds[DSC__SHM_FDS_MAX]; /* local numbers: filled by receive, read by send */
+    char text[DSC__SHM_TEXT_MAX];  /* token or reason */
+};
+/* What a wait on a socket polls besides the socket. `check` may be NULL. */
+struct dsc__shm_patience {
+    const struct dsc_comm_options *options;
+    double since;
+    const char *what; /* for the texts: "connecting to rank 0" */
+    enum dsc_status (*check)(void *context);
+    void *context;
+};
+enum dsc__shm_received { DSC__SHM_GOT, DSC__SHM_NOTHING, DSC__SHM_CLOSED, DSC__SHM_GARBAGE };
+/* Never blocks. Descriptors of anything but DSC__SHM_GOT are closed already. */
+enum dsc__shm_received dsc__shm_receive_now(int socket, struct dsc__shm_message *out);
+/* `peer` is named in the texts. A refusal and a closed socket are DSC_EDEAD. */
+enum dsc_status dsc__shm_receive(int socket, int peer, const struct dsc__shm_patience *patience,
+                                 struct dsc__shm_message *out);
+enum dsc_status dsc__shm_send(int socket, int peer, const struct dsc__shm_patience *patience,
+                              const struct dsc__shm_message *message);
+/* Time-out and interrupt of a wait; DSC_OK means go on. */
+enum dsc_status dsc__shm_patience_check(const struct dsc__shm_patience *patience);
+struct dsc__shm_message dsc__shm_message_of(enum dsc__shm_kind kind, int rank, int size);
+void dsc__shm_close_fds(struct dsc__shm_message *message);
+/* The uid at the other end is ours. */
+bool dsc__shm_same_user(int socket);
+
+/* ---- shm_threads.c ---- */
+enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
+                                        struct dsc_window **out);
+void dsc__shm_threads_window_close(struct dsc__shm *shm, struct dsc_window *window);
+void dsc__shm_world_unref(struct dsc__shm_world *world);
+
+/* ---- shm_sync.c: publishing, waiting, death ---- */
+enum dsc__shm_awaited { DSC__SHM_PRINT, DSC__SHM_PHASE, DSC__SHM_BELL };
+struct dsc__shm_wait {
+    enum dsc__shm_awaited kind;
+    uint64_t target;   /* sequence, phase, or the bell's value that must pass */
+    const char *label; /* bell: what is waited for */
+    double since;      /* 0: from now */
+};
+enum dsc_status dsc__shm_wait(struct dsc__shm *shm, const struct dsc__shm_wait *wait);
+/* A step of all ranks inside an operation: what each wrote before, all see after. */
+enum dsc_status dsc__shm_step(struct dsc__shm *shm);
+void dsc__shm_publish(struct dsc__shm *shm, const struct dsc__print *print);
+/* The print in rank's slot for `sequence`. */
+void dsc__shm_read_print(const struct dsc__shm *shm, int rank, uint64_t sequence,
+                         struct dsc__print *out);
+/* The newest print of a rank, sequence 0 if none. */
+void dsc__shm_last_print(const struct dsc__shm *shm, int rank, struct dsc__print *out);
+/* DSC_OK, or the failure that somebody told this world about. */
+enum dsc_status dsc__shm_check_broken(const struct dsc__shm *shm);
+/* Dead, left and given-up ranks that `wait` needs. */
+enum dsc_status dsc__shm_check_ranks(struct dsc__shm *shm, const struct dsc__shm_wait *wait);
+void dsc__shm_ring(void *state, int rank);
+uint32_t dsc__shm_bell(void *state);
+enum dsc_status dsc__shm_wait_bell(void *state, uint32_t seen, const char *label, double since);
+void dsc__shm_give_up(void *state, enum dsc_status status, const char *reason);
+/* Says that this rank closed, and wakes all. */
+void dsc__shm_leave(struct dsc__shm *shm);
+
+/* ---- shm_coll.c: algorithms ---- */
+enum dsc_status dsc__shm_all_reduce(void *state, const struct dsc_coll *coll);
+enum dsc_status dsc__shm_reduce_scatter(void *state, const struct dsc_coll *coll);
+enum dsc_status dsc__shm_all_gather(void *state, const struct dsc_coll *coll);
+enum dsc_status dsc__shm_broadcast(void *state, const struct dsc_coll *coll);
+
+#endif

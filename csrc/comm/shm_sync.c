@@ -1,0 +1,299 @@
+/* Words between ranks: publishing, waiting, and finding out that somebody will not come.
+ *
+ * Decides: how a rank waits (spin briefly, then sleep on its own futex in slices of 100 ms; each
+ * slice looks for dead ranks, signals and the deadline) and what the errors say. Invariant: sleeper
+ * and waker follow Dekker: the sleeper stores `asleep`, then looks at what it waits for; the waker
+ * stores that, then looks at `asleep`; all sequentially consistent, so one sees the other. */
+#include "shm.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { SLICE_MS = 100 };
+
+static void pause_cpu(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* ---- waking ---- */
+
+static void wake_if_asleep(struct dsc__shm_block *block) {
+    if (!atomic_load(&block->asleep))
+        return;
+    atomic_fetch_add(&block->wake, 1);
+    (void)syscall(SYS_futex, &block->wake, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+static void wake_others(struct dsc__shm *shm) {
+    for (int r = 0; r < shm->size; r++)
+        if (r != shm->rank)
+            wake_if_asleep(shm->blocks[r]);
+}
+
+void dsc__shm_ring(void *state, int rank) {
+    struct dsc__shm *shm = state;
+    atomic_fetch_add(&shm->blocks[rank]->bell, 1);
+    if (rank != shm->rank)
+        wake_if_asleep(shm->blocks[rank]);
+}
+
+uint32_t dsc__shm_bell(void *state) {
+    struct dsc__shm *shm = state;
+    return atomic_load(&shm->blocks[shm->rank]->bell);
+}
+
+void dsc__shm_leave(struct dsc__shm *shm) {
+    atomic_store(&shm->blocks[shm->rank]->left, 1);
+    wake_others(shm);
+}
+
+void dsc__shm_give_up(void *state, enum dsc_status status, const char *reason) {
+    struct dsc__shm *shm = state;
+    struct dsc__shm_block *mine = shm->blocks[shm->rank];
+    uint32_t nobody = 0;
+    if (atomic_load(&mine->gave_up))
+        return; /* readers hold the first reason */
+    snprintf(mine->reason, sizeof mine->reason, "%s", reason);
+    atomic_store(&mine->gave_up, (uint32_t)-status);
+    (void)atomic_compare_exchange_strong(&shm->blocks[0]->broken, &nobody, 1 + (uint32_t)shm->rank);
+    wake_others(shm);
+}
+
+/* ---- fingerprints in slots ---- */
+
+void dsc__shm_publish(struct dsc__shm *shm, const struct dsc__print *print) {
+    struct dsc__shm_slot *slot = &shm->blocks[shm->rank]->ring[print->sequence % DSC__SHM_RING];
+    uint64_t words[DSC__SHM_PRINT_WORDS];
+    memcpy(words, print, sizeof words);
+    /* A reader that only describes this rank may look at any moment: word 0 tells it to look again.
+     */
+    atomic_store_explicit(&slot->words[0], 0, memory_order_release);
+    for (int i = 1; i < DSC__SHM_PRINT_WORDS; i++)
+        atomic_store_explicit(&slot->words[i], words[i], memory_order_release);
+    atomic_store(&slot->words[0], words[0]);
+    wake_others(shm);
+}
+
+/* False if the slot changed meanwhile. */
+static bool read_slot(struct dsc__shm_slot *slot, struct dsc__print *out) {
+    uint64_t words[DSC__SHM_PRINT_WORDS];
+    words[0] = atomic_load_explicit(&slot->words[0], memory_order_acquire);
+    for (int i = 1; i < DSC__SHM_PRINT_WORDS; i++)
+        words[i] = atomic_load_explicit(&slot->words[i], memory_order_acquire);
+    memcpy(out, words, sizeof words);
+    out->label[DSC__LABEL_MAX - 1] = '\0';
+    return words[0] != 0 && atomic_load_explicit(&slot->words[0], memory_order_acquire) == words[0];
+}
+
+void dsc__shm_read_print(const struct dsc__shm *shm, int rank, uint64_t sequence,
+                         struct dsc__print *out) {
+    /* Called between agreement and the next operation: the slot cannot change. */
+    (void)read_slot(&shm->blocks[rank]->ring[sequence % DSC__SHM_RING], out);
+}
+
+void dsc__shm_last_print(const struct dsc__shm *shm, int rank, struct dsc__print *out) {
+    struct dsc__print print;
+    memset(out, 0, sizeof *out);
+    for (int i = 0; i < DSC__SHM_RING; i++)
+        if (read_slot(&shm->blocks[rank]->ring[i], &print) && print.sequence > out->sequence)
+            *out = print;
+}
+
+/* ---- what can go wrong in a wait ---- */
+
+static bool arrived(const struct dsc__shm *shm, const struct dsc__shm_wait *wait, int rank) {
+    struct dsc__shm_block *block = shm->blocks[rank];
+    switch (wait->kind) {
+    case DSC__SHM_PRINT:
+        return atomic_load(&block->ring[wait->target % DSC__SHM_RING].words[0]) == wait->target;
+    case DSC__SHM_PHASE:
+        return atomic_load(&block->phase) >= wait->target;
+    case DSC__SHM_BELL:
+        return atomic_load(&shm->blocks[shm->rank]->bell) != (uint32_t)wait->target;
+    }
+    return false;
+}
+
+/* The first rank at or after `from` that did not come, or size. */
+static int first_missing(const struct dsc__shm *shm, const struct dsc__shm_wait *wait, int from) {
+    for (int r = from; r < shm->size; r++)
+        if (r != shm->rank && !arrived(shm, wait, r))
+            return r;
+    return shm->size;
+}
+
+static void describe_wait(const struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                          char text[DSC__CALL_TEXT_MAX]) {
+    if (wait->kind == DSC__SHM_BELL)
+        snprintf(text, DSC__CALL_TEXT_MAX, "%s", wait->label);
+    else
+        dsc__print_operation(&shm->current, text);
+}
+
+static void describe_last(const struct dsc__shm *shm, int rank, char text[DSC__CALL_TEXT_MAX]) {
+    struct dsc__print print;
+    dsc__shm_last_print(shm, rank, &print);
+    dsc__print_operation(&print, text);
+}
+
+static enum dsc_status fail_gone(const struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                                 int rank, const char *how) {
+    char last[DSC__CALL_TEXT_MAX], here[DSC__CALL_TEXT_MAX];
+    describe_last(shm, rank, last);
+    describe_wait(shm, wait, here);
+    return DSC_FAIL(DSC_EDEAD,
+                    "rank %d (pid %d) %s; the last call that it began: %s; rank %d waits in %s",
+                    rank, (int)shm->blocks[rank]->pid, how, last, shm->rank, here);
+}
+
+/* A rank that came before it went is no obstacle, so arrival is looked at again after the sign of
+ * death: what a rank stored before it died or left is visible by then. */
+static int first_left(const struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+    for (int r = 0; r < shm->size; r++)
+        if (r != shm->rank && atomic_load(&shm->blocks[r]->left) && !arrived(shm, wait, r))
+            return r;
+    return shm->size;
+}
+
+static enum dsc_status check_dead(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+    if (!shm->pidfds || poll(shm->pidfds, (nfds_t)shm->size, 0) <= 0)
+        return DSC_OK;
+    for (int r = 0; r < shm->size; r++)
+        if (shm->pidfds[r].revents && !atomic_load(&shm->blocks[r]->left) && !arrived(shm, wait, r))
+            return fail_gone(shm, wait, r, "died");
+    return DSC_OK;
+}
+
+enum dsc_status dsc__shm_check_broken(const struct dsc__shm *shm) {
+    uint32_t first = atomic_load(&shm->blocks[0]->broken);
+    if (first == 0 || first > (uint32_t)shm->size)
+        return DSC_OK;
+    int rank = (int)first - 1;
+    const struct dsc__shm_block *block = shm->blocks[rank];
+    enum dsc_status status = -(enum dsc_status)atomic_load(&block->gave_up);
+    /* A rank that was interrupted, or ran out of memory, is for the others one that is gone. */
+    if (status != DSC_ETIMEDOUT && status != DSC_EDIVERGED)
+        status = DSC_EDEAD;
+    return DSC_FAIL(status, "rank %d (pid %d) gave up: %.*s", rank, (int)block->pid,
+                    DSC__REASON_MAX - 1, block->reason);
+}
+
+/* Causes before their consequences: ranks that lost one give up, and then leave. */
+enum dsc_status dsc__shm_check_ranks(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+    DSC_TRY(check_dead(shm, wait));
+    DSC_TRY(dsc__shm_check_broken(shm));
+    int left = first_left(shm, wait);
+    return left == shm->size ? DSC_OK
+                             : fail_gone(shm, wait, left, "left (it closed its communicator)");
+}
+
+static enum dsc_status fail_timed_out(const struct dsc__shm *shm,
+                                      const struct dsc__shm_wait *wait) {
+    enum { NAMED_MAX = 4 };
+    char here[DSC__CALL_TEXT_MAX], last[DSC__CALL_TEXT_MAX], missing[DSC__REASON_MAX] = "";
+    int n_missing = 0;
+    size_t used = 0;
+    describe_wait(shm, wait, here);
+    for (int r = 0; r < shm->size; r++) {
+        if (r == shm->rank || arrived(shm, wait, r) || ++n_missing > NAMED_MAX)
+            continue;
+        describe_last(shm, r, last);
+        used += (size_t)snprintf(missing + used, sizeof missing - used,
+                                 "%srank %d (pid %d; the last call that it began: %s)",
+                                 used ? ", " : "", r, (int)shm->blocks[r]->pid, last);
+    }
+    if (n_missing > NAMED_MAX)
+        snprintf(missing + used, sizeof missing - used, " and %d more", n_missing - NAMED_MAX);
+    return DSC_FAIL(DSC_ETIMEDOUT, "rank %d waited %.1f s in %s for %s", shm->rank,
+                    shm->options->timeout_s, here, missing);
+}
+
+/* Everything that a slice looks for. */
+static enum dsc_status check_all(struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                                 double waited_s) {
+    const struct dsc_comm_options *options = shm->options;
+    DSC_TRY(dsc__shm_check_ranks(shm, wait));
+    if (options->interrupted && options->interrupted(options->interrupt_context)) {
+        char here[DSC__CALL_TEXT_MAX];
+        describe_wait(shm, wait, here);
+        return DSC_FAIL(DSC_EINTR, "interrupted in %s", here);
+    }
+    if (options->timeout_s > 0 && waited_s >= options->timeout_s &&
+        first_missing(shm, wait, 0) < shm->size)
+        return fail_timed_out(shm, wait);
+    return DSC_OK;
+}
+
+/* ---- waiting ---- */
+
+/* One sleep. *ready is set if nobody is missing any more. */
+static enum dsc_status sleep_once(struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                                  double left_s, bool *ready, bool *signalled) {
+    struct dsc__shm_block *mine = shm->blocks[shm->rank];
+    double slice_s = left_s < SLICE_MS * 1e-3 ? left_s : SLICE_MS * 1e-3;
+    struct timespec slice = {.tv_nsec = (long)(slice_s * 1e9)};
+    uint32_t seen = atomic_load(&mine->wake);
+    enum dsc_status status = DSC_OK;
+
+    atomic_store(&mine->asleep, 1);
+    *ready = first_missing(shm, wait, 0) == shm->size;
+    if (!*ready && (atomic_load(&shm->blocks[0]->broken) || first_left(shm, wait) < shm->size))
+        status = dsc__shm_check_ranks(shm, wait);
+    if (!*ready && status == DSC_OK)
+        *signalled = syscall(SYS_futex, &mine->wake, FUTEX_WAIT, seen, &slice, NULL, 0) != 0 &&
+                     errno == EINTR;
+    atomic_store(&mine->asleep, 0);
+    return status;
+}
+
+static enum dsc_status sleep_until(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+    double now = dsc_comm_now(), since = wait->since > 0 ? wait->since : now, checked = now;
+    double timeout_s = shm->options->timeout_s;
+    bool ready = false, signalled = false;
+    for (;;) {
+        double left_s = timeout_s > 0 ? timeout_s - (now - since) : SLICE_MS;
+        DSC_TRY(sleep_once(shm, wait, left_s > 1e-4 ? left_s : 1e-4, &ready, &signalled));
+        if (ready)
+            return DSC_OK;
+        now = dsc_comm_now();
+        bool expired = timeout_s > 0 && now - since >= timeout_s;
+        if (signalled || expired || now - checked >= SLICE_MS * 1e-3 * 0.9) {
+            checked = now;
+            signalled = false;
+            DSC_TRY(check_all(shm, wait, now - since));
+        }
+    }
+}
+
+enum dsc_status dsc__shm_wait(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+    int missing = 0;
+    for (unsigned i = 0; i < shm->n_spins; i++) {
+        missing = first_missing(shm, wait, missing);
+        if (missing == shm->size)
+            return DSC_OK;
+        pause_cpu();
+    }
+    return sleep_until(shm, wait);
+}
+
+enum dsc_status dsc__shm_step(struct dsc__shm *shm) {
+    struct dsc__shm_wait wait = {.kind = DSC__SHM_PHASE, .target = ++shm->phase};
+    atomic_store(&shm->blocks[shm->rank]->phase, shm->phase);
+    wake_others(shm);
+    return dsc__shm_wait(shm, &wait);
+}
+
+enum dsc_status dsc__shm_wait_bell(void *state, uint32_t seen, const char *label, double since) {
+    struct dsc__shm_wait wait = {
+        .kind = DSC__SHM_BELL, .target = seen, .label = label, .since = since};
+    return dsc__shm_wait(state, &wait);
+}

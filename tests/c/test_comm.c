@@ -1,0 +1,950 @@
+/* Communicators: arguments, values, then everything that goes wrong between ranks. Ranks are
+ * threads (which ThreadSanitizer sees) or forked processes (which can be killed). Element values
+ * are formulas of (rank, index), so what must come out is computed here. */
+#define _GNU_SOURCE
+#include "case.h"
+
+#include "comm/backend.h"
+#include "comm/comm.h"
+#include "comm/shm.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <fenv.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { RANKS_MAX = 4, CHUNK_F32 = DSC__SHM_CHUNK / 4, SMALL_F32 = DSC__SHM_SMALL / 4 };
+
+#define CHECK_TEXT(part)                                                                           \
+    do {                                                                                           \
+        if (!strstr(dsc_last_error(), part)) {                                                     \
+            fprintf(stderr, "%s:%d: \"%s\" is not in: %s\n", __FILE__, __LINE__, part,             \
+                    dsc_last_error());                                                             \
+            exit(1);                                                                               \
+        }                                                                                          \
+    } while (0)
+
+/* ---- ranks as threads ---- */
+
+typedef void (*rank_fn)(struct dsc_comm *comm, int rank, void *arg);
+struct rank_thread {
+    struct dsc_comm *comm;
+    rank_fn body;
+    void *arg;
+};
+
+static void *run_rank(void *arg) {
+    struct rank_thread *t = arg;
+    t->body(t->comm, dsc_comm_rank(t->comm), t->arg);
+    return NULL;
+}
+
+/* Runs body on every rank; a body that closes its communicator says so in `closes`. */
+static void run_threads(int size, double timeout_s, bool closes, rank_fn body, void *arg) {
+    struct dsc_comm_options options = {.timeout_s = timeout_s};
+    struct dsc_comm *comms[RANKS_MAX];
+    struct rank_thread threads[RANKS_MAX];
+    pthread_t ids[RANKS_MAX];
+    CHECK_OK(dsc_comm_open_threads(&options, size, comms));
+    for (int r = 0; r < size; r++) {
+        threads[r] = (struct rank_thread){.comm = comms[r], .body = body, .arg = arg};
+        CHECK(pthread_create(&ids[r], NULL, run_rank, &threads[r]) == 0);
+    }
+    for (int r = 0; r < size; r++)
+        CHECK(pthread_join(ids[r], NULL) == 0);
+    for (int r = 0; r < size && !closes; r++)
+        dsc_comm_close(comms[r]);
+}
+
+static void nap_ms(int ms) {
+    struct timespec t = {.tv_sec = ms / 1000, .tv_nsec = ms % 1000 * 1000000L};
+    (void)nanosleep(&t, NULL);
+}
+
+static unsigned next_random(unsigned *seed) {
+    return *seed = *seed * 1664525u + 1013904223u;
+}
+
+/* ---- elements ---- */
+
+static uint16_t bf16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static void put(void *base, size_t i, enum dsc_dtype dtype, double x) {
+    switch (dtype) {
+    case DSC_F32:
+        ((float *)base)[i] = (float)x;
+        break;
+    case DSC_BF16:
+        ((uint16_t *)base)[i] = bf16_of((float)x);
+        break;
+    case DSC_F16:
+        ((_Float16 *)base)[i] = (_Float16)(float)x;
+        break;
+    case DSC_F64:
+        ((double *)base)[i] = x;
+        break;
+    case DSC_I32:
+        ((int32_t *)base)[i] = (int32_t)x;
+        break;
+    case DSC_I64:
+        ((int64_t *)base)[i] = (int64_t)x;
+        break;
+    case DSC_DTYPE_COUNT:
+        break;
+    }
+}
+
+/* Small whole numbers: exact in every type, and so are four of them summed. */
+static double value(int rank, size_t i, enum dsc_op op) {
+    if (op == DSC_PROD)
+        return (i + (size_t)rank) % 3 == 0 ? 2 : (i % 2 ? -1 : 1);
+    return (double)((i * 7 + (size_t)rank * 13) % 31) - 15;
+}
+
+static double expected(int size, size_t i, enum dsc_op op, enum dsc_dtype dtype) {
+    double x = value(0, i, op);
+    for (int r = 1; r < size; r++) {
+        double y = value(r, i, op);
+        if (op == DSC_SUM || op == DSC_AVG)
+            x += y;
+        else if (op == DSC_PROD)
+            x *= y;
+        else if (op == DSC_MIN ? y < x : y > x)
+            x = y;
+    }
+    if (op == DSC_AVG)
+        x = dtype == DSC_F64 ? x / size : (double)((float)x / (float)size);
+    return x;
+}
+
+static void check_equal(const void *got, const void *want, size_t n_bytes, const char *what,
+                        size_t n, enum dsc_dtype dtype, int op) {
+    if (n_bytes > 0 && memcmp(got, want, n_bytes) != 0) {
+        fprintf(stderr, "%s of %zu x %s, op %d: wrong values\n", what, n, dsc_dtype_name(dtype),
+                op);
+        exit(1);
+    }
+}
+
+/* Runs all four collectives for one (n, dtype, op) and compares every byte. */
+static void check_collectives(struct dsc_comm *comm, size_t n, enum dsc_dtype dtype,
+                              enum dsc_op op) {
+    int rank = dsc_comm_rank(comm), size = dsc_comm_size(comm);
+    size_t bytes = dsc_dtype_size(dtype), total = n * (size_t)size;
+    char *src = malloc(total * bytes + 64), *dst = malloc(total * bytes + 64);
+    char *want = malloc(total * bytes + 64);
+    src += bytes, dst += bytes; /* aligned to an element, no further */
+    struct dsc_coll coll = {.src = src, .dst = dst, .n_elems = n, .dtype = dtype, .op = op};
+
+    for (size_t i = 0; i < total; i++) {
+        put(src, i, dtype, value(rank, i, op));
+        put(want, i, dtype, expected(size, i, op, dtype));
+    }
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+    check_equal(dst, want, n * bytes, "all_reduce", n, dtype, op);
+    CHECK_OK(dsc_comm_reduce_scatter(comm, &coll));
+    check_equal(dst, want + (size_t)rank * n * bytes, n * bytes, "reduce_scatter", n, dtype, op);
+    coll.src = coll.dst = src;
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+    check_equal(src, want, n * bytes, "all_reduce in place", n, dtype, op);
+
+    for (size_t i = 0; i < n; i++)
+        put(src, i, dtype, value(rank, i, DSC_SUM));
+    for (size_t i = 0; i < total; i++)
+        put(want, i, dtype, value((int)(i / dsc_max(n, 1)), i % dsc_max(n, 1), DSC_SUM));
+    coll.dst = dst;
+    CHECK_OK(dsc_comm_all_gather(comm, &coll));
+    check_equal(dst, want, total * bytes, "all_gather", n, dtype, op);
+    coll.root = size - 1;
+    coll.dst = src;
+    CHECK_OK(dsc_comm_broadcast(comm, &coll));
+    check_equal(src, want + (size_t)(size - 1) * n * bytes, n * bytes, "broadcast", n, dtype, op);
+    free(src - bytes), free(dst - bytes), free(want);
+}
+
+static bool allowed(enum dsc_dtype dtype, enum dsc_op op) {
+    return !(op == DSC_AVG && (dtype == DSC_I32 || dtype == DSC_I64));
+}
+
+static void all_types_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const size_t sizes[] = {0, 1, 2, 3, 17, 1000};
+    (void)rank, (void)arg;
+    for (int dtype = 0; dtype < DSC_DTYPE_COUNT; dtype++)
+        for (int op = 0; op < DSC_OP_COUNT; op++)
+            for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+                if (allowed((enum dsc_dtype)dtype, (enum dsc_op)op))
+                    check_collectives(comm, sizes[i], (enum dsc_dtype)dtype, (enum dsc_op)op);
+}
+
+static void every_type_and_reduction_gives_expected_bits(void) {
+    for (int size = 1; size <= RANKS_MAX; size++)
+        run_threads(size, 0, false, all_types_body, NULL);
+}
+
+static void self_gives_expected_bits(void) {
+    struct dsc_comm *comm = NULL;
+    CHECK_OK(dsc_comm_open_self(NULL, &comm));
+    CHECK(strcmp(dsc_comm_backend(comm), "self") == 0);
+    all_types_body(comm, 0, NULL);
+    dsc_comm_close(comm);
+}
+
+static void boundary_body(struct dsc_comm *comm, int rank, void *arg) {
+    const size_t chunk = CHUNK_F32, small = SMALL_F32;
+    const size_t sizes[] = {small - 1, small,     small + 1,     chunk - 1,
+                            chunk,     chunk + 1, 2 * chunk + 1, 3 * chunk + 77};
+    (void)rank, (void)arg;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        check_collectives(comm, sizes[i], DSC_F32, i % 2 ? DSC_SUM : DSC_MAX);
+    check_collectives(comm, 2 * chunk + 3, DSC_BF16, DSC_AVG);
+    check_collectives(comm, chunk + 5, DSC_F64, DSC_AVG);
+    check_collectives(comm, chunk / 2 + 1, DSC_I64, DSC_MIN);
+}
+
+static void chunk_boundaries_lose_nothing(void) {
+    for (int size = 2; size <= RANKS_MAX; size++)
+        run_threads(size, 0, false, boundary_body, NULL);
+}
+
+/* ---- rounding and order ---- */
+
+static void order_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const float terms[RANKS_MAX] = {1e8f, 3.0f, -1e8f, 1.5f};
+    size_t n = *(size_t *)arg;
+    int size = dsc_comm_size(comm);
+    float *x = malloc(n * sizeof *x), want = 0.0f;
+    for (size_t i = 0; i < n; i++)
+        x[i] = terms[rank];
+    for (int r = 0; r < size; r++)
+        want += terms[r];
+    struct dsc_coll coll = {.src = x, .dst = x, .n_elems = n, .dtype = DSC_F32, .op = DSC_SUM};
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+    for (size_t i = 0; i < n; i++)
+        CHECK(memcmp(&x[i], &want, sizeof want) == 0);
+    free(x);
+}
+
+static void sums_are_taken_in_rank_order(void) {
+    for (size_t n = 5; n < 4 * CHUNK_F32; n = n * 200 + 1)
+        for (int size = 2; size <= RANKS_MAX; size++)
+            run_threads(size, 0, false, order_body, &n);
+}
+
+static void zero_body(struct dsc_comm *comm, int rank, void *arg) {
+    float x = -0.0f, zero = 0.0f;
+    struct dsc_coll coll = {.src = &x, .dst = &x, .n_elems = 1, .dtype = DSC_F32, .op = DSC_SUM};
+    (void)rank, (void)arg;
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+    CHECK(memcmp(&x, &zero, sizeof x) == 0);
+}
+
+static void a_sum_of_negative_zeros_is_positive_zero(void) {
+    for (int size = 1; size <= 3; size++)
+        run_threads(size, 0, false, zero_body, NULL);
+}
+
+static void round_body(struct dsc_comm *comm, int rank, void *arg) {
+    uint16_t x = bf16_of(rank == 0 ? 256.0f : 1.0f);
+    struct dsc_coll coll = {.src = &x, .dst = &x, .n_elems = 1, .dtype = DSC_BF16, .op = DSC_SUM};
+    (void)arg;
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+    CHECK_EQ_INT(x, bf16_of(259.0f)); /* 256 if each addition were rounded */
+}
+
+static void sixteen_bit_sums_round_once(void) {
+    run_threads(4, 0, false, round_body, NULL);
+}
+
+static void flush_body(struct dsc_comm *comm, int rank, void *arg) {
+    volatile float tiny = 1e-40f;
+    float x = tiny, want = tiny + tiny;
+    struct dsc_coll coll = {.src = &x, .dst = &x, .n_elems = 1, .dtype = DSC_F32, .op = DSC_SUM};
+    (void)arg;
+#ifdef __SSE__
+    if (rank == 1)
+        __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);
+#endif
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+    CHECK(memcmp(&x, &want, sizeof x) == 0);
+#ifdef __SSE__
+    CHECK(rank != 1 || (__builtin_ia32_stmxcsr() & 0x8040) == 0x8040);
+#endif
+}
+
+static void a_rank_that_flushes_denormals_gets_the_same_bits(void) {
+    run_threads(2, 0, false, flush_body, NULL);
+}
+
+/* ---- arguments ---- */
+
+static void wrong_arguments_are_named_and_change_nothing(void) {
+    struct dsc_comm *comm = NULL;
+    float x[8] = {0};
+    struct dsc_coll good = {.src = x, .dst = x, .n_elems = 4, .dtype = DSC_F32}, c = good;
+    CHECK_OK(dsc_comm_open_self(NULL, &comm));
+    c.src = NULL;
+    CHECK(dsc_comm_all_reduce(comm, &c) == DSC_EINVAL);
+    CHECK_TEXT("src is NULL");
+    c = good, c.dtype = (enum dsc_dtype)77;
+    CHECK(dsc_comm_broadcast(comm, &c) == DSC_EINVAL);
+    c = good, c.op = (enum dsc_op)9;
+    CHECK(dsc_comm_reduce_scatter(comm, &c) == DSC_EINVAL);
+    CHECK_TEXT("9 is no reduction");
+    c = good, c.dtype = DSC_I32, c.op = DSC_AVG;
+    CHECK(dsc_comm_all_reduce(comm, &c) == DSC_EINVAL);
+    CHECK_TEXT("avg of int32");
+    c = good, c.root = 1;
+    CHECK(dsc_comm_broadcast(comm, &c) == DSC_EINVAL);
+    CHECK_TEXT("root is 1");
+    c = good, c.dst = x + 1;
+    CHECK(dsc_comm_all_reduce(comm, &c) == DSC_EINVAL);
+    CHECK_TEXT("overlap");
+    c = good, c.src = c.dst = (char *)x + 1;
+    CHECK(dsc_comm_all_gather(comm, &c) == DSC_EINVAL);
+    CHECK_TEXT("not aligned");
+    c = good, c.n_elems = SIZE_MAX / 2;
+    CHECK(dsc_comm_all_gather(comm, &c) == DSC_EINVAL);
+    CHECK(dsc_comm_meet(comm, "m", 0, x, DSC_MEET_MAX + 1, x) == DSC_EINVAL);
+    CHECK(dsc_comm_wait_bell(comm, dsc_comm_bell(comm), "nobody", dsc_comm_now()) == DSC_ESTATE);
+    CHECK_OK(dsc_comm_all_reduce(comm, &good)); /* nothing above broke it */
+    dsc_comm_close(comm);
+    dsc_comm_close(NULL);
+}
+
+static void wrong_worlds_are_refused(void) {
+    struct dsc_comm *comms[RANKS_MAX];
+    struct dsc_shm_listener *listener = NULL;
+    char address[DSC_SHM_ADDRESS_MAX], token[33];
+    CHECK(dsc_comm_open_threads(NULL, 0, comms) == DSC_EINVAL);
+    CHECK(dsc_comm_open_shm(NULL, NULL, "a", "t", 2, 2, comms) == DSC_EINVAL);
+    CHECK(dsc_comm_open_shm(NULL, NULL, "a", "t", 0, 2, comms) == DSC_EINVAL);
+    CHECK(dsc_comm_open_shm(NULL, NULL, "a", "short", 1, 2, comms) == DSC_EINVAL);
+    CHECK_OK(dsc_shm_listen(&listener, address, token));
+    CHECK(dsc_comm_open_shm(NULL, listener, address, token, 1, 2, comms) == DSC_EINVAL);
+    CHECK_OK(dsc_comm_open_shm(NULL, listener, address, token, 0, 1, comms)); /* a world of one */
+    CHECK_OK(dsc_comm_barrier(comms[0], NULL));
+    dsc_comm_close(comms[0]);
+}
+
+static void node_names_this_machine(void) {
+    char a[DSC_SHM_NODE_MAX], b[DSC_SHM_NODE_MAX];
+    CHECK_OK(dsc_shm_node(a));
+    CHECK_OK(dsc_shm_node(b));
+    CHECK(strlen(a) > 36 && strcmp(a, b) == 0);
+}
+
+/* ---- meet, windows, bells ---- */
+
+static void meet_body(struct dsc_comm *comm, int rank, void *arg) {
+    int size = dsc_comm_size(comm);
+    char mine[DSC_MEET_MAX], all[RANKS_MAX * DSC_MEET_MAX];
+    (void)arg;
+    for (int round = 0; round < 300; round++) {
+        size_t n = (size_t)(round * 7 % (DSC_MEET_MAX + 1));
+        memset(mine, rank + round, n);
+        CHECK_OK(dsc_comm_meet(comm, "round", (uint64_t)round, mine, n, all));
+        for (int r = 0; r < size; r++)
+            for (size_t i = 0; i < n; i++)
+                CHECK(all[(size_t)r * n + i] == (char)(r + round));
+    }
+}
+
+static void meet_gives_everyones_bytes_in_rank_order(void) {
+    for (int size = 1; size <= RANKS_MAX; size++)
+        run_threads(size, 0, false, meet_body, NULL);
+}
+
+static void meet_tags_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)arg;
+    CHECK(dsc_comm_meet(comm, "engine.step", rank == 1 ? 8 : 7, NULL, 0, NULL) == DSC_EDIVERGED);
+    CHECK_TEXT("rank 0 called meet(tag 7, 0 bytes) [engine.step] as operation 1 while rank 1 "
+               "called meet(tag 8, 0 bytes) [engine.step]");
+}
+
+static void meet_with_other_tags_names_both(void) {
+    run_threads(2, 0, false, meet_tags_body, NULL);
+}
+
+static void window_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const size_t sizes[] = {1, 5000, 3 << 20, 0};
+    int size = dsc_comm_size(comm);
+    (void)arg;
+    for (size_t k = 0; k < sizeof sizes / sizeof *sizes; k++) {
+        struct dsc_window *window = NULL;
+        size_t n = sizes[k];
+        CHECK_OK(dsc_comm_window_open(comm, n, "test", &window));
+        CHECK(window->n_bytes == n);
+        if (n > 0) {
+            CHECK((uintptr_t)window->base[rank] % 4096 == 0);
+            CHECK(window->base[rank][0] == 0 && window->base[rank][n - 1] == 0);
+            window->base[rank][n - 1] = (char)(rank + 1);
+        }
+        CHECK_OK(dsc_comm_barrier(comm, NULL));
+        for (int r = 0; r < size && n > 0; r++)
+            CHECK_EQ_INT(window->base[r][n - 1], r + 1);
+        dsc_comm_window_close(comm, window);
+    }
+}
+
+static void windows_show_what_others_wrote(void) {
+    for (int size = 1; size <= RANKS_MAX; size++)
+        run_threads(size, 0, false, window_body, NULL);
+    struct dsc_comm *self = NULL;
+    CHECK_OK(dsc_comm_open_self(NULL, &self));
+    window_body(self, 0, NULL);
+    dsc_comm_close(self);
+}
+
+/* A ring of ranks: each waits for its left neighbour's count, adds one to its own, rings the right.
+ */
+static void bell_body(struct dsc_comm *comm, int rank, void *arg) {
+    int size = dsc_comm_size(comm), left = (rank + size - 1) % size, right = (rank + 1) % size;
+    unsigned seed = (unsigned)rank;
+    struct dsc_window *window = NULL;
+    CHECK_OK(dsc_comm_window_open(comm, sizeof(int), "counts", &window));
+    _Atomic int *mine = (void *)window->base[rank], *others = (void *)window->base[left];
+    for (int turn = 1; turn <= 400; turn++) {
+        double since = dsc_comm_now();
+        int need = rank == 0 ? turn - 1 : turn;
+        for (;;) {
+            uint32_t seen = dsc_comm_bell(comm);
+            if (atomic_load_explicit(others, memory_order_relaxed) >= need)
+                break;
+            CHECK_OK(dsc_comm_wait_bell(comm, seen, "the left neighbour", since));
+        }
+        if (arg && next_random(&seed) % 64 == 0)
+            nap_ms(1);
+        atomic_store_explicit(mine, turn, memory_order_relaxed);
+        dsc_comm_ring(comm, right);
+    }
+    CHECK_OK(dsc_comm_barrier(comm, NULL));
+    dsc_comm_window_close(comm, window);
+}
+
+static void bells_wake_who_waits(void) {
+    int delays = 1;
+    for (int size = 2; size <= RANKS_MAX; size++) {
+        run_threads(size, 5, false, bell_body, NULL);
+        run_threads(size, 5, false, bell_body, &delays);
+    }
+}
+
+static void bell_timeout_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)arg;
+    if (rank == 0) {
+        double since = dsc_comm_now();
+        uint32_t seen = dsc_comm_bell(comm);
+        CHECK(dsc_comm_wait_bell(comm, seen, "gradients of piece 5", since) == DSC_ETIMEDOUT);
+        CHECK_TEXT("gradients of piece 5");
+        CHECK(dsc_comm_now() - since < 2);
+        CHECK(dsc_comm_barrier(comm, NULL) == DSC_ETIMEDOUT); /* the first error stays */
+        CHECK_TEXT("gradients of piece 5");
+    }
+}
+
+static void a_bell_that_nobody_rings_times_out(void) {
+    run_threads(2, 0.3, false, bell_timeout_body, NULL);
+}
+
+/* ---- divergence, abort, time-out, close ---- */
+
+static void other_op_body(struct dsc_comm *comm, int rank, void *arg) {
+    float x[1024] = {0};
+    struct dsc_coll coll = {.src = x, .dst = x, .n_elems = 1024, .dtype = DSC_F32, .op = DSC_SUM};
+    enum dsc_status status;
+    (void)arg;
+    for (int i = 0; i < 16; i++)
+        CHECK_OK(dsc_comm_barrier(comm, NULL));
+    x[0] = 1;
+    status = rank == 1 ? dsc_comm_barrier(comm, NULL) : dsc_comm_all_reduce(comm, &coll);
+    CHECK(status == DSC_EDIVERGED);
+    CHECK_TEXT("rank 0 called all_reduce(fp32 x 1024, sum) as operation 17 while rank 1 called "
+               "barrier()");
+    CHECK(x[0] == 1); /* no data moved */
+    CHECK(dsc_comm_barrier(comm, NULL) == DSC_EDIVERGED);
+    CHECK_TEXT("as operation 17");
+}
+
+static void a_diverged_rank_is_named_on_every_rank(void) {
+    for (int size = 2; size <= RANKS_MAX; size++)
+        run_threads(size, 5, false, other_op_body, NULL);
+}
+
+static void detail_body(struct dsc_comm *comm, int rank, void *arg) {
+    float x[64] = {0};
+    int what = *(int *)arg;
+    struct dsc_coll coll = {.src = x, .dst = x, .n_elems = 8, .dtype = DSC_F32, .op = DSC_SUM};
+    bool last = rank == dsc_comm_size(comm) - 1;
+    if (what == 0)
+        coll.n_elems = last ? 7 : 8;
+    if (what == 1)
+        coll.dtype = last ? DSC_I32 : DSC_F32;
+    if (what == 2)
+        coll.op = last ? DSC_MAX : DSC_SUM;
+    if (what == 3)
+        coll.label = last ? "engine.step #3" : "engine.step #4";
+    if (what < 4)
+        CHECK(dsc_comm_all_reduce(comm, &coll) == DSC_EDIVERGED);
+    coll.root = last ? 0 : 1;
+    if (what == 4)
+        CHECK(dsc_comm_broadcast(comm, &coll) == DSC_EDIVERGED);
+    static const char *const texts[] = {"fp32 x 7", "int32 x 8", "fp32 x 8, max",
+                                        "[engine.step #3]", "root 0"};
+    CHECK_TEXT(texts[what]);
+}
+
+static void every_field_of_a_call_is_compared(void) {
+    for (int what = 0; what < 5; what++)
+        run_threads(3, 5, false, detail_body, &what);
+}
+
+static void abort_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)arg;
+    if (rank == 1) {
+        nap_ms(50);
+        dsc_comm_abort(comm, "the loss is a pear");
+        CHECK(dsc_comm_barrier(comm, NULL) == DSC_EDEAD);
+    } else {
+        double since = dsc_comm_now();
+        CHECK(dsc_comm_barrier(comm, NULL) == DSC_EDEAD);
+        CHECK(dsc_comm_now() - since < 2);
+        CHECK_TEXT("rank 1");
+    }
+    CHECK_TEXT("the loss is a pear");
+}
+
+static void abort_ends_the_waits_of_others_with_its_text(void) {
+    for (int size = 2; size <= RANKS_MAX; size++)
+        run_threads(size, 8, false, abort_body, NULL);
+}
+
+static void absent_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)arg;
+    CHECK_OK(dsc_comm_barrier(comm, "start"));
+    if (rank == 2)
+        return;
+    CHECK(dsc_comm_barrier(comm, "epoch") == DSC_ETIMEDOUT);
+    CHECK_TEXT("barrier() [epoch] as operation 2");
+    CHECK_TEXT("rank 2");
+    CHECK_TEXT("barrier() [start] as operation 1");
+}
+
+static void a_time_out_names_who_did_not_come(void) {
+    run_threads(3, 0.3, false, absent_body, NULL);
+}
+
+static void leave_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)arg;
+    CHECK_OK(dsc_comm_barrier(comm, NULL));
+    if (rank == 1)
+        nap_ms(30);
+    else {
+        CHECK(dsc_comm_barrier(comm, NULL) == DSC_EDEAD);
+        CHECK_TEXT("rank 1");
+        CHECK_TEXT("left");
+    }
+    dsc_comm_close(comm);
+}
+
+static void closing_ends_the_waits_of_others(void) {
+    run_threads(2, 8, true, leave_body, NULL);
+}
+
+static void last_op_body(struct dsc_comm *comm, int rank, void *arg) {
+    float x = (float)rank;
+    struct dsc_coll coll = {.src = &x, .dst = &x, .n_elems = 1, .dtype = DSC_F32, .op = DSC_SUM};
+    (void)arg;
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll)); /* although the others have closed by now */
+    dsc_comm_close(comm);
+}
+
+static void closing_after_an_operation_harms_nobody_in_it(void) {
+    for (int i = 0; i < 300; i++)
+        run_threads(2 + i % 3, 5, true, last_op_body, NULL);
+}
+
+static bool always(void *context) {
+    return ++*(int *)context >= 2;
+}
+
+static void *interrupted_rank(void *arg) {
+    CHECK(dsc_comm_barrier(arg, NULL) == DSC_EINTR);
+    return NULL;
+}
+
+static void an_interrupt_ends_a_wait(void) {
+    int n_polls = 0;
+    struct dsc_comm_options options = {.interrupted = always, .interrupt_context = &n_polls};
+    struct dsc_comm *comms[2];
+    pthread_t id;
+    CHECK_OK(dsc_comm_open_threads(&options, 2, comms));
+    CHECK(pthread_create(&id, NULL, interrupted_rank, comms[0]) == 0);
+    CHECK(pthread_join(id, NULL) == 0);
+    CHECK_EQ_INT(n_polls, 2);
+    CHECK(dsc_comm_barrier(comms[1], NULL) == DSC_EDEAD);
+    CHECK_TEXT("rank 0");
+    CHECK_TEXT("interrupted");
+    dsc_comm_close(comms[0]);
+    dsc_comm_close(comms[1]);
+}
+
+static void stress_body(struct dsc_comm *comm, int rank, void *arg) {
+    unsigned seed = (unsigned)rank * 977u + 5u, plan = 42;
+    (void)arg;
+    for (int i = 0; i < 60; i++) {
+        size_t n = next_random(&plan) >> 8;
+        n %= i % 10 == 0 ? 3 * CHUNK_F32 : 5000;
+        if (next_random(&seed) % 4 == 0)
+            nap_ms((int)(next_random(&seed) >> 16) % 4);
+        check_collectives(comm, n, i % 2 ? DSC_BF16 : DSC_F32, DSC_SUM);
+    }
+}
+
+static void random_delays_change_no_bit(void) {
+    for (int size = 2; size <= RANKS_MAX; size++)
+        run_threads(size, 0, false, stress_body, NULL);
+}
+
+/* ---- ranks as processes ---- */
+
+typedef int (*process_fn)(struct dsc_comm *comm, int rank, void *arg);
+
+struct processes {
+    pid_t pids[RANKS_MAX];
+    int size;
+};
+
+/* Forks `size` ranks; body's result is the exit code, 40 stands for a failed opening. */
+static struct processes start_processes(int size, double timeout_s, process_fn body, void *arg) {
+    struct processes p = {.size = size};
+    struct dsc_shm_listener *listener = NULL;
+    char address[DSC_SHM_ADDRESS_MAX], token[33];
+    CHECK_OK(dsc_shm_listen(&listener, address, token));
+    for (int r = 0; r < size; r++) {
+        p.pids[r] = fork();
+        CHECK(p.pids[r] >= 0);
+        if (p.pids[r] > 0)
+            continue;
+        struct dsc_comm_options options = {.timeout_s = timeout_s};
+        struct dsc_comm *comm = NULL;
+        alarm(9);
+        if (dsc_comm_open_shm(&options, r == 0 ? listener : NULL, address, token, r, size, &comm)) {
+            fprintf(stderr, "rank %d: %s\n", r, dsc_last_error());
+            _exit(40);
+        }
+        int code = body(comm, r, arg);
+        dsc_comm_close(comm);
+        _exit(code);
+    }
+    dsc_shm_listener_close(listener);
+    return p;
+}
+
+/* The exit code of a rank, 128 + signal for a killed one. */
+static int end_of(struct processes *p, int rank) {
+    int status = 0;
+    CHECK(waitpid(p->pids[rank], &status, 0) == p->pids[rank]);
+    return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+static int process_body(struct dsc_comm *comm, int rank, void *arg) {
+    boundary_body(comm, rank, arg);
+    window_body(comm, rank, arg);
+    bell_body(comm, rank, NULL);
+    return 0;
+}
+
+static void processes_give_the_same_bits_as_threads(void) {
+    for (int size = 2; size <= RANKS_MAX; size++) {
+        struct processes p = start_processes(size, 0, process_body, NULL);
+        for (int r = 0; r < size; r++)
+            CHECK_EQ_INT(end_of(&p, r), 0);
+    }
+}
+
+static int count_fds(void) {
+    int n = 0;
+    for (int fd = 0; fd < 256; fd++)
+        n += fcntl(fd, F_GETFD) >= 0;
+    return n;
+}
+
+static int windows_leak_body(struct dsc_comm *comm, int rank, void *arg) {
+    int before = count_fds();
+    (void)arg, (void)rank;
+    for (int i = 0; i < 200; i++) {
+        struct dsc_window *window = NULL;
+        CHECK_OK(dsc_comm_window_open(comm, 10000, "leak", &window));
+        window->base[rank][9999] = 1;
+        dsc_comm_window_close(comm, window);
+    }
+    return count_fds() == before ? 0 : 1;
+}
+
+static void windows_leave_no_descriptor(void) {
+    struct processes p = start_processes(3, 5, windows_leak_body, NULL);
+    for (int r = 0; r < 3; r++)
+        CHECK_EQ_INT(end_of(&p, r), 0);
+}
+
+enum victim { IN_BARRIER, IN_LARGE, IN_BELL, IN_WINDOW };
+
+/* Rank 1 dies by SIGKILL while the others wait for it; a child of its own, forked before, lives on
+ * and holds what a fork inherits. */
+static int killed_body(struct dsc_comm *comm, int rank, void *arg) {
+    enum victim where = *(enum victim *)arg;
+    static float x[4 * CHUNK_F32];
+    struct dsc_coll coll = {
+        .src = x, .dst = x, .n_elems = 4 * CHUNK_F32, .dtype = DSC_F32, .op = DSC_SUM};
+    struct dsc_window *window = NULL;
+    CHECK_OK(dsc_comm_barrier(comm, "start"));
+    if (rank == 1) {
+        if (fork() == 0) {
+            alarm(3);
+            for (;;)
+                pause();
+        }
+        nap_ms(200);
+        (void)kill(getpid(), SIGKILL);
+    }
+    double since = dsc_comm_now();
+    uint32_t seen = dsc_comm_bell(comm);
+    enum dsc_status status = DSC_OK;
+    if (where == IN_BARRIER)
+        status = dsc_comm_barrier(comm, "epoch end");
+    else if (where == IN_LARGE)
+        status = dsc_comm_all_reduce(comm, &coll);
+    else if (where == IN_BELL)
+        status = dsc_comm_wait_bell(comm, seen, "gradients of piece 3", since);
+    else
+        status = dsc_comm_window_open(comm, 4096, "staging", &window);
+    CHECK(status == DSC_EDEAD);
+    CHECK(dsc_comm_now() - since < 5);
+    CHECK_TEXT("rank 1 (pid ");
+    CHECK_TEXT("died");
+    CHECK_TEXT("barrier() [start] as operation 1");
+    if (where == IN_BELL)
+        CHECK_TEXT("gradients of piece 3");
+    return 0;
+}
+
+static void a_killed_rank_is_named_within_seconds(void) {
+    for (enum victim where = IN_BARRIER; where <= IN_WINDOW; where++) {
+        struct processes p = start_processes(3, 0, killed_body, &where);
+        CHECK_EQ_INT(end_of(&p, 0), 0);
+        CHECK_EQ_INT(end_of(&p, 1), 128 + SIGKILL);
+        CHECK_EQ_INT(end_of(&p, 2), 0);
+    }
+}
+
+static int killed_inside_body(struct dsc_comm *comm, int rank, void *arg) {
+    static float x[CHUNK_F32 * 64];
+    struct dsc_coll coll = {
+        .src = x, .dst = x, .n_elems = CHUNK_F32 * 64, .dtype = DSC_F32, .op = DSC_SUM};
+    int n = *(int *)arg;
+    if (rank == 1) {
+        struct itimerspec at = {.it_value = {.tv_nsec = 5000000L * (n + 1)}};
+        struct sigevent kill_me = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = SIGKILL};
+        timer_t timer;
+        CHECK(timer_create(CLOCK_MONOTONIC, &kill_me, &timer) == 0);
+        CHECK(timer_settime(timer, 0, &at, NULL) == 0);
+    }
+    for (;;) {
+        enum dsc_status status = dsc_comm_all_reduce(comm, &coll);
+        if (status == DSC_OK)
+            continue;
+        CHECK(status == DSC_EDEAD);
+        CHECK_TEXT("all_reduce(fp32 x 4194304, sum)");
+        return 0;
+    }
+}
+
+static void a_rank_killed_in_the_middle_of_data_is_noticed(void) {
+    for (int n = 0; n < 8; n++) {
+        struct processes p = start_processes(2, 0, killed_inside_body, &n);
+        CHECK_EQ_INT(end_of(&p, 0), 0);
+        CHECK_EQ_INT(end_of(&p, 1), 128 + SIGKILL);
+    }
+}
+
+static int slow_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)arg;
+    if (rank == 1) {
+        (void)kill(getpid(), SIGSTOP);
+        return dsc_comm_barrier(comm, NULL) == DSC_OK ? 0 : 1;
+    }
+    return dsc_comm_barrier(comm, NULL) == DSC_OK ? 0 : 1;
+}
+
+static void slow_is_not_dead(void) {
+    struct processes p = start_processes(2, 0, slow_body, NULL);
+    int status = 0;
+    CHECK(waitpid(p.pids[1], &status, WUNTRACED) == p.pids[1] && WIFSTOPPED(status));
+    nap_ms(700);
+    CHECK(kill(p.pids[1], SIGCONT) == 0);
+    CHECK_EQ_INT(end_of(&p, 0), 0);
+    CHECK_EQ_INT(end_of(&p, 1), 0);
+}
+
+static int child_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct dsc_window *window = NULL;
+    int before = count_fds(), status = 0;
+    (void)arg, (void)rank;
+    CHECK_OK(dsc_comm_window_open(comm, 4096, "w", &window));
+    pid_t pid = fork();
+    if (pid == 0) {
+        CHECK(dsc_comm_barrier(comm, NULL) == DSC_ESTATE);
+        CHECK_TEXT("forked child");
+        CHECK(dsc_comm_bell(comm) == 0);
+        dsc_comm_ring(comm, 0);
+        dsc_comm_abort(comm, "not mine to abort");
+        dsc_comm_window_close(comm, window);
+        dsc_comm_close(comm);
+        /* one socket and one pidfd less per peer, or all of rank 0's */
+        _exit(count_fds() < before ? 0 : 1);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK_EQ_INT(WEXITSTATUS(status), 0);
+    CHECK_OK(dsc_comm_barrier(comm, NULL)); /* the parent's world is whole */
+    dsc_comm_window_close(comm, window);
+    return 0;
+}
+
+static void a_forked_child_can_harm_nothing(void) {
+    struct processes p = start_processes(2, 5, child_body, NULL);
+    CHECK_EQ_INT(end_of(&p, 0), 0);
+    CHECK_EQ_INT(end_of(&p, 1), 0);
+}
+
+/* ---- rendezvous ---- */
+
+static int connect_raw(const char *address) {
+    struct sockaddr_un where = {.sun_family = AF_UNIX};
+    size_t n = strlen(address);
+    memcpy(where.sun_path + 1, address, n);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    socklen_t size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + n);
+    CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&where, size) == 0);
+    return fd;
+}
+
+/* Strangers of all kinds queue before the one true rank. */
+static void send_strangers(const char *address, int fds[5]) {
+    struct dsc__shm_message hello = dsc__shm_message_of(DSC__SHM_HELLO, 1, 2);
+    struct dsc_comm_options none = {0};
+    struct dsc__shm_patience patience = {.options = &none, .what = "being hostile"};
+    for (int i = 0; i < 5; i++)
+        fds[i] = connect_raw(address);
+    CHECK(send(fds[0], "hello?", 6, 0) == 6);                     /* garbage */
+    memset(hello.text, 'f', 32);                                  /* a wrong token, no memory */
+    CHECK_OK(dsc__shm_send(fds[1], 0, &patience, &hello));        /* */
+    hello.fds[0] = hello.fds[1] = STDERR_FILENO, hello.n_fds = 2; /* a wrong token and a file */
+    CHECK_OK(dsc__shm_send(fds[2], 0, &patience, &hello));        /* */
+    CHECK(shutdown(fds[3], SHUT_RDWR) == 0);                      /* gone; fds[4] says nothing */
+}
+
+static void strangers_do_not_disturb_the_rendezvous(void) {
+    struct dsc_shm_listener *listener = NULL;
+    struct dsc_comm_options options = {.timeout_s = 5};
+    struct dsc_comm *comm = NULL;
+    char address[DSC_SHM_ADDRESS_MAX], token[33];
+    int strangers[5], status = 0, before = count_fds();
+    CHECK_OK(dsc_shm_listen(&listener, address, token));
+    send_strangers(address, strangers);
+    pid_t pid = fork();
+    if (pid == 0) {
+        CHECK_OK(dsc_comm_open_shm(&options, NULL, address, token, 1, 2, &comm));
+        CHECK_OK(dsc_comm_barrier(comm, NULL));
+        _exit(0);
+    }
+    CHECK_OK(dsc_comm_open_shm(&options, listener, address, token, 0, 2, &comm));
+    CHECK_OK(dsc_comm_barrier(comm, NULL));
+    CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+    dsc_comm_close(comm);
+    for (int i = 0; i < 5; i++)
+        close(strangers[i]);
+    CHECK_EQ_INT(count_fds(), before);
+}
+
+static void a_rank_that_does_not_connect_is_named(void) {
+    struct dsc_shm_listener *listener = NULL;
+    struct dsc_comm_options options = {.timeout_s = 0.4};
+    struct dsc_comm *comm = NULL;
+    char address[DSC_SHM_ADDRESS_MAX], token[33];
+    int before = count_fds();
+    CHECK_OK(dsc_shm_listen(&listener, address, token));
+    CHECK(dsc_comm_open_shm(&options, listener, address, token, 0, 3, &comm) == DSC_ETIMEDOUT);
+    CHECK_TEXT("absent of 3: 1, 2");
+    dsc_shm_listener_close(listener); /* not consumed by a failure */
+    CHECK_EQ_INT(count_fds(), before);
+    CHECK(dsc_comm_open_shm(&options, NULL, address, token, 1, 3, &comm) == DSC_EIO);
+    CHECK_TEXT("could not connect to rank 0");
+    CHECK_EQ_INT(count_fds(), before);
+}
+
+/* Two processes as rank 1: the rendezvous ends for all, saying so. */
+static void a_rank_taken_twice_is_refused(void) {
+    struct dsc_shm_listener *listener = NULL;
+    struct dsc_comm_options options = {.timeout_s = 5};
+    struct dsc_comm *comm = NULL;
+    char address[DSC_SHM_ADDRESS_MAX], token[33];
+    CHECK_OK(dsc_shm_listen(&listener, address, token));
+    for (int i = 0; i < 2; i++)
+        if (fork() == 0) {
+            enum dsc_status status = dsc_comm_open_shm(&options, NULL, address, token, 1, 3, &comm);
+            _exit(status == DSC_EDEAD && strstr(dsc_last_error(), "two processes are rank 1") ? 0
+                                                                                              : 1);
+        }
+    CHECK(dsc_comm_open_shm(&options, listener, address, token, 0, 3, &comm) == DSC_EDIVERGED);
+    CHECK_TEXT("two processes are rank 1");
+    dsc_shm_listener_close(listener);
+    for (int i = 0, status; i < 2; i++)
+        CHECK(wait(&status) > 0 && status == 0);
+}
+
+static struct test_case cases[] = {
+    CASE(wrong_arguments_are_named_and_change_nothing),
+    CASE(wrong_worlds_are_refused),
+    CASE(node_names_this_machine),
+    CASE(self_gives_expected_bits),
+    CASE(every_type_and_reduction_gives_expected_bits),
+    CASE(chunk_boundaries_lose_nothing),
+    CASE(sums_are_taken_in_rank_order),
+    CASE(a_sum_of_negative_zeros_is_positive_zero),
+    CASE(sixteen_bit_sums_round_once),
+    CASE(a_rank_that_flushes_denormals_gets_the_same_bits),
+    CASE(meet_gives_everyones_bytes_in_rank_order),
+    CASE(meet_with_other_tags_names_both),
+    CASE(windows_show_what_others_wrote),
+    CASE(bells_wake_who_waits),
+    CASE(a_bell_that_nobody_rings_times_out),
+    CASE(a_diverged_rank_is_named_on_every_rank),
+    CASE(every_field_of_a_call_is_compared),
+    CASE(abort_ends_the_waits_of_others_with_its_text),
+    CASE(a_time_out_names_who_did_not_come),
+    CASE(closing_ends_the_waits_of_others),
+    CASE(closing_after_an_operation_harms_nobody_in_it),
+    CASE(an_interrupt_ends_a_wait),
+    CASE(random_delays_change_no_bit),
+    CASE(processes_give_the_same_bits_as_threads),
+    CASE(windows_leave_no_descriptor),
+    CASE(a_killed_rank_is_named_within_seconds),
+    CASE(a_rank_killed_in_the_middle_of_data_is_noticed),
+    CASE(slow_is_not_dead),
+    CASE(a_forked_child_can_harm_nothing),
+    CASE(strangers_do_not_disturb_the_rendezvous),
+    CASE(a_rank_that_does_not_connect_is_named),
+    CASE(a_rank_taken_twice_is_refused),
+};
+RUN_CASES(cases)

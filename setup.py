@@ -1,7 +1,15 @@
-"""Builds deepspeed_c._core: every C file under csrc, at the ABI baseline, in parallel."""
+"""Builds deepspeed_c._core from every C file under csrc, at the ABI baseline, two or more files at once.
+
+What a plain build_ext does not do and this one does: files compile in parallel; a file is compiled again only
+when it, a header, a table (*.def) or this script is newer than its object or its flags changed; missing
+prerequisites end the build with a sentence that names the remedy; compile_commands.json is written for editors.
+Environment: CC, CFLAGS as ever; DLPACK_INCLUDE, a folder that holds dlpack/dlpack.h; DSC_SANITIZE, a value for
+-fsanitize (for `make asan`). Wider instruction sets are chosen at run time by the core, never here.
+"""
 import glob
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,85 +20,137 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
+# -ffp-contract=off and no -ffast-math: all CPU tiers give the same bits. -fno-math-errno: sqrtf vectorises.
 CFLAGS = [
     "-std=c11", "-O3", "-g", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-pthread",
     "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers",
 ]
+LDFLAGS = ["-pthread", "-lm"]
+DLPACK_NEEDED = (1, 3)
+
+
+def fail(sentence):
+    """End the build with one sentence instead of a traceback."""
+    sys.exit(f"deepspeed_c: {sentence}")
 
 
 def pkg_config(flag, package, remedy):
-    """Words of `pkg-config flag package`, or an exit that says how to get the package."""
+    """Words of `pkg-config flag package`."""
     if shutil.which("pkg-config") is None:
-        sys.exit("deepspeed_c: pkg-config is missing (Debian, Ubuntu: apt-get install pkg-config)")
+        fail("pkg-config is missing (Debian, Ubuntu: apt-get install pkg-config)")
     run = subprocess.run(["pkg-config", flag, package], capture_output=True, text=True)
     if run.returncode:
-        sys.exit(f"deepspeed_c: {package} is missing ({remedy})\n{run.stderr}")
+        fail(f"{package} is missing ({remedy})\n{run.stderr}")
     return shlex.split(run.stdout)
 
 
 def dlpack_include():
-    """The folder that holds dlpack/dlpack.h, version 1.3 or later."""
-    folder = os.environ.get("DLPACK_INCLUDE")
+    """The folder that holds dlpack/dlpack.h, recent enough for the exchange table."""
+    folder, source = os.environ.get("DLPACK_INCLUDE"), "DLPACK_INCLUDE"
     if not folder:
         try:
-            import tvm_ffi.libinfo
+            from tvm_ffi.libinfo import find_dlpack_include_path
         except ImportError:
-            sys.exit("deepspeed_c: the DLPack header is missing: pip install 'apache-tvm-ffi>=0.1.15,<0.2', "
-                     "or set DLPACK_INCLUDE to a folder that holds dlpack/dlpack.h (1.3 or later)")
-        folder = tvm_ffi.libinfo.find_dlpack_include_path()
-    if not os.path.exists(os.path.join(folder, "dlpack", "dlpack.h")):
-        sys.exit(f"deepspeed_c: {folder}/dlpack/dlpack.h does not exist (DLPACK_INCLUDE or apache-tvm-ffi)")
+            fail("the DLPack header is missing: pip install 'apache-tvm-ffi>=0.1.15,<0.2', "
+                 "or set DLPACK_INCLUDE to a folder that holds dlpack/dlpack.h (1.3 or later)")
+        folder, source = find_dlpack_include_path(), "the package apache-tvm-ffi"
+    header = os.path.join(folder, "dlpack", "dlpack.h")
+    if not os.path.exists(header):
+        fail(f"there is no dlpack/dlpack.h in {folder}, which {source} names")
+    with open(header) as text:
+        found = dict(re.findall(r"#define DLPACK_(MAJOR|MINOR)_VERSION (\d+)", text.read()))
+    version = (int(found.get("MAJOR", 0)), int(found.get("MINOR", 0)))
+    if version < DLPACK_NEEDED:
+        fail(f"{header} is DLPack {version[0]}.{version[1]}; 1.3 or later is needed")
     return folder
 
 
 def numpy_include():
     """The folder of the NumPy C API."""
-    import numpy
+    try:
+        import numpy
+    except ImportError:
+        fail("NumPy is needed to build: pip install numpy")
     return numpy.get_include()
 
 
+def newest(paths):
+    """The latest modification time of some files."""
+    return max((os.path.getmtime(path) for path in paths), default=0.0)
+
+
 class ParallelBuild(build_ext):
-    """build_ext that compiles files in parallel and writes compile_commands.json."""
+    """build_ext with files compiled in parallel, each only when it is out of date."""
 
     def build_extension(self, ext):
+        remedy = "Debian, Ubuntu: apt-get install libcjson-dev"
         ext.include_dirs += [dlpack_include(), numpy_include()]
-        ext.extra_compile_args += pkg_config("--cflags", "libcjson", "Debian, Ubuntu: apt-get install libcjson-dev")
-        ext.extra_link_args += pkg_config("--libs", "libcjson", "Debian, Ubuntu: apt-get install libcjson-dev")
-        compiler = self.compiler
-        original = compiler._compile
-        jobs, commands = [], []
+        ext.extra_compile_args += pkg_config("--cflags", "libcjson", remedy)
+        ext.extra_link_args += pkg_config("--libs", "libcjson", remedy)
+        if sanitize := os.environ.get("DSC_SANITIZE"):
+            flags = [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1"]
+            ext.extra_compile_args += flags
+            ext.extra_link_args += flags
+        self.write_compile_commands(ext)
+        compile_one = self.compiler.compile
+        shared = newest([*self.headers(), "setup.py"])
+        self.drop_objects_of_other_flags(ext)
 
-        def collect(obj, src, *rest):
-            jobs.append((obj, src, *rest))
-            _, cc_args, extra, pp_opts = rest[0], rest[1], rest[2], rest[3]
-            commands.append({"directory": ROOT, "file": src,
-                             "arguments": [*compiler.compiler_so, *cc_args, src, "-o", obj, *extra]})
+        def compile_parallel(sources, output_dir=None, **options):
+            def compile_stale(source):
+                (target,) = self.compiler.object_filenames([source], output_dir=output_dir)
+                stamp = os.path.getmtime(target) if os.path.exists(target) else 0.0
+                if stamp <= max(shared, os.path.getmtime(source)):
+                    compile_one([source], output_dir=output_dir, **options)
+                return target
 
-        # setuptools' compile() calls _compile once per stale file; collect them, then run all at once.
-        compiler._compile = collect
-        compile_all = compiler.compile
-
-        def compile_parallel(*args, **kwargs):
-            objects = compile_all(*args, **kwargs)
+            for source in sources:
+                os.makedirs(os.path.join(output_dir or "", os.path.dirname(source)), exist_ok=True)
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                list(pool.map(lambda job: original(*job), jobs))
-            return objects
+                return list(pool.map(compile_stale, sources))
 
-        compiler.compile = compile_parallel
+        self.compiler.compile = compile_parallel
+        # setuptools looks at the sources only, and would take a changed header for nothing to do.
         self.force = True
         super().build_extension(ext)
-        with open(os.path.join(ROOT, "compile_commands.json"), "w") as out:
+
+    def headers(self):
+        """Every file that a source may include from this tree."""
+        return [path for end in ("h", "def") for path in glob.glob(f"csrc/**/*.{end}", recursive=True)]
+
+    def drop_objects_of_other_flags(self, ext):
+        """Objects that other flags or another interpreter made are stale, whatever their time says."""
+        record = os.path.join(self.build_temp, "flags.json")
+        flags = [list(self.compiler.compiler_so), ext.include_dirs, ext.extra_compile_args, sys.version]
+        try:
+            with open(record) as text:
+                if json.load(text) == flags:
+                    return
+        except (OSError, ValueError):
+            pass
+        shutil.rmtree(self.build_temp, ignore_errors=True)
+        os.makedirs(self.build_temp)
+        with open(record, "w") as out:
+            json.dump(flags, out)
+
+    def write_compile_commands(self, ext):
+        """compile_commands.json, which clangd and other tools read."""
+        flags = [*self.compiler.compiler_so, *(f"-I{d}" for d in [*ext.include_dirs, *self.compiler.include_dirs]),
+                 *ext.extra_compile_args]
+        commands = [{"directory": ROOT, "file": source, "arguments": [*flags, "-c", source]} for source in ext.sources]
+        with open("compile_commands.json", "w") as out:
             json.dump(commands, out, indent=1)
 
 
+os.chdir(ROOT)  # sources are named relative to the root, and so are the objects
 setup(
     ext_modules=[
         Extension(
             "deepspeed_c._core",
-            sorted(os.path.relpath(p, ROOT) for p in glob.glob(os.path.join(ROOT, "csrc", "**", "*.c"), recursive=True)),
+            sorted(glob.glob("csrc/**/*.c", recursive=True)),
             include_dirs=["csrc"],
-            extra_compile_args=CFLAGS,
-            extra_link_args=["-pthread", "-lm"],
+            extra_compile_args=list(CFLAGS),
+            extra_link_args=list(LDFLAGS),
         )
     ],
     cmdclass={"build_ext": ParallelBuild},

@@ -96,6 +96,6 @@ double dsc_norm_sum(const struct dsc_norm *norm) {
 double dsc_clip_factor(double norm, double clip) {
     if (clip <= 0 || norm <= clip - 1e-6)
         return 1.0;
-    double factor = clip / (norm + 1e-6);
-    return factor > 1.0 ? 1.0 : factor; /* rounding next to the limit; NaN stays NaN */
+    /* At most 1: norm + 1e-6 is at least clip before it is rounded, and rounding is monotonic. */
+    return clip / (norm + 1e-6);
 }

@@ -1,0 +1,115 @@
+/* Rules over several keys: batch sizes, precision, and pairs that make sense only together.
+ *
+ * Invariant: train_batch_size == train_micro_batch_size_per_gpu * gradient_accumulation_steps *
+ * world size holds for every configuration that is accepted. Called once, after all keys are read.
+ */
+#include "config_parts.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static bool is_given(const struct dsc_config_reading *reading, const char *path) {
+    int index = dsc__config_index(path);
+    return index >= 0 && reading->given[index];
+}
+
+static void show_size(int64_t value, char *out, size_t n) {
+    if (value == DSC_CONFIG_NONE)
+        snprintf(out, n, "not given");
+    else
+        snprintf(out, n, "%lld", (long long)value);
+}
+
+static enum dsc_status batch_error(const struct dsc_config *given, int64_t world_size,
+                                   struct dsc_config_reading *reading) {
+    char batch[24], micro[24], steps[24];
+    show_size(given->train_batch_size, batch, sizeof batch);
+    show_size(given->train_micro_batch_size_per_gpu, micro, sizeof micro);
+    show_size(given->gradient_accumulation_steps, steps, sizeof steps);
+    return dsc__config_error(
+        reading,
+        "train_batch_size (%s) must be train_micro_batch_size_per_gpu (%s) * "
+        "gradient_accumulation_steps (%s) * world size (%lld), in whole numbers",
+        batch, micro, steps, (long long)world_size);
+}
+
+/* a / b where that is a whole number >= 1, else 0. */
+static int64_t whole_quotient(int64_t a, int64_t b) {
+    return b > 0 && a % b == 0 ? a / b : 0;
+}
+
+/* The product of three, or 0 when it does not fit. */
+static int64_t product(int64_t a, int64_t b, int64_t c) {
+    int64_t ab, abc;
+    return __builtin_mul_overflow(a, b, &ab) || __builtin_mul_overflow(ab, c, &abc) ? 0 : abc;
+}
+
+/* Any two of the three give the third; one of the first two suffices, with one micro-step. */
+static enum dsc_status batch_rule(int64_t world_size, struct dsc_config *config,
+                                  struct dsc_config_reading *reading) {
+    const int64_t none = DSC_CONFIG_NONE;
+    const struct dsc_config given = *config;
+    int64_t *batch = &config->train_batch_size;
+    int64_t *micro = &config->train_micro_batch_size_per_gpu;
+    int64_t *steps = &config->gradient_accumulation_steps;
+    if (*batch == none && *micro == none)
+        return dsc__config_error(reading,
+                                 "train_batch_size or train_micro_batch_size_per_gpu must be given "
+                                 "(train_batch_size = train_micro_batch_size_per_gpu * "
+                                 "gradient_accumulation_steps * world size, which is %lld)",
+                                 (long long)world_size);
+    if (*steps == none && (*batch == none || *micro == none))
+        *steps = 1;
+    if (*batch == none)
+        *batch = product(*micro, *steps, world_size);
+    else if (*micro == none)
+        *micro = whole_quotient(*batch, product(*steps, world_size, 1));
+    else if (*steps == none)
+        *steps = whole_quotient(*batch, product(*micro, world_size, 1));
+    if (*batch < 1 || *micro < 1 || *steps < 1 || *batch != product(*micro, *steps, world_size))
+        return batch_error(&given, world_size, reading);
+    return DSC_OK;
+}
+
+/* A size that is given but was refused: the rule would only repeat that. */
+static bool sizes_are_sound(const struct dsc_config *config,
+                            const struct dsc_config_reading *reading) {
+    const int64_t none = DSC_CONFIG_NONE;
+    return (config->train_batch_size != none || !is_given(reading, "train_batch_size")) &&
+           (config->train_micro_batch_size_per_gpu != none ||
+            !is_given(reading, "train_micro_batch_size_per_gpu")) &&
+           (config->gradient_accumulation_steps != none ||
+            !is_given(reading, "gradient_accumulation_steps"));
+}
+
+static enum dsc_status precision_rules(const struct dsc_config *config,
+                                       struct dsc_config_reading *reading) {
+    if (config->fp16_enabled && config->bf16_enabled)
+        DSC_TRY(dsc__config_error(reading,
+                                  "fp16.enabled and bf16.enabled are both true; allowed: one"));
+    double initial = ldexp(1.0, (int)config->fp16_initial_scale_power);
+    if (config->fp16_enabled && config->fp16_loss_scale == 0 &&
+        initial < (double)config->fp16_min_loss_scale)
+        DSC_TRY(dsc__config_error(
+            reading,
+            "fp16.min_loss_scale is %lld, above the scale to start with, 2 to "
+            "the power fp16.initial_scale_power (%lld)",
+            (long long)config->fp16_min_loss_scale, (long long)config->fp16_initial_scale_power));
+    return DSC_OK;
+}
+
+enum dsc_status dsc__config_rules(int64_t world_size, struct dsc_config *config,
+                                  struct dsc_config_reading *reading) {
+    if (sizes_are_sound(config, reading))
+        DSC_TRY(batch_rule(world_size, config, reading));
+    DSC_TRY(precision_rules(config, reading));
+    if (is_given(reading, "optimizer.params") && !is_given(reading, "optimizer.type"))
+        DSC_TRY(dsc__config_error(reading, "optimizer.params is given without optimizer.type"));
+    if (is_given(reading, "scheduler.params") && !is_given(reading, "scheduler.type"))
+        DSC_TRY(dsc__config_error(reading, "scheduler.params is given without scheduler.type"));
+    if (!config->zero_ignore_unused_parameters)
+        DSC_TRY(dsc__config_warn(reading,
+                                 "zero_optimization.ignore_unused_parameters is false: not yet; "
+                                 "unused parameters are still allowed"));
+    return DSC_OK;
+}

@@ -1,0 +1,119 @@
+/* JSON text to a tree: files, syntax errors with line and column, keys that stand twice.
+ *
+ * Invariant: a tree that comes out of here has no object with two equal keys; cJSON would keep both
+ * and everybody would read the first. */
+#include "config_parts.h"
+
+#include "alloc.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+/* Column counts bytes from 1. */
+static void place(const char *text, const char *at, long *line, long *column) {
+    *line = *column = 1;
+    for (; text < at && *text; text++) {
+        *column = *text == '\n' ? 1 : *column + 1;
+        *line += *text == '\n';
+    }
+}
+
+static enum dsc_status syntax_error(const char *text, const char *at, const char *name) {
+    long line, column;
+    const char *hint = "";
+    place(text, at, &line, &column);
+    if (*at == '/' || *at == '#')
+        hint = " (JSON has no comments)";
+    else if ((*at == '}' || *at == ']') && at > text)
+        hint = " (a comma before it, or a value missing?)";
+    else if (*at == '\'')
+        hint = " (JSON strings stand in double quotes)";
+    if (!*at)
+        return DSC_FAIL(DSC_ECONFIG,
+                        "%s: not JSON: the text ends too early, at line %ld, column %ld", name,
+                        line, column);
+    return DSC_FAIL(DSC_ECONFIG, "%s: not JSON at line %ld, column %ld: '%.16s'%s", name, line,
+                    column, at, hint);
+}
+
+/* A path under construction; steps that do not fit are left out and shown as dots. */
+struct trail {
+    const struct trail *up;
+    const char *name;
+};
+
+static void show_trail(const struct trail *trail, char *out, size_t n) {
+    if (trail->up)
+        show_trail(trail->up, out, n);
+    size_t used = strlen(out);
+    snprintf(out + used, n - used, "%s%s", used ? "." : "", trail->name);
+}
+
+static enum dsc_status check_twice(const cJSON *item, const struct trail *up, const char *name) {
+    for (const cJSON *child = item->child; child; child = child->next) {
+        struct trail here = {up, child->string ? child->string : "[]"};
+        for (const cJSON *other = child->next; child->string && other; other = other->next) {
+            if (strcmp(child->string, other->string) != 0)
+                continue;
+            char path[512] = "";
+            show_trail(&here, path, sizeof path);
+            return DSC_FAIL(DSC_ECONFIG, "%s: the key %s stands twice", name, path);
+        }
+        DSC_TRY(check_twice(child, &here, name));
+    }
+    return DSC_OK;
+}
+
+enum dsc_status dsc_config_tree(const char *text, size_t n, const char *name, cJSON **out) {
+    const char *end = NULL;
+    if (strlen(text) != n)
+        return DSC_FAIL(DSC_ECONFIG, "%s: not JSON: a zero byte at position %zu", name,
+                        strlen(text));
+    /* The terminating zero counts, so that text after the value is seen. */
+    cJSON *root = cJSON_ParseWithLengthOpts(text, n + 1, &end, true);
+    if (!root)
+        return syntax_error(text, end ? end : text, name);
+    enum dsc_status status = check_twice(root, NULL, name);
+    if (status == DSC_OK && !cJSON_IsObject(root))
+        status = DSC_FAIL(DSC_ECONFIG, "%s: the configuration must be a JSON object", name);
+    if (status != DSC_OK)
+        cJSON_Delete(root);
+    else
+        *out = root;
+    return status;
+}
+
+enum dsc_status dsc_config_read_file(const char *path, char **text, size_t *n) {
+    enum { FIRST = 64 << 10, MOST = 64 << 20 };
+    char *buffer = NULL;
+    size_t used = 0, size = FIRST;
+    enum dsc_status status = DSC_OK;
+    FILE *file = fopen(path, "rb");
+    if (!file)
+        return DSC_FAIL(DSC_ECONFIG, "%s: cannot read the configuration: %s", path,
+                        strerror(errno));
+    while (status == DSC_OK) {
+        status = dsc_realloc((void **)&buffer, size + 1);
+        if (status != DSC_OK)
+            break;
+        used += fread(buffer + used, 1, size - used, file);
+        if (used < size)
+            break;
+        size *= 2;
+        if (size > MOST)
+            status = DSC_FAIL(DSC_ECONFIG, "%s: larger than %d MiB", path, MOST >> 20);
+    }
+    if (status == DSC_OK && ferror(file))
+        status =
+            DSC_FAIL(DSC_ECONFIG, "%s: cannot read the configuration: %s", path, strerror(errno));
+    fclose(file);
+    if (status != DSC_OK) {
+        dsc_free(buffer);
+        return status;
+    }
+    buffer[used] = '\0';
+    *text = buffer;
+    *n = used;
+    return DSC_OK;
+}

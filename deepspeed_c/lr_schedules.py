@@ -9,7 +9,7 @@ import logging
 
 from deepspeed_c import _core
 
-__all__ = ["LRRangeTest", "OneCycle", "VALID_LR_SCHEDULES", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "create"]
+__all__ = ["VALID_LR_SCHEDULES", "LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR", "create"]
 
 logger = logging.getLogger("DeepSpeed")
 
@@ -127,7 +127,7 @@ class WarmupDecayLR(WarmupLR):
 
 
 class WarmupCosineLR(_Schedule):
-    """Each group's rate at construction, times a ratio: `warmup_min_ratio` rising to 1, then a cosine to `cos_min_ratio`.
+    """Each group's rate at construction times a ratio: from `warmup_min_ratio` to 1, then a cosine to `cos_min_ratio`.
 
     After the warm-up of w steps, with p = min(1, (i - w + 1) / (T - w)): ratio = c + (1 - c) * (1 + cos(pi p)) / 2.
     The rate is 0 until the first step().

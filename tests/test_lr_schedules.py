@@ -1,5 +1,6 @@
-"""Schedules in Python: arguments, what is written where, and resuming. The formulas' own tests are tests/c/test_lr.c."""
+"""Schedules in Python: arguments, what is written where, resuming. The formulas' own tests are tests/c/test_lr.c."""
 import logging
+import types
 
 import numpy as np
 import pytest
@@ -138,12 +139,10 @@ def test_resumed_schedule_continues_and_loading_writes_nothing():
 
 
 def test_anything_with_a_list_of_param_groups_is_an_optimizer():
-    class Wrapper:
-        param_groups = [{"lr": 0.3}]
-
-    schedule = lr_schedules.create("WarmupLR", Wrapper(), {"warmup_num_steps": 2})
+    wrapper = types.SimpleNamespace(param_groups=[{"lr": 0.3}])
+    schedule = lr_schedules.create("WarmupLR", wrapper, {"warmup_num_steps": 2})
     schedule.step(5)
-    assert Wrapper.param_groups[0]["lr"] == 0.3
+    assert wrapper.param_groups[0]["lr"] == 0.3
 
 
 def test_create_makes_torch_schedules_too():

@@ -1,0 +1,1 @@
+"""The `deepspeed` command: one process per slot of this machine."""

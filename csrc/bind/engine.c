@@ -10,6 +10,7 @@
 #include "../config.h"
 #include "../engine.h"
 
+#include <math.h>
 #include <string.h>
 #include <structmember.h>
 
@@ -188,7 +189,7 @@ static struct dsc_engine_options options_of(const struct dsc_config *config, con
         .names_hash = names_hash,
     };
     if (config->fp16_enabled && config->fp16_loss_scale == 0)
-        dsc_scaler_init_dynamic(&options.scaler, (double)(1ull << config->fp16_initial_scale_power),
+        dsc_scaler_init_dynamic(&options.scaler, ldexp(1.0, (int)config->fp16_initial_scale_power),
                                 (double)config->fp16_min_loss_scale, config->fp16_loss_scale_window,
                                 config->fp16_hysteresis, config->fp16_consecutive_hysteresis);
     else
@@ -703,11 +704,25 @@ static PyType_Spec hook_spec = {
     .slots = hook_slots,
 };
 
+static PyObject *alloc_counters(PyObject *module, PyObject *unused) {
+    struct dsc_alloc_counters a = dsc_alloc_counters();
+    (void)module;
+    (void)unused;
+    return Py_BuildValue("{s:K,s:L,s:L}", "n_calls", (unsigned long long)a.n_calls, "n_live",
+                         (long long)a.n_live, "n_bytes", (long long)a.n_bytes);
+}
+
+static PyMethodDef functions[] = {
+    {"alloc_counters", alloc_counters, METH_NOARGS,
+     "The core's allocations in this process: n_calls, n_live, n_bytes."},
+    {NULL},
+};
+
 int dsc_bind_add_engine(PyObject *module) {
     struct dsc_bind_state *state = dsc_bind_module_state(module);
     state->engine_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &engine_spec, NULL);
     if (!state->engine_type || PyModule_AddType(module, state->engine_type) < 0)
         return -1;
     state->hook_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &hook_spec, NULL);
-    return state->hook_type ? 0 : -1;
+    return state->hook_type ? PyModule_AddFunctions(module, functions) : -1;
 }

@@ -1,0 +1,336 @@
+"""The interface as scripts use it: arguments, returns, errors (contract F1), life and end of an engine."""
+import argparse
+import copy
+import gc
+import inspect
+import json
+
+import models
+import pytest
+import torch
+import torch.nn as nn
+
+import deepspeed_c as deepspeed
+
+CONFIG = {"train_batch_size": 2, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def start(config=CONFIG, module=None, **more):
+    module = module or net()
+    more.setdefault("model_parameters", module.parameters())
+    return deepspeed.initialize(model=module, config=config, **more)
+
+
+def one_step(engine):
+    loss = engine(torch.ones(2, 4)).square().mean()
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+# ---- wrong arguments: the text names what came and what is allowed ----
+
+
+def test_without_a_model_the_error_says_so():
+    with pytest.raises(ValueError, match="requires a model"):
+        deepspeed.initialize(config=CONFIG)
+
+
+def test_without_or_with_two_configurations_the_error_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no configuration"):
+        deepspeed.initialize(model=net())
+    args = argparse.Namespace(deepspeed_config=str(tmp_path / "x.json"))
+    with pytest.raises(ValueError, match="two configurations"):
+        deepspeed.initialize(args=args, model=net(), config=CONFIG)
+
+
+@pytest.mark.parametrize("change, text", [
+    ({"gradient_clipp1ng": 1}, "gradient_clipping"),
+    ({"train_batch_size": 0}, "train_batch_size"),
+    ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage"),
+    ({"zero_optimization": {"stage": 3}}, "not yet"),
+    ({"zero_optimization": {"stagee": 1}}, "zero_optimization.stage"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16"),
+    ({"prescale_gradients": True}, "prescale_gradients"),
+])
+def test_a_wrong_configuration_names_the_key(change, text):
+    with pytest.raises((deepspeed.DeepSpeedConfigError, NotImplementedError), match=text):
+        start({**CONFIG, **change})
+
+
+@pytest.mark.parametrize("section, error, text", [
+    ({"type": "AdamW", "params": {"learning_rate": 1}}, ValueError, "learning_rate"),
+    ({"type": "AdamW", "params": {"max_grad_norm": 1}}, ValueError, "gradient_clipping"),
+    ({"type": "Adam", "params": {"amsgrad": True}}, NotImplementedError, "amsgrad"),
+])
+def test_a_wrong_optimizer_parameter_names_it(section, error, text):
+    with pytest.raises(error, match=text):
+        start({**CONFIG, "optimizer": section})
+
+
+def test_not_yet_is_an_error_everywhere():
+    with pytest.raises(NotImplementedError, match="optimizer"):
+        start(optimizer=torch.optim.SGD(net().parameters(), lr=1))
+    with pytest.raises(NotImplementedError, match="mpu"):
+        start(mpu=object())
+    with pytest.raises(NotImplementedError, match="stage 3"):
+        deepspeed.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}})
+    engine, optimizer, *_ = start()
+    for call in (lambda: engine.save_checkpoint("x"), lambda: engine.load_checkpoint("x"), optimizer.state_dict):
+        with pytest.raises(NotImplementedError, match="not yet"):
+            call()
+
+
+def test_parameters_given_twice_are_named():
+    module = net()
+    with pytest.raises(ValueError, match="more than once.*0.weight"):
+        start(module=module, model_parameters=[module[0].weight, module[0].weight])
+
+
+def test_backward_needs_one_element_and_a_graph():
+    engine, *_ = start()
+    with pytest.raises(ValueError, match="one element"):
+        engine.backward(engine(torch.ones(2, 4)))
+    with pytest.raises(ValueError, match="grad_fn"):
+        engine.backward(torch.tensor(1.0))
+
+
+def test_a_parameter_that_changed_its_size_is_named():
+    engine, *_ = start()
+    loss = engine(torch.ones(2, 4)).square().mean()
+    engine.backward(loss)
+    engine.module[0].bias.grad = None
+    engine.module[0].bias.data = torch.zeros(3)
+    with pytest.raises(ValueError, match="0.bias changed since initialize"):
+        engine.step()
+
+
+# ---- shapes of arguments that clients pass ----
+
+
+def test_configuration_as_dict_file_text_and_args(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(CONFIG))
+    losses = []
+    for given in (CONFIG, str(path), json.dumps(CONFIG)):
+        losses.append(one_step(start(given)[0]))
+    losses.append(one_step(start(None, config_params=CONFIG)[0]))
+    losses.append(one_step(start(None, args=argparse.Namespace(deepspeed_config=str(path), local_rank=0))[0]))
+    assert len(set(losses)) == 1
+
+
+def test_model_parameters_as_none_list_iterator_groups():
+    results = []
+    for make in (lambda m: None, lambda m: list(m.parameters()), lambda m: iter(m.parameters()),
+                 lambda m: [{"params": m.parameters()}], lambda m: filter(lambda p: p.requires_grad, m.parameters()),
+                 lambda m: [{"params": m[0].parameters()}, {"params": m[2].parameters()}, {"params": []}]):
+        module = net()
+        engine, optimizer, *_ = start(module=module, model_parameters=make(module))
+        one_step(engine)
+        results.append(models.bits(module))
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == 4
+    assert len(set(results)) == 1
+
+
+def test_the_callers_dict_comes_back_as_engine_config():
+    given = copy.deepcopy(CONFIG)
+    engine, *_ = start(given)
+    assert engine.config is given and given == CONFIG
+
+
+def test_add_config_arguments_leaves_local_rank_to_the_script():
+    parser = argparse.ArgumentParser()
+    assert deepspeed.add_config_arguments(parser) is parser
+    parser.add_argument("--local_rank", type=int, default=-1)
+    args = parser.parse_args(["--deepspeed", "--deepspeed_config", "x.json"])
+    assert args.deepspeed and args.deepspeed_config == "x.json" and args.local_rank == -1
+
+
+def test_engine_is_a_module_and_falls_through_to_the_callers_own():
+    module = net()
+    module.answer = 42
+    engine, *_ = start(module=module)
+    assert isinstance(engine, nn.Module) and type(engine) is deepspeed.DeepSpeedEngine
+    assert engine.module is module and engine.answer == 42
+    assert len(list(engine.parameters())) == 4
+    with pytest.raises(AttributeError, match="nothing_such"):
+        engine.nothing_such
+
+
+def test_a_replaced_forward_is_called():
+    engine, *_ = start()
+    engine.module.forward = lambda x: x * 7
+    assert engine(torch.ones(1)).item() == 7
+
+
+def test_accessors_come_from_the_table_and_are_inspectable():
+    engine, *_ = start({**CONFIG, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+    assert engine.bfloat16_enabled() and not engine.fp16_enabled()
+    assert engine.zero_optimization_stage() == 1 and engine.gradient_clipping() == 1.0
+    assert (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(),
+            engine.gradient_accumulation_steps()) == (2, 2, 1)
+    inspect.signature(engine.fp16_enabled)
+    inspect.signature(engine.save_checkpoint)
+
+
+def test_the_optimizer_is_an_ordinary_class_whose_class_can_be_changed():
+    engine, optimizer, *_ = start()
+    inner = type("Wrapped", (type(optimizer),), {})
+    optimizer.__class__ = inner
+    assert isinstance(optimizer, torch.optim.Optimizer) and isinstance(optimizer.optimizer, torch.optim.Optimizer)
+    assert optimizer.optimizer.param_groups is optimizer.param_groups
+    one_step(engine)
+
+
+def test_optimizer_step_applies_what_backward_left():
+    a, b = net(), net()
+    engine, optimizer, *_ = start(module=a)
+    other, *_ = start(module=b)
+    loss = engine(torch.ones(2, 4)).square().mean()
+    engine.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    one_step(other)
+    assert models.bits(a) == models.bits(b)
+
+
+def test_boundary_can_be_set_by_hand_and_counted():
+    engine, *_ = start({**CONFIG, "train_batch_size": 6, "gradient_accumulation_steps": 3})
+    seen = []
+    for _ in range(6):
+        seen.append(engine.is_gradient_accumulation_boundary())
+        one_step(engine)
+    assert seen == [False, False, True] * 2
+    assert (engine.global_steps, engine.micro_steps, engine.global_samples) == (2, 6, 12)
+    engine.set_gradient_accumulation_boundary(is_boundary=True)
+    one_step(engine)
+    assert engine.global_steps == 3
+    engine.set_gradient_accumulation_boundary(is_boundary=False)
+    one_step(engine)
+    assert engine.global_steps == 3 and not engine.was_step_applied()
+
+
+def test_gas_with_manual_boundary_equals_counting():
+    results = []
+    for manual in (False, True):
+        module = net()
+        engine, *_ = start({**CONFIG, "train_batch_size": 4, "gradient_accumulation_steps": 2}, module)
+        for i in range(4):
+            loss = engine(torch.full((2, 4), float(i))).square().mean()
+            if manual:
+                engine.set_gradient_accumulation_boundary(is_boundary=i % 2 == 1)
+            engine.backward(loss)
+            if not manual or i % 2 == 1:
+                engine.step()
+        results.append(models.bits(module))
+    assert results[0] == results[1]
+
+
+def test_no_sync_accumulates_and_refuses_step():
+    engine, *_ = start()
+    with engine.no_sync():
+        engine.backward(engine(torch.ones(2, 4)).square().mean())
+        with pytest.raises(RuntimeError, match="no_sync"):
+            engine.step()
+    one_step(engine)
+    assert engine.global_steps == 1
+    other, *_ = start({**CONFIG, "zero_optimization": {"stage": 2}})
+    with pytest.raises(RuntimeError, match="stage 2"):
+        with other.no_sync():
+            pass
+
+
+def test_backward_returns_the_loss_divided_by_accumulation():
+    engine, *_ = start({**CONFIG, "train_batch_size": 4, "gradient_accumulation_steps": 2})
+    loss = engine(torch.ones(2, 4)).square().mean()
+    assert engine.backward(loss).item() == loss.item() / 2
+    loss = engine(torch.ones(2, 4)).square().mean()
+    assert engine.backward(loss, scale_wrt_gas=False).item() == loss.item()
+
+
+def test_without_an_optimizer_the_engine_only_runs_forward():
+    module = net()
+    engine, optimizer, loader, scheduler = deepspeed.initialize(model=module, config={"train_batch_size": 2})
+    assert (optimizer, loader, scheduler) == (None, None, None)
+    assert engine(torch.ones(2, 4)).shape == (2, 2)
+    with pytest.raises(RuntimeError, match="needs an optimizer"):
+        engine.backward(engine(torch.ones(2, 4)).sum())
+
+
+def test_the_scheduler_can_be_an_object_a_callable_or_taken_away():
+    schedule = start(lr_scheduler=lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.5))[3]
+    assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
+    engine, optimizer, *_ = start()
+    engine.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    one_step(engine)
+    assert engine.get_lr() == [pytest.approx(1e-4)]
+    engine.lr_scheduler = None
+    one_step(engine)
+    assert engine.get_lr() == [pytest.approx(1e-4)]
+
+
+def test_zero_contexts_on_ordinary_parameters_do_nothing():
+    with deepspeed.zero.Init(enabled=False):
+        module = net()
+    with deepspeed.zero.GatheredParameters([module[0].weight, None, *module.buffers()], modifier_rank=0):
+        assert module[0].weight.shape == (8, 4)
+
+
+# ---- life and end ----
+
+
+def test_destroy_leaves_parameters_usable_and_is_idempotent():
+    module = net()
+    engine, *_ = start(module=module)
+    one_step(engine)
+    before = models.bits(module)
+    engine.destroy()
+    engine.destroy()
+    assert models.bits(module) == before
+    assert copy.deepcopy(module)(torch.ones(1, 4)).shape == (1, 2)
+    with pytest.raises(RuntimeError, match="destroyed"):
+        engine.step()
+
+
+def test_parameters_keep_storages_of_their_own(tmp_path):
+    module = net()
+    engine, *_ = start(module=module)
+    one_step(engine)
+    torch.save(module.state_dict(), tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 8000
+    assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 4
+    module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
+
+
+def test_an_engine_that_is_dropped_is_collected():
+    import weakref
+    engine, *_ = start()
+    one_step(engine)
+    seen = weakref.ref(engine)
+    del engine, _
+    gc.collect()
+    assert seen() is None
+
+
+def test_replaced_storage_is_found_again():
+    module = net()
+    engine, *_ = start(module=module)
+    one_step(engine)
+    module[0].weight.data = module[0].weight.data.clone()
+    module[2].weight.share_memory_()
+    before = models.bits(module)
+    one_step(engine)
+    assert models.bits(module) != before
+
+
+def test_numpy_integers_floats_and_auto_in_the_configuration():
+    engine, *_ = start({**CONFIG, "zero_optimization": {"stage": 1, "reduce_bucket_size": 5e8},
+                        "gradient_clipping": "auto", "steps_per_print": float("inf"),
+                        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": 1e-8}}})
+    assert engine.gradient_clipping() == 1.0 and engine.get_lr() == [1e-3]
+    one_step(engine)

@@ -1,0 +1,74 @@
+/* What engine.c (life, backward) and engine_step.c (the boundary) share. Nobody else includes it.
+ *
+ * Names: a world of one has no buckets; an engine `keeps` gradients when they stay with this rank
+ * until the boundary (stages 0 and 1, or a world of one) and is `early` when they are handed over
+ * inside backward (stage 2, or overlap). Invariant: an early engine at stage 0 or 1 hands over in
+ * the boundary's backward only, so that micro-steps add up as without overlap. */
+#ifndef DSC_ENGINE_IMPL_H
+#define DSC_ENGINE_IMPL_H
+
+#include "bucket.h"
+#include "engine.h"
+#include "pool.h"
+#include "source.h"
+#include "update.h"
+
+/* FNV-1a starts here. */
+#define DSC__HASH_START ((uint64_t)0xcbf29ce484222325u)
+
+enum { DSC__ENGINE_RUN = 4 * DSC_BLOCK };
+
+/* Where the first non-finite element of a step was seen on this rank. */
+struct dsc__culprit {
+    int64_t param; /* -1: none */
+    uint64_t elem, micro;
+};
+
+struct dsc_engine {
+    struct dsc_comm *comm;
+    struct dsc_engine_options options;
+    struct dsc_pool *pool;
+    int rank, size;
+    bool early, keeps, has_16bit, has_f32;
+
+    size_t n_params;
+    struct dsc_param *params;
+    int *param_space;
+    size_t *param_segment;
+    struct dsc_space *spaces;
+    size_t n_spaces;
+    struct dsc_holding *holdings; /* per space */
+    float **local;                /* per space: fp32 sums over micro-steps; NULL until needed */
+    bool *folded;                 /* per parameter: in `local` for this step */
+    bool *marked;                 /* per parameter: scratch of one call */
+    atomic_bool *changed;         /* per parameter: written by somebody else, found in this step */
+    struct dsc_source *sources;   /* per space: valid inside a step */
+    size_t n_folded;
+    struct dsc_spread *spread;
+    int n_groups;
+    struct dsc_optim_args *args;
+    double *squares; /* per block of one DSC__ENGINE_RUN batch, world of one */
+    char *meeting;   /* size * DSC_MEET_MAX */
+
+    struct dsc_scaler scaler;
+    uint64_t n_steps, n_boundaries, n_micro; /* micro-steps of the open step */
+    uint64_t first_momentum_step;
+    bool pending_16bit; /* 16-bit gradients lie in .grad */
+    bool boundary;      /* of the backward pass that runs or ran last */
+    bool round_open;
+    uint32_t n_rounds; /* ended in this step */
+    struct dsc__culprit culprit;
+    char label[64];
+};
+
+uint64_t dsc__engine_hash(uint64_t hash, const void *data, size_t n_bytes);
+const struct dsc_segment *dsc__engine_segment(const struct dsc_engine *e, size_t param);
+bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param);
+/* A parameter's gradient joins this rank's fp32 sums. */
+enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t param, const void *grad,
+                                     enum dsc_dtype dtype, uint64_t micro);
+/* Rounds of all spaces open and end together. sources: what did not arrive; NULL: nothing. */
+void dsc__engine_open_round(struct dsc_engine *e);
+enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources);
+
+#endif

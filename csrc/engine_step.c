@@ -1,0 +1,291 @@
+/* The boundary: gradients become sums, sums a norm, and owned elements new values.
+ *
+ * Invariant: every rank decides from the same numbers (all meet before gradients move and before
+ * values change), so that all step, all skip, or all fail. */
+#include "engine_impl.h"
+
+#include "arena.h"
+#include "clip.h"
+#include "fpenv.h"
+#include "kernels/kernels.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+/* What ranks tell each other before gradients move: everything that must agree. */
+struct dsc__plan {
+    uint64_t hyper_hash;
+    double first_lr;
+    uint32_t n_rounds; /* that this rank needs */
+};
+
+static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *groups) {
+    uint64_t hash = DSC__HASH_START;
+    for (int g = 0; g < e->n_groups; g++) {
+        const struct dsc_hyper *h = &groups[g];
+        double row[] = {
+            h->lr,       h->weight_decay, h->beta1,     h->beta2,           h->eps,
+            h->momentum, h->dampening,    h->decoupled, h->bias_correction, h->nesterov};
+        hash = dsc__engine_hash(hash, row, sizeof row);
+    }
+    return hash;
+}
+
+/* Makes each space's source; where sums over micro-steps exist, the last gradients join them. */
+static enum dsc_status make_sources(struct dsc_engine *e, struct dsc_view *views) {
+    for (size_t i = 0; e->keeps && e->n_folded && i < e->n_params; i++)
+        if (dsc__engine_is_16bit(e, i) && views[i].grad) {
+            DSC_TRY(dsc__engine_fold_one(e, i, views[i].grad, views[i].grad_dtype,
+                                         dsc_max(e->n_micro, 1)));
+            views[i].grad = NULL;
+        }
+    for (size_t s = 0; s < e->n_spaces; s++)
+        e->sources[s] = (struct dsc_source){
+            .views = views,
+            .local = e->n_folded && e->spaces[s].dtype != DSC_F32 ? e->local[s] : NULL,
+            .folded = e->folded,
+        };
+    return DSC_OK;
+}
+
+static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *mine,
+                                 struct dsc__plan *agreed) {
+    struct dsc__plan first, other;
+    *agreed = *mine;
+    if (e->size == 1)
+        return DSC_OK;
+    DSC_TRY(dsc_comm_meet(e->comm, e->label, 1, mine, sizeof *mine, e->meeting));
+    memcpy(&first, e->meeting, sizeof first);
+    for (int r = 1; r < e->size; r++) {
+        memcpy(&other, e->meeting + (size_t)r * sizeof other, sizeof other);
+        if (other.hyper_hash != first.hyper_hash)
+            return DSC_FAIL(
+                DSC_EINVAL,
+                "optimizer settings differ between ranks: group 0 has lr %.9g on rank 0 "
+                "and %.9g on rank %d%s; every rank must use the same param_groups",
+                first.first_lr, other.first_lr, r,
+                first.first_lr == other.first_lr ? " (another key or group differs)" : "");
+        agreed->n_rounds = (uint32_t)dsc_max(agreed->n_rounds, other.n_rounds);
+    }
+    agreed->n_rounds = (uint32_t)dsc_max(agreed->n_rounds, first.n_rounds);
+    return DSC_OK;
+}
+
+/* Ends the round of this step with what did not arrive; marks what it takes, so that it counts
+ * once. */
+static enum dsc_status end_last_round(struct dsc_engine *e, struct dsc_view *views) {
+    if (!e->round_open && e->n_rounds > 0)
+        return DSC_OK;
+    if (!e->round_open)
+        dsc__engine_open_round(e);
+    for (size_t i = 0; i < e->n_params; i++)
+        e->marked[i] =
+            e->param_space[i] >= 0 &&
+            dsc_buckets_expects(e->holdings[e->param_space[i]].buckets, e->param_segment[i]);
+    DSC_TRY(dsc__engine_end_round(e, e->sources));
+    for (size_t i = 0; i < e->n_params; i++)
+        if (e->marked[i]) {
+            views[i].grad = NULL;
+            e->folded[i] = false;
+        }
+    return DSC_OK;
+}
+
+static bool anything_left(const struct dsc_engine *e) {
+    enum dsc_dtype dtype;
+    for (size_t i = 0; i < e->n_params; i++)
+        if (e->param_space[i] >= 0 &&
+            dsc_source_at(&e->sources[e->param_space[i]], dsc__engine_segment(e, i),
+                          dsc__engine_segment(e, i)->begin, &dtype))
+            return true;
+    return false;
+}
+
+/* Gradients become sums; the norm of this rank's part goes into *norm. */
+static enum dsc_status reduce_early(struct dsc_engine *e, struct dsc_view *views,
+                                    struct dsc__plan *plan, struct dsc_norm *norm) {
+    struct dsc__plan agreed;
+    dsc_engine_check(e, views); /* usually nothing is left to look at */
+    DSC_TRY(end_last_round(e, views));
+    bool left = anything_left(e);
+    plan->n_rounds = e->n_rounds + left;
+    DSC_TRY(meet_plan(e, plan, &agreed));
+    for (; e->n_rounds < agreed.n_rounds; left = false) {
+        dsc__engine_open_round(e);
+        DSC_TRY(dsc__engine_end_round(e, left ? e->sources : NULL));
+    }
+    for (size_t s = 0; s < e->n_spaces; s++)
+        DSC_TRY(dsc_buckets_finish(e->holdings[s].buckets, agreed.n_rounds, norm, e->label));
+    return DSC_OK;
+}
+
+struct norm_job {
+    const struct dsc_space *space;
+    const struct dsc_source *source;
+    size_t first_block;
+    double *squares;
+};
+
+static void norm_blocks(void *context, size_t begin, size_t end) {
+    const struct norm_job *job = context;
+    float scratch[DSC_BLOCK];
+    for (size_t k = begin; k < end; k++) {
+        size_t at = (job->first_block + k) * DSC_BLOCK;
+        dsc_source_read(job->source, job->space, (struct dsc_range){at, at + DSC_BLOCK}, scratch);
+        job->squares[k] = dsc_kernels()->sum_squares(scratch, DSC_BLOCK);
+    }
+}
+
+/* A world of one: gradients are their own sums and stay where they are. */
+static void norm_alone(struct dsc_engine *e, struct dsc_norm *norm) {
+    for (size_t s = 0; s < e->n_spaces; s++) {
+        size_t n_blocks = e->spaces[s].n_elems / DSC_BLOCK;
+        for (size_t at = 0; at < n_blocks; at += DSC__ENGINE_RUN) {
+            size_t n = dsc_min(DSC__ENGINE_RUN, n_blocks - at);
+            struct norm_job job = {&e->spaces[s], &e->sources[s], at, e->squares};
+            dsc_pool_run(e->pool, n, 32, norm_blocks, &job);
+            for (size_t k = 0; k < n; k++)
+                dsc_norm_add(norm, e->squares[k]);
+        }
+    }
+}
+
+static enum dsc_status reduce(struct dsc_engine *e, struct dsc_view *views, struct dsc__plan *plan,
+                              struct dsc_norm *norm) {
+    struct dsc__plan agreed;
+    if (e->early)
+        return reduce_early(e, views, plan, norm);
+    DSC_TRY(meet_plan(e, plan, &agreed));
+    if (e->size == 1)
+        norm_alone(e, norm);
+    for (size_t s = 0; e->size > 1 && s < e->n_spaces; s++)
+        DSC_TRY(dsc_buckets_exchange(e->holdings[s].buckets, &e->sources[s], norm, e->label));
+    return DSC_OK;
+}
+
+/* Everyone's part of the norm; after it, all sums of all ranks are there. */
+static enum dsc_status meet_norm(struct dsc_engine *e, struct dsc_norm *norm) {
+    if (e->size == 1)
+        return DSC_OK;
+    struct dsc_norm part = *norm;
+    DSC_TRY(dsc_comm_meet(e->comm, e->label, 2, &part, sizeof part, e->meeting));
+    memset(norm, 0, sizeof *norm);
+    for (int r = 0; r < e->size; r++) {
+        memcpy(&part, e->meeting + (size_t)r * sizeof part, sizeof part);
+        dsc_norm_merge(norm, &part);
+    }
+    return DSC_OK;
+}
+
+/* Where it began: the earliest micro-step, then the lowest rank. Only runs when something is wrong.
+ */
+static enum dsc_status find_culprit(struct dsc_engine *e, const struct dsc_view *views,
+                                    struct dsc_step_report *report) {
+    struct dsc__culprit seen;
+    dsc_engine_check(e, views);
+    memcpy(e->meeting, &e->culprit, sizeof seen);
+    if (e->size > 1) {
+        struct dsc__culprit mine = e->culprit;
+        DSC_TRY(dsc_comm_meet(e->comm, e->label, 3, &mine, sizeof mine, e->meeting));
+    }
+    for (int r = 0; r < e->size; r++) {
+        memcpy(&seen, e->meeting + (size_t)r * sizeof seen, sizeof seen);
+        if (seen.param < 0 || (report->bad_rank >= 0 && seen.micro >= report->bad_micro))
+            continue;
+        report->bad_rank = r;
+        report->bad_param = (int)seen.param;
+        report->bad_elem = seen.elem;
+        report->bad_micro = seen.micro;
+    }
+    return DSC_OK;
+}
+
+static enum dsc_status prepare_args(struct dsc_engine *e, const struct dsc_hyper *groups,
+                                    double grad_scale) {
+    uint64_t step = e->n_steps + 1;
+    bool momentum = false;
+    for (int g = 0; g < e->n_groups; g++)
+        momentum |= e->options.optim == DSC_OPTIM_SGD && groups[g].momentum != 0;
+    if (momentum && e->first_momentum_step == 0) {
+        e->first_momentum_step = step;
+        for (size_t s = 0; s < e->n_spaces; s++)
+            DSC_TRY(dsc_arena_alloc(dsc_range_size(e->holdings[s].stepped) * sizeof(float),
+                                    (void **)&e->holdings[s].state[0]));
+    }
+    if (momentum)
+        step = step - e->first_momentum_step + 1;
+    for (int g = 0; g < e->n_groups; g++)
+        dsc_optim_prepare(e->options.optim, &groups[g], step, grad_scale, &e->args[g]);
+    return DSC_OK;
+}
+
+static enum dsc_status update(struct dsc_engine *e, struct dsc_view *views,
+                              const struct dsc_hyper *groups, double grad_scale) {
+    DSC_TRY(prepare_args(e, groups, grad_scale));
+    for (size_t s = 0; s < e->n_spaces; s++) {
+        struct dsc_update update = {e->comm,        e->pool, e->spread, views,
+                                    &e->sources[s], e->args, e->label,  e->changed};
+        DSC_TRY(dsc_update_run(&update, &e->holdings[s]));
+    }
+    e->n_steps++;
+    return DSC_OK;
+}
+
+static void forget_step(struct dsc_engine *e) {
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (e->holdings[s].buckets)
+            dsc_buckets_reset(e->holdings[s].buckets);
+    memset(e->folded, 0, e->n_params * sizeof *e->folded);
+    e->n_folded = 0;
+    e->n_micro = 0;
+    e->n_rounds = 0;
+    e->pending_16bit = false;
+    e->culprit.param = -1;
+    e->n_boundaries++;
+}
+
+static void count_changes(struct dsc_engine *e, struct dsc_step_report *report) {
+    for (size_t i = e->n_params; i-- > 0;)
+        if (atomic_exchange_explicit(&e->changed[i], false, memory_order_relaxed)) {
+            report->changed_param = (int)i;
+            report->n_changed++;
+        }
+}
+
+static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
+                            const struct dsc_hyper *groups, struct dsc_step_report *report) {
+    struct dsc_norm norm;
+    struct dsc__plan plan = {.hyper_hash = hyper_hash(e, groups), .first_lr = groups[0].lr};
+    memset(&norm, 0, sizeof norm);
+    snprintf(e->label, sizeof e->label, "engine.step %llu",
+             (unsigned long long)e->n_boundaries + 1);
+    DSC_TRY(make_sources(e, views));
+    DSC_TRY(reduce(e, views, &plan, &norm));
+    DSC_TRY(meet_norm(e, &norm));
+    double inverse = 1.0 / (e->scaler.scale * e->size);
+    report->norm = sqrt(dsc_norm_sum(&norm)) * inverse;
+    report->scale = e->scaler.scale;
+    report->nonfinite = norm.n_nonfinite > 0;
+    if (report->nonfinite)
+        DSC_TRY(find_culprit(e, views, report));
+    report->stepped = !(report->nonfinite && e->options.skip_nonfinite);
+    if (report->stepped)
+        DSC_TRY(update(e, views, groups, inverse * dsc_clip_factor(report->norm, e->options.clip)));
+    count_changes(e, report);
+    forget_step(e);
+    enum dsc_status status = dsc_scaler_update(&e->scaler, !report->stepped);
+    report->next_scale = e->scaler.scale;
+    return status;
+}
+
+enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
+                                const struct dsc_hyper *groups, struct dsc_step_report *report) {
+    *report = (struct dsc_step_report){.bad_rank = -1, .bad_param = -1, .changed_param = -1};
+    for (int g = 0; g < e->n_groups; g++)
+        DSC_TRY(dsc_optim_check(e->options.optim, &groups[g], g));
+    unsigned saved = dsc_fp_enter();
+    enum dsc_status status = step(e, views, groups, report);
+    dsc_fp_leave(saved);
+    return status;
+}

@@ -83,8 +83,12 @@ void dsc__print_operation(const struct dsc__print *print, char text[DSC__CALL_TE
 enum dsc_status dsc__print_compare(struct dsc_comm *comm, const struct dsc__print *mine);
 
 /* reduce.c: dst = the sources combined in rank order, in fp32 for 16-bit floats, rounded once.
- * dst may equal a source, not overlap one otherwise. */
+ * dst may equal a source, not overlap one otherwise. `stream`: dst is part of a large result. */
 void dsc__reduce(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
-                 enum dsc_dtype dtype, enum dsc_op op);
+                 enum dsc_dtype dtype, enum dsc_op op, bool stream);
+
+/* isa_stream.c: memcpy past the caches. Pays for results from about this size on. */
+enum { DSC__STREAM_FROM = 16 << 20 };
+void dsc__stream_copy(void *dst, const void *src, size_t n_bytes);
 
 #endif

@@ -29,37 +29,58 @@ static void divide(void *acc, enum dsc_dtype dtype, int by, size_t n) {
         x[i] /= divisor;
 }
 
-/* One block: offset in bytes into every source. */
-static void reduce_block(void *dst, const void *const *srcs, int n_srcs, size_t offset, size_t n,
-                         enum dsc_dtype dtype, enum dsc_op op) {
-    const struct dsc_kernels *k = dsc_kernels();
-    _Alignas(64) char acc[BLOCK_BYTES];
-    size_t n_acc_bytes = n * (is_wide(dtype) ? sizeof(float) : dsc_dtype_size(dtype));
-    int from = 0;
+struct reduction {
+    char *dst;
+    const void *const *srcs;
+    int n_srcs;
+    enum dsc_dtype dtype;
+    enum dsc_op op;
+    bool stream;
+};
 
-    if (op == DSC_SUM || op == DSC_AVG) {
-        memset(acc, 0, n_acc_bytes);
+/* acc = the sources' elements from `offset` bytes on, combined. */
+static void combine_block(void *acc, const struct reduction *r, size_t offset, size_t n) {
+    const struct dsc_kernels *k = dsc_kernels();
+    bool is_sum = r->op == DSC_SUM || r->op == DSC_AVG;
+    const char *first = (const char *)r->srcs[0] + offset;
+    int from = 1;
+
+    if (is_sum && (int)r->dtype < DSC_TRAIN_DTYPE_COUNT) {
+        k->accumulate[r->dtype](acc, first, n, true); /* +0.0 + x in one pass */
+    } else if (is_sum) {
+        memset(acc, 0, n * dsc_dtype_size(r->dtype));
+        from = 0;
+    } else if (is_wide(r->dtype)) {
+        k->to_f32[r->dtype](acc, first, n);
     } else {
         /* No neutral element exists for every type, so the first rank's values start. */
-        const char *first = (const char *)srcs[0] + offset;
-        if (is_wide(dtype))
-            k->to_f32[dtype]((float *)(void *)acc, first, n);
-        else
-            memcpy(acc, first, n_acc_bytes);
-        from = 1;
+        memcpy(acc, first, n * dsc_dtype_size(r->dtype));
     }
-    for (int r = from; r < n_srcs; r++)
-        k->combine[dtype][op](acc, (const char *)srcs[r] + offset, n);
-    if (op == DSC_AVG)
-        divide(acc, dtype, n_srcs, n);
-    if (is_wide(dtype))
-        k->from_f32[dtype]((char *)dst + offset, (const float *)(const void *)acc, n);
+    for (int i = from; i < r->n_srcs; i++)
+        k->combine[r->dtype][r->op](acc, (const char *)r->srcs[i] + offset, n);
+    if (r->op == DSC_AVG)
+        divide(acc, r->dtype, r->n_srcs, n);
+}
+
+static void reduce_block(const struct reduction *r, size_t offset, size_t n) {
+    _Alignas(64) char acc[BLOCK_BYTES], rounded[BLOCK_BYTES / 2];
+    const char *result = acc;
+    size_t n_bytes = n * dsc_dtype_size(r->dtype);
+
+    combine_block(acc, r, offset, n);
+    if (is_wide(r->dtype)) {
+        dsc_kernels()->from_f32[r->dtype](rounded, (const float *)(const void *)acc, n);
+        result = rounded;
+    }
+    if (r->stream)
+        dsc__stream_copy(r->dst + offset, result, n_bytes);
     else
-        memcpy((char *)dst + offset, acc, n_acc_bytes);
+        memcpy(r->dst + offset, result, n_bytes);
 }
 
 void dsc__reduce(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
-                 enum dsc_dtype dtype, enum dsc_op op) {
+                 enum dsc_dtype dtype, enum dsc_op op, bool stream) {
+    struct reduction r = {dst, srcs, n_srcs, dtype, op, stream};
     size_t size = dsc_dtype_size(dtype);
     size_t block = BLOCK_BYTES / dsc_max(size, sizeof(float));
     fenv_t caller;
@@ -70,6 +91,6 @@ void dsc__reduce(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
     (void)fegetenv(&caller);
     (void)fesetenv(FE_DFL_ENV);
     for (size_t i = 0; i < n_elems; i += block)
-        reduce_block(dst, srcs, n_srcs, i * size, dsc_min(block, n_elems - i), dtype, op);
+        reduce_block(&r, i * size, dsc_min(block, n_elems - i));
     (void)fesetenv(&caller);
 }

@@ -47,7 +47,8 @@ static const void *payload_of(void *state, int rank) {
 
 static enum dsc_status reduce(void *state, const struct dsc_coll *coll) {
     (void)state;
-    dsc__reduce(coll->dst, &coll->src, 1, coll->n_elems, coll->dtype, coll->op);
+    dsc__reduce(coll->dst, &coll->src, 1, coll->n_elems, coll->dtype, coll->op,
+                coll->n_elems * dsc_dtype_size(coll->dtype) >= DSC__STREAM_FROM);
     return DSC_OK;
 }
 

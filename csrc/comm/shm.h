@@ -16,9 +16,9 @@
 enum {
     DSC__SHM_PAGE = 4096,
     DSC__SHM_RANKS_MAX = 1024,
-    DSC__SHM_RING = 4,          /* fingerprints kept; 2 are needed, the rest is for texts */
-    DSC__SHM_SMALL = 32 << 10,  /* up to here data travels with the fingerprint */
-    DSC__SHM_CHUNK = 256 << 10, /* beyond, in chunks that stay in the caches */
+    DSC__SHM_RING = 4,         /* fingerprints kept; 2 are needed, the rest is for texts */
+    DSC__SHM_SMALL = 32 << 10, /* up to here data travels with the fingerprint */
+    DSC__SHM_CHUNK = 1 << 20,  /* beyond, in chunks that stay in the caches */
     DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
 };
 _Static_assert(DSC__SHM_PRINT_WORDS == 14, "a fingerprint fills a slot of 16 words");

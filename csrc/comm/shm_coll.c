@@ -28,11 +28,28 @@ static bool is_small(size_t n_bytes) {
     return n_bytes <= DSC__SHM_SMALL;
 }
 
+/* A piece of a result: past the caches if the whole is larger than they are. */
+static void put(void *dst, const void *src, size_t n_bytes, bool large) {
+    if (large)
+        dsc__stream_copy(dst, src, n_bytes);
+    else
+        memcpy(dst, src, n_bytes);
+}
+
+static bool is_large(size_t n_bytes) {
+    return n_bytes >= DSC__STREAM_FROM;
+}
+
+/* In place, the lines to be written are in the caches already, because they were just read. */
+static bool all_reduce_is_large(const struct dsc_coll *coll) {
+    return coll->src != coll->dst && is_large(coll->n_elems * dsc_dtype_size(coll->dtype));
+}
+
 /* The reduction of n elements that lie at `offset` bytes of every rank's small area. */
 static void reduce_small(struct dsc__shm *shm, const struct dsc_coll *coll, size_t offset) {
     for (int r = 0; r < shm->size; r++)
         shm->sources[r] = small_area(shm, r) + offset;
-    dsc__reduce(coll->dst, shm->sources, shm->size, coll->n_elems, coll->dtype, coll->op);
+    dsc__reduce(coll->dst, shm->sources, shm->size, coll->n_elems, coll->dtype, coll->op, false);
 }
 
 /* ---- all_reduce ---- */
@@ -81,8 +98,8 @@ static void all_reduce_own_slice(struct dsc__shm *shm, const struct dsc_coll *co
         shm->sources[r] =
             r == shm->rank ? (const char *)coll->src + place : in_area(shm, r, index) + start;
     char *result = result_area(shm, shm->rank, index) + start;
-    dsc__reduce(result, shm->sources, shm->size, n, coll->dtype, coll->op);
-    memcpy((char *)coll->dst + place, result, n * size);
+    dsc__reduce(result, shm->sources, shm->size, n, coll->dtype, coll->op, false);
+    put((char *)coll->dst + place, result, n * size, all_reduce_is_large(coll));
 }
 
 static void all_reduce_collect(struct dsc__shm *shm, const struct dsc_coll *coll, size_t index) {
@@ -91,8 +108,8 @@ static void all_reduce_collect(struct dsc__shm *shm, const struct dsc_coll *coll
     for (int r = 0; r < shm->size; r++) {
         size_t start = slice_start(&p, r) * size;
         if (r != shm->rank)
-            memcpy((char *)coll->dst + p.first * size + start, result_area(shm, r, index) + start,
-                   slice_length(&p, r) * size);
+            put((char *)coll->dst + p.first * size + start, result_area(shm, r, index) + start,
+                slice_length(&p, r) * size, all_reduce_is_large(coll));
     }
 }
 
@@ -143,8 +160,8 @@ static void scatter_reduce(struct dsc__shm *shm, const struct dsc_coll *coll, si
         shm->sources[r] = r == shm->rank
                               ? (const char *)coll->src + (me * coll->n_elems + first) * size
                               : in_area(shm, r, index) + me * chunk * size;
-    dsc__reduce((char *)coll->dst + first * size, shm->sources, shm->size, n, coll->dtype,
-                coll->op);
+    dsc__reduce((char *)coll->dst + first * size, shm->sources, shm->size, n, coll->dtype, coll->op,
+                is_large(coll->n_elems * size));
 }
 
 enum dsc_status dsc__shm_reduce_scatter(void *state, const struct dsc_coll *coll) {
@@ -178,7 +195,7 @@ static void gather_publish(struct dsc__shm *shm, const struct dsc_coll *coll, si
     char *own = (char *)coll->dst + (size_t)shm->rank * n_bytes + first;
     memcpy(in_area(shm, shm->rank, first / DSC__SHM_CHUNK), src, n);
     if (own != src)
-        memcpy(own, src, n);
+        put(own, src, n, is_large(n_bytes * (size_t)shm->size));
 }
 
 static void gather_collect(struct dsc__shm *shm, const struct dsc_coll *coll, size_t n_bytes,
@@ -186,8 +203,8 @@ static void gather_collect(struct dsc__shm *shm, const struct dsc_coll *coll, si
     size_t n = dsc_min(DSC__SHM_CHUNK, n_bytes - first);
     for (int r = 0; r < shm->size; r++)
         if (r != shm->rank)
-            memcpy((char *)coll->dst + (size_t)r * n_bytes + first,
-                   in_area(shm, r, first / DSC__SHM_CHUNK), n);
+            put((char *)coll->dst + (size_t)r * n_bytes + first,
+                in_area(shm, r, first / DSC__SHM_CHUNK), n, is_large(n_bytes * (size_t)shm->size));
 }
 
 enum dsc_status dsc__shm_all_gather(void *state, const struct dsc_coll *coll) {

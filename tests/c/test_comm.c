@@ -202,19 +202,35 @@ static void self_gives_expected_bits(void) {
 
 static void boundary_body(struct dsc_comm *comm, int rank, void *arg) {
     const size_t chunk = CHUNK_F32, small = SMALL_F32;
-    const size_t sizes[] = {small - 1, small,     small + 1,     chunk - 1,
-                            chunk,     chunk + 1, 2 * chunk + 1, 3 * chunk + 77};
+    const size_t sizes[] = {small, small + 1, chunk, chunk + 1, 2 * chunk + 77};
     (void)rank, (void)arg;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         check_collectives(comm, sizes[i], DSC_F32, i % 2 ? DSC_SUM : DSC_MAX);
-    check_collectives(comm, 2 * chunk + 3, DSC_BF16, DSC_AVG);
-    check_collectives(comm, chunk + 5, DSC_F64, DSC_AVG);
+    check_collectives(comm, chunk + 3, DSC_BF16, DSC_AVG);
+    check_collectives(comm, chunk / 2 - 1, DSC_F64, DSC_AVG);
     check_collectives(comm, chunk / 2 + 1, DSC_I64, DSC_MIN);
 }
 
-static void chunk_boundaries_lose_nothing(void) {
-    for (int size = 2; size <= RANKS_MAX; size++)
-        run_threads(size, 0, false, boundary_body, NULL);
+/* Beyond DSC__STREAM_FROM results go past the caches. */
+static void stream_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)rank, (void)arg;
+    check_collectives(comm, DSC__STREAM_FROM / 4 + 33, DSC_F32, DSC_SUM);
+}
+
+static void streamed_results_lose_nothing(void) {
+    run_threads(2, 0, false, stream_body, NULL);
+}
+
+static void chunk_boundaries_lose_nothing_on_2_ranks(void) {
+    run_threads(2, 0, false, boundary_body, NULL);
+}
+
+static void chunk_boundaries_lose_nothing_on_3_ranks(void) {
+    run_threads(3, 0, false, boundary_body, NULL);
+}
+
+static void chunk_boundaries_lose_nothing_on_4_ranks(void) {
+    run_threads(4, 0, false, boundary_body, NULL);
 }
 
 /* ---- rounding and order ---- */
@@ -604,7 +620,7 @@ static void stress_body(struct dsc_comm *comm, int rank, void *arg) {
     (void)arg;
     for (int i = 0; i < 60; i++) {
         size_t n = next_random(&plan) >> 8;
-        n %= i % 10 == 0 ? 3 * CHUNK_F32 : 5000;
+        n %= i % 20 == 0 ? 2 * CHUNK_F32 : 5000;
         if (next_random(&seed) % 4 == 0)
             nap_ms((int)(next_random(&seed) >> 16) % 4);
         check_collectives(comm, n, i % 2 ? DSC_BF16 : DSC_F32, DSC_SUM);
@@ -704,9 +720,9 @@ enum victim { IN_BARRIER, IN_LARGE, IN_BELL, IN_WINDOW };
  * and holds what a fork inherits. */
 static int killed_body(struct dsc_comm *comm, int rank, void *arg) {
     enum victim where = *(enum victim *)arg;
-    static float x[4 * CHUNK_F32];
+    static float x[2 * CHUNK_F32];
     struct dsc_coll coll = {
-        .src = x, .dst = x, .n_elems = 4 * CHUNK_F32, .dtype = DSC_F32, .op = DSC_SUM};
+        .src = x, .dst = x, .n_elems = 2 * CHUNK_F32, .dtype = DSC_F32, .op = DSC_SUM};
     struct dsc_window *window = NULL;
     CHECK_OK(dsc_comm_barrier(comm, "start"));
     if (rank == 1) {
@@ -749,9 +765,9 @@ static void a_killed_rank_is_named_within_seconds(void) {
 }
 
 static int killed_inside_body(struct dsc_comm *comm, int rank, void *arg) {
-    static float x[CHUNK_F32 * 64];
+    static float x[CHUNK_F32 * 16];
     struct dsc_coll coll = {
-        .src = x, .dst = x, .n_elems = CHUNK_F32 * 64, .dtype = DSC_F32, .op = DSC_SUM};
+        .src = x, .dst = x, .n_elems = CHUNK_F32 * 16, .dtype = DSC_F32, .op = DSC_SUM};
     int n = *(int *)arg;
     if (rank == 1) {
         struct itimerspec at = {.it_value = {.tv_nsec = 5000000L * (n + 1)}};
@@ -919,7 +935,10 @@ static struct test_case cases[] = {
     CASE(node_names_this_machine),
     CASE(self_gives_expected_bits),
     CASE(every_type_and_reduction_gives_expected_bits),
-    CASE(chunk_boundaries_lose_nothing),
+    CASE(chunk_boundaries_lose_nothing_on_2_ranks),
+    CASE(chunk_boundaries_lose_nothing_on_3_ranks),
+    CASE(chunk_boundaries_lose_nothing_on_4_ranks),
+    CASE(streamed_results_lose_nothing),
     CASE(sums_are_taken_in_rank_order),
     CASE(a_sum_of_negative_zeros_is_positive_zero),
     CASE(sixteen_bit_sums_round_once),

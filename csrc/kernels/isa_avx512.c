@@ -4,7 +4,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-DSC_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
+DSC_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,f16c" DSC_PREFER_512)
 
 #include "cast.h"
 

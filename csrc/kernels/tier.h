@@ -19,11 +19,14 @@
 #define DSC_TARGET_BEGIN(isa)                                                                      \
     DSC_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define DSC_TARGET_END DSC_PRAGMA(clang attribute pop)
+#define DSC_PREFER_512 ""
 /* The buffers of a loop are the same or apart: no element depends on an earlier one. */
 #define DSC_IVDEP DSC_PRAGMA(clang loop vectorize(assume_safety))
 #else
 #define DSC_TARGET_BEGIN(isa) DSC_PRAGMA(GCC push_options) DSC_PRAGMA(GCC target(isa))
 #define DSC_TARGET_END DSC_PRAGMA(GCC pop_options)
+/* gcc makes 32-byte vectors otherwise. */
+#define DSC_PREFER_512 ",prefer-vector-width=512"
 #define DSC_IVDEP DSC_PRAGMA(GCC ivdep)
 #endif
 

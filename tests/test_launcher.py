@@ -439,6 +439,27 @@ def test_killed_launcher_leaves_no_process(script, tmp_path):
         family_is_gone(pids, 5)
 
 
+def test_ranks_die_with_the_launcher_even_without_its_guardian(script, tmp_path):
+    with launched("--num_gpus", 2, script("say(f'self{rank}', os.getpid())\ntime.sleep(120)\n")) as process:
+        ranks = pids_said(tmp_path, ["self0", "self1"])
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        guardian, = {int(pid) for pid in children} - set(ranks)
+        os.kill(guardian, signal.SIGKILL)
+        process.kill()
+        process.wait(LIMIT_S)
+        family_is_gone(ranks, 5)
+
+
+def test_process_that_dropped_its_environment_is_ended_with_its_rank(script, tmp_path):
+    path = script("child = subprocess.Popen(['/usr/bin/env', '-i', '/bin/sleep', '120'])\n"
+                  "while open(f'/proc/{child.pid}/comm').read() != 'sleep\\n': time.sleep(0.005)\n"
+                  "say(f'bare{rank}', child.pid)\ntime.sleep(120)\n")
+    with launched("--num_gpus", 2, path) as process:
+        pids = pids_said(tmp_path, ["bare0", "bare1"])
+        process.terminate()
+        assert process.wait(LIMIT_S) == 143 and not any(map(alive, pids))
+
+
 def test_ctrl_c_reaches_the_script_as_keyboard_interrupt(script, tmp_path):
     with launched("--num_gpus", 2, script("say(f'up{rank}')\n"
                                           "try: time.sleep(120)\n"

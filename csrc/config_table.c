@@ -11,8 +11,9 @@
 
 #define NONE DSC_CONFIG_NONE
 #define HUGE_INT INT64_MAX
-#define EXACT INT64_C(9007199254740991) /* a JSON number carries integers up to 2^53 - 1 exactly   \
-                                         */
+#define EXACT                                                                                      \
+    INT64_C(9007199254740991) /* a JSON number carries integers up to 2^53 - 1 exactly             \
+                               */
 #define OPEN true
 #define CLOSED false
 #define AT(field) offsetof(struct dsc_config, field)
@@ -130,7 +131,10 @@ bool dsc_config_spelling(const char *path, size_t i, char *out, size_t n_out) {
 }
 
 static void allowed_int(const struct dsc_key *key, char *out, size_t n) {
-    if (key->high != INT64_MAX)
+    if (key->now < key->high)
+        snprintf(out, n, "an integer from %lld to %lld; not yet above %lld", (long long)key->low,
+                 (long long)key->high, (long long)key->now);
+    else if (key->high != INT64_MAX)
         snprintf(out, n, "an integer from %lld to %lld", (long long)key->low, (long long)key->high);
     else if (key->low == -INT64_MAX)
         snprintf(out, n, "an integer");
@@ -150,13 +154,15 @@ static void allowed_float(const struct dsc_key *key, char *out, size_t n) {
                  isinf(key->float_high) ? ", or inf" : "", key->or_bool ? ", or true for 1" : "");
 }
 
+/* The names that work, then those that do not yet. */
 static void allowed_names(const struct dsc_key *key, char *out, size_t n) {
     size_t used = 0;
     out[0] = '\0';
     for (size_t i = 0; key->names[i] && used < n; i++) {
+        const char *before = i == key->n_now ? i ? "; not yet: " : "not yet: " : i ? ", " : "";
         bool others = strcmp(key->names[i], "...") == 0;
-        int more = snprintf(out + used, n - used, others ? "%sothers%.0s" : "%s\"%s\"",
-                            i ? ", " : "", key->names[i]);
+        int more = others ? snprintf(out + used, n - used, "%sany other", before)
+                          : snprintf(out + used, n - used, "%s\"%s\"", before, key->names[i]);
         used += more > 0 ? (size_t)more : 0;
     }
 }

@@ -51,6 +51,11 @@ PyObject *dsc_bind_raise(struct dsc_bind_state *state, enum dsc_status status);
 /* dsc_interrupt_fn for communicators: takes the GIL and runs pending signal handlers. */
 bool dsc_bind_interrupted(void *context);
 
+/* The values of a _core.Config, valid while the object lives; NULL with a TypeError for anything
+ * else. */
+struct dsc_config;
+const struct dsc_config *dsc_bind_config(struct dsc_bind_state *state, PyObject *object);
+
 /* A borrowed view of a tensor: valid until the caller gives up its reference to the object. */
 struct dsc_borrowed {
     void *data;

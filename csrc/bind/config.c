@@ -1,0 +1,642 @@
+/* The Python type Config, and config_keys().
+ *
+ * Decides: how a Python dict, a file or JSON text becomes the tree that the core reads, and how
+ * values come back. Invariant: a Config never changes; what it gives out are fresh objects, so that
+ * nobody's edits reach it. `given` is the configuration as Python objects with every "auto" left
+ * out: ints stay ints and tuples tuples, which a cJSON tree cannot keep. */
+#include "bind.h"
+
+#include "../alloc.h"
+#include "../config.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+    PyObject_HEAD PyObject *source; /* the user's own dict, or what the text says */
+    PyObject *given;
+    PyObject *warnings;
+    cJSON *root; /* config and reading point into it */
+    struct dsc_config config;
+    struct dsc_config_reading reading;
+} ConfigObject;
+
+enum { DEPTH_LIMIT = 64, PATH_BYTES = 512 };
+
+/* Where in the configuration a value stands, for messages. */
+struct step {
+    const struct step *up;
+    const char *name;
+    int depth;
+};
+
+static void show_step(const struct step *step, char *out, size_t n) {
+    if (step->up)
+        show_step(step->up, out, n);
+    size_t used = strlen(out);
+    PyOS_snprintf(out + used, n - used, "%s%s", used ? "." : "", step->name);
+}
+
+static PyObject *raise_text(struct dsc_bind_state *state, const char *text) {
+    PyObject *message = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace");
+    if (message)
+        PyErr_SetObject(state->config_error, message);
+    Py_XDECREF(message);
+    return NULL;
+}
+
+/* DeepSpeedConfigError "optimizer.params.lr: ...". The exception that was set is dropped: it is the
+ * reason, and `why` says it. */
+static void *refuse(struct dsc_bind_state *state, const struct step *at, const char *why,
+                    PyObject *object) {
+    char path[PATH_BYTES] = "";
+    show_step(at, path, sizeof path);
+    PyErr_Clear(); /* replaced by the exception below */
+    PyObject *name = PyUnicode_DecodeUTF8(path, (Py_ssize_t)strlen(path), "replace");
+    if (name)
+        PyErr_Format(state->config_error, "%U: %s (%.60s)", name, why, Py_TYPE(object)->tp_name);
+    Py_XDECREF(name);
+    return NULL;
+}
+
+static const char *text_of(struct dsc_bind_state *state, PyObject *object, const struct step *at) {
+    Py_ssize_t n;
+    const char *text = PyUnicode_AsUTF8AndSize(object, &n);
+    if (!text)
+        return refuse(state, at, "text with a lone surrogate", object);
+    if (strlen(text) != (size_t)n)
+        return refuse(state, at, "text with a zero byte", object);
+    return text;
+}
+
+static cJSON *tree_of(struct dsc_bind_state *state, PyObject *object, const struct step *at);
+
+static cJSON *tree_of_dict(struct dsc_bind_state *state, PyObject *dict, const struct step *at) {
+    cJSON *tree = cJSON_CreateObject();
+    PyObject *key, *value; /* borrowed */
+    Py_ssize_t position = 0;
+    while (tree && PyDict_Next(dict, &position, &key, &value)) {
+        struct step here = {at->name[0] ? at : NULL, "", at->depth + 1};
+        const char *name = NULL;
+        cJSON *item = NULL;
+        if (!PyUnicode_Check(key))
+            refuse(state, at, "a key that is not a string", key);
+        else
+            name = text_of(state, key, at);
+        here.name = name;
+        if (name)
+            item = tree_of(state, value, &here);
+        if (!item || !cJSON_AddItemToObject(tree, name, item)) {
+            cJSON_Delete(item);
+            cJSON_Delete(tree);
+            return PyErr_Occurred() ? NULL : (cJSON *)PyErr_NoMemory();
+        }
+    }
+    return tree ? tree : (cJSON *)PyErr_NoMemory();
+}
+
+static cJSON *tree_of_list(struct dsc_bind_state *state, PyObject *list, const struct step *at) {
+    cJSON *tree = cJSON_CreateArray();
+    for (Py_ssize_t i = 0; tree && i < PySequence_Fast_GET_SIZE(list); i++) {
+        char name[32];
+        PyOS_snprintf(name, sizeof name, "[%zd]", i);
+        struct step here = {at, name, at->depth + 1};
+        cJSON *item = tree_of(state, PySequence_Fast_GET_ITEM(list, i), &here);
+        if (!item || !cJSON_AddItemToArray(tree, item)) {
+            cJSON_Delete(item);
+            cJSON_Delete(tree);
+            return PyErr_Occurred() ? NULL : (cJSON *)PyErr_NoMemory();
+        }
+    }
+    return tree ? tree : (cJSON *)PyErr_NoMemory();
+}
+
+/* Numbers of NumPy and torch count as what float() makes of them. */
+static cJSON *tree_of_number(struct dsc_bind_state *state, PyObject *object,
+                             const struct step *at) {
+    PyNumberMethods *methods = Py_TYPE(object)->tp_as_number;
+    if (!methods || (!methods->nb_float && !methods->nb_index))
+        return refuse(state, at,
+                      "not a value for a configuration; allowed: None, bool, int, float, str, "
+                      "list, tuple, dict",
+                      object);
+    double value = PyFloat_AsDouble(object);
+    if (value == -1 && PyErr_Occurred())
+        return refuse(state, at, "a number that a float cannot hold", object);
+    cJSON *tree = cJSON_CreateNumber(value);
+    return tree ? tree : (cJSON *)PyErr_NoMemory();
+}
+
+static cJSON *tree_of_text(struct dsc_bind_state *state, PyObject *object, const struct step *at) {
+    const char *text = text_of(state, object, at);
+    if (!text)
+        return NULL;
+    cJSON *tree = cJSON_CreateString(text);
+    return tree ? tree : (cJSON *)PyErr_NoMemory();
+}
+
+static cJSON *tree_of(struct dsc_bind_state *state, PyObject *object, const struct step *at) {
+    cJSON *tree = NULL;
+    if (at->depth > DEPTH_LIMIT)
+        return refuse(state, at, "nested too deeply", object);
+    if (PyDict_Check(object))
+        return tree_of_dict(state, object, at);
+    if (PyList_Check(object) || PyTuple_Check(object))
+        return tree_of_list(state, object, at);
+    if (PyUnicode_Check(object))
+        return tree_of_text(state, object, at);
+    if (object == Py_None)
+        tree = cJSON_CreateNull();
+    else if (PyBool_Check(object))
+        tree = cJSON_CreateBool(object == Py_True);
+    else if (PyObject_HasAttrString((PyObject *)Py_TYPE(object), "__fspath__")) {
+        PyObject *path = PyOS_FSPath(object);
+        tree = path && PyUnicode_Check(path) ? tree_of_text(state, path, at)
+                                             : refuse(state, at, "a path that is not text", object);
+        Py_XDECREF(path);
+        return tree;
+    } else
+        return tree_of_number(state, object, at);
+    return tree ? tree : (cJSON *)PyErr_NoMemory();
+}
+
+static bool is_auto(PyObject *object) {
+    return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "auto") == 0;
+}
+
+/* A deep copy of dicts, lists and tuples without the keys whose value is "auto". Depth is bounded,
+ * because tree_of has accepted the object. */
+static PyObject *copy_given(PyObject *object) {
+    PyObject *key, *value; /* borrowed */
+    Py_ssize_t position = 0;
+    if (PyDict_Check(object)) {
+        PyObject *copy = PyDict_New();
+        while (copy && PyDict_Next(object, &position, &key, &value)) {
+            if (is_auto(value))
+                continue;
+            PyObject *item = copy_given(value);
+            if (!item || PyDict_SetItem(copy, key, item) < 0)
+                Py_CLEAR(copy);
+            Py_XDECREF(item);
+        }
+        return copy;
+    }
+    if (!PyList_Check(object) && !PyTuple_Check(object))
+        return Py_NewRef(object);
+    PyObject *copy = PyList_New(0);
+    for (Py_ssize_t i = 0; copy && i < PySequence_Fast_GET_SIZE(object); i++) {
+        PyObject *item = copy_given(PySequence_Fast_GET_ITEM(object, i));
+        if (!item || PyList_Append(copy, item) < 0)
+            Py_CLEAR(copy);
+        Py_XDECREF(item);
+    }
+    if (!copy || PyList_Check(object))
+        return copy;
+    PyObject *tuple = PyList_AsTuple(copy);
+    Py_DECREF(copy);
+    return tuple;
+}
+
+static PyObject *json_loads(PyObject *text) {
+    PyObject *json = PyImport_ImportModule("json");
+    PyObject *value = json ? PyObject_CallMethod(json, "loads", "O", text) : NULL;
+    Py_XDECREF(json);
+    return value;
+}
+
+/* The same text for Python. json is stricter than cJSON in a few places (a number like 01), and
+ * what it refuses is refused. */
+static PyObject *objects_of_text(struct dsc_bind_state *state, const char *text, size_t n,
+                                 const char *name) {
+    size_t mark = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;
+    PyObject *decoded = PyUnicode_DecodeUTF8(text + mark, (Py_ssize_t)(n - mark), "strict");
+    PyObject *value = decoded ? json_loads(decoded) : NULL;
+    Py_XDECREF(decoded);
+    if (value || !PyErr_ExceptionMatches(PyExc_ValueError))
+        return value;
+    PyObject *type, *why, *trace;
+    PyErr_Fetch(&type, &why, &trace);
+    PyErr_Format(state->config_error, "%s: not JSON: %S", name, why ? why : Py_None);
+    Py_XDECREF(type);
+    Py_XDECREF(why);
+    Py_XDECREF(trace);
+    return NULL;
+}
+
+static int take_text(ConfigObject *self, const char *text, size_t n, const char *name) {
+    struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
+    enum dsc_status status = dsc_config_tree(text, n, name, &self->root);
+    if (status == DSC_OK)
+        self->source = objects_of_text(state, text, n, name);
+    else if (status == DSC_ECONFIG)
+        raise_text(state, dsc_last_error());
+    else
+        dsc_bind_raise(state, status);
+    return self->source ? 0 : -1;
+}
+
+static int take_file(ConfigObject *self, PyObject *source) {
+    struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
+    PyObject *path = NULL;
+    char *text = NULL;
+    size_t n = 0;
+    enum dsc_status status;
+    if (!PyUnicode_FSConverter(source, &path))
+        return -1;
+    Py_BEGIN_ALLOW_THREADS status = dsc_config_read_file(PyBytes_AS_STRING(path), &text, &n);
+    Py_END_ALLOW_THREADS int failed = status != DSC_OK;
+    if (status == DSC_ECONFIG)
+        raise_text(state, dsc_last_error());
+    else if (failed)
+        dsc_bind_raise(state, status);
+    else
+        failed = take_text(self, text, n, PyBytes_AS_STRING(path));
+    dsc_free(text);
+    Py_DECREF(path);
+    return failed ? -1 : 0;
+}
+
+/* Text that begins with a brace is JSON, any other text a path. */
+static int take_source(ConfigObject *self, PyObject *source) {
+    struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
+    if (PyDict_Check(source)) {
+        struct step top = {NULL, "", 0};
+        self->source = Py_NewRef(source);
+        self->root = tree_of(state, source, &top);
+        return self->root ? 0 : -1;
+    }
+    if (PyUnicode_Check(source)) {
+        Py_ssize_t n;
+        const char *text = PyUnicode_AsUTF8AndSize(source, &n);
+        if (text && text[strspn(text, " \t\r\n")] == '{')
+            return take_text(self, text, (size_t)n, "the configuration text");
+        PyErr_Clear(); /* a path may hold bytes that UTF-8 cannot carry */
+        return take_file(self, source);
+    }
+    if (PyObject_HasAttrString((PyObject *)Py_TYPE(source), "__fspath__"))
+        return take_file(self, source);
+    PyErr_Format(PyExc_TypeError, "a configuration is a dict, a path or JSON text, not %.60s",
+                 Py_TYPE(source)->tp_name);
+    return -1;
+}
+
+static PyObject *text_list(char *const *texts, size_t n) {
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < n; i++) {
+        PyObject *text = PyUnicode_DecodeUTF8(texts[i], (Py_ssize_t)strlen(texts[i]), "replace");
+        if (!text || PyList_Append(list, text) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(text);
+    }
+    return list;
+}
+
+static bool is_strict(void) {
+    const char *value = getenv("DS_CONFIG_STRICT");
+    return value && value[0] && strcmp(value, "0") != 0;
+}
+
+static int parse(ConfigObject *self, long long world_size) {
+    struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
+    char *text = NULL;
+    enum dsc_status status =
+        dsc_config_parse(self->root, world_size, is_strict(), &self->config, &self->reading);
+    if (status == DSC_OK)
+        return 0;
+    /* The core's last error is cut at its buffer; the report has every fault. */
+    if (status == DSC_ECONFIG && dsc_config_report(&self->reading, &text) == DSC_OK)
+        raise_text(state, text);
+    else
+        dsc_bind_raise(state, status);
+    dsc_free(text);
+    return -1;
+}
+
+static PyObject *config_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
+    static char *keys[] = {"source", "world_size", NULL};
+    PyObject *source;
+    long long world_size = 1;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|L:Config", keys, &source, &world_size))
+        return NULL;
+    ConfigObject *self = (ConfigObject *)type->tp_alloc(type, 0);
+    if (!self)
+        return NULL;
+    if (take_source(self, source) < 0 || parse(self, world_size) < 0)
+        goto error;
+    self->given = copy_given(self->source);
+    self->warnings = text_list(self->reading.warnings, self->reading.n_warnings);
+    if (self->given && self->warnings)
+        return (PyObject *)self;
+error:
+    Py_DECREF(self);
+    return NULL;
+}
+
+static int config_traverse(ConfigObject *self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->source);
+    Py_VISIT(self->given);
+    Py_VISIT(self->warnings);
+    return 0;
+}
+
+static int config_clear(ConfigObject *self) {
+    Py_CLEAR(self->source);
+    Py_CLEAR(self->given);
+    Py_CLEAR(self->warnings);
+    return 0;
+}
+
+static void config_dealloc(ConfigObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    (void)config_clear(self);
+    dsc_config_reading_free(&self->reading);
+    cJSON_Delete(self->root);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+/* What stands at a dotted path of a dict, borrowed; NULL without an exception if nothing does. */
+static PyObject *item_at(PyObject *dict, const char *path) {
+    PyObject *at = dict;
+    while (at && *path) {
+        size_t n = strcspn(path, ".");
+        if (!PyDict_Check(at))
+            return NULL;
+        PyObject *name = PyUnicode_DecodeUTF8(path, (Py_ssize_t)n, "strict");
+        at = name ? PyDict_GetItemWithError(at, name) : NULL;
+        Py_XDECREF(name);
+        path += n + (path[n] == '.');
+    }
+    return at;
+}
+
+/* What was given for a path under any of its names, borrowed; NULL if nothing or None. */
+static PyObject *given_at(ConfigObject *self, const char *path) {
+    char name[PATH_BYTES];
+    for (size_t i = 0; dsc_config_spelling(path, i, name, sizeof name); i++) {
+        PyObject *item = item_at(self->given, name);
+        if ((item && item != Py_None) || PyErr_Occurred())
+            return item;
+    }
+    return NULL;
+}
+
+/* Whether a path is a key, or lies in an object whose keys are not the table's. */
+static bool is_known(const char *path) {
+    char part[PATH_BYTES];
+    if (strlen(path) >= sizeof part)
+        return false;
+    memcpy(part, path, strlen(path) + 1);
+    const struct dsc_key *key = dsc_config_find(part);
+    if (key)
+        return true;
+    for (char *dot = strrchr(part, '.'); dot && !key; dot = strrchr(part, '.')) {
+        *dot = '\0';
+        key = dsc_config_find(part);
+    }
+    return key && (key->open || key->kind == DSC_KEY_DICT || key->kind == DSC_KEY_ANY);
+}
+
+static int check_known(const char *path) {
+    const char *paths[DSC_CONFIG_N_KEYS];
+    size_t distance = 0;
+    if (is_known(path))
+        return 0;
+    for (size_t i = 0; i < DSC_CONFIG_N_KEYS; i++)
+        paths[i] = dsc_config_keys[i].path;
+    PyErr_Format(PyExc_KeyError, "no key %.200s; nearest: %s", path,
+                 dsc_config_nearest(path, paths, DSC_CONFIG_N_KEYS, &distance));
+    return -1;
+}
+
+/* The value of a scalar key in `config`. */
+static PyObject *scalar(const struct dsc_config *config, const struct dsc_key *key) {
+    const char *field = (const char *)config + key->offset;
+    switch (key->kind) {
+    case DSC_KEY_BOOL:
+        return PyBool_FromLong(*(const bool *)field);
+    case DSC_KEY_TRI:
+        return *(const int *)field < 0 ? Py_NewRef(Py_None) : PyBool_FromLong(*(const int *)field);
+    case DSC_KEY_INT:
+        if (*(const int64_t *)field == DSC_CONFIG_NONE)
+            Py_RETURN_NONE;
+        if (key->inf && *(const int64_t *)field == INT64_MAX)
+            return PyFloat_FromDouble(INFINITY);
+        return PyLong_FromLongLong(*(const int64_t *)field);
+    case DSC_KEY_FLOAT:
+        return PyFloat_FromDouble(*(const double *)field);
+    case DSC_KEY_STR:
+    case DSC_KEY_ENUM:
+        if (!*(const char *const *)field)
+            Py_RETURN_NONE;
+        return PyUnicode_FromString(*(const char *const *)field);
+    case DSC_KEY_SECTION:
+    case DSC_KEY_LIST:
+    case DSC_KEY_DICT:
+    case DSC_KEY_ANY:
+        break;
+    }
+    PyErr_Format(PyExc_SystemError, "%s is not a scalar", key->path);
+    return NULL;
+}
+
+static PyObject *default_of(const struct dsc_key *key) {
+    if (!key->text)
+        return key->kind == DSC_KEY_SECTION ? Py_NewRef(Py_None)
+                                            : scalar(&dsc_config_defaults, key);
+    PyObject *text = PyUnicode_FromString(key->text);
+    PyObject *value = text ? json_loads(text) : NULL;
+    Py_XDECREF(text);
+    return value;
+}
+
+/* The effective value of a key that is no section. */
+static PyObject *value_of(ConfigObject *self, const struct dsc_key *key) {
+    if (!key->text)
+        return scalar(&self->config, key);
+    PyObject *given = given_at(self, key->path);
+    if (given || PyErr_Occurred())
+        return given ? copy_given(given) : NULL;
+    return default_of(key);
+}
+
+/* Puts a value at a dotted path, making the dicts on the way. */
+static int put_at(PyObject *dict, const char *path, PyObject *value) {
+    int failed = 0;
+    Py_INCREF(dict);
+    for (size_t n = strcspn(path, "."); path[n] && !failed; n = strcspn(path, ".")) {
+        PyObject *name = PyUnicode_DecodeUTF8(path, (Py_ssize_t)n, "strict");
+        PyObject *fresh = name ? PyDict_New() : NULL;
+        PyObject *inner = fresh ? PyDict_SetDefault(dict, name, fresh) : NULL; /* borrowed */
+        failed = !inner;
+        if (inner)
+            Py_SETREF(dict, Py_NewRef(inner));
+        Py_XDECREF(fresh);
+        Py_XDECREF(name);
+        path += n + 1;
+    }
+    if (!failed)
+        failed = PyDict_SetItemString(dict, path, value);
+    Py_DECREF(dict);
+    return failed ? -1 : 0;
+}
+
+static PyObject *config_to_dict(ConfigObject *self, PyObject *unused) {
+    (void)unused;
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict && i < DSC_CONFIG_N_KEYS; i++) {
+        const struct dsc_key *key = &dsc_config_keys[i];
+        if (key->kind == DSC_KEY_SECTION || strstr(key->path, "[]"))
+            continue;
+        PyObject *value = value_of(self, key);
+        if (!value || put_at(dict, key->path, value) < 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
+}
+
+static PyObject *config_get(ConfigObject *self, PyObject *arg) {
+    const char *path = PyUnicode_AsUTF8(arg);
+    if (!path || check_known(path) < 0)
+        return NULL;
+    const struct dsc_key *key = dsc_config_find(path);
+    if (key && key->kind != DSC_KEY_SECTION)
+        return value_of(self, key);
+    PyObject *all = key ? config_to_dict(self, NULL) : Py_NewRef(self->given);
+    PyObject *item = all ? item_at(all, key ? key->path : path) : NULL;
+    PyObject *out = item ? copy_given(item) : PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    Py_XDECREF(all);
+    return out;
+}
+
+static PyObject *config_given(ConfigObject *self, PyObject *arg) {
+    const char *path = PyUnicode_AsUTF8(arg);
+    if (!path || check_known(path) < 0)
+        return NULL;
+    const struct dsc_key *key = dsc_config_find(path);
+    if (key)
+        return PyBool_FromLong(self->reading.given[key - dsc_config_keys] != NULL);
+    PyObject *item = given_at(self, path);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(item != NULL);
+}
+
+static PyObject *config_subtree(ConfigObject *self, PyObject *arg) {
+    const char *path = PyUnicode_AsUTF8(arg);
+    if (!path || check_known(path) < 0)
+        return NULL;
+    PyObject *item = given_at(self, path);
+    if (item)
+        return copy_given(item);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *config_get_warnings(ConfigObject *self, void *unused) {
+    (void)unused;
+    return copy_given(self->warnings);
+}
+
+static PyObject *config_get_source(ConfigObject *self, void *unused) {
+    (void)unused;
+    return Py_NewRef(self->source);
+}
+
+const struct dsc_config *dsc_bind_config(struct dsc_bind_state *state, PyObject *object) {
+    if (PyObject_TypeCheck(object, state->config_type))
+        return &((ConfigObject *)object)->config;
+    PyErr_Format(PyExc_TypeError, "a _core.Config is needed, not %.60s", Py_TYPE(object)->tp_name);
+    return NULL;
+}
+
+PyDoc_STRVAR(config_doc,
+             "Config(source, world_size=1)\n\n"
+             "A configuration: a dict (taken as it is), the path of a JSON file, or JSON text.\n"
+             "world_size is the number of ranks that share a batch. DeepSpeedConfigError lists\n"
+             "everything that is wrong. With DS_CONFIG_STRICT=1 an unknown top-level key is\n"
+             "an error instead of a warning.");
+
+static PyMethodDef config_methods[] = {
+    {"get", (PyCFunction)config_get, METH_O,
+     "get(path)\n\nThe setting in effect at a dotted path; a section gives a dict. KeyError for a "
+     "path that is no key."},
+    {"given", (PyCFunction)config_given, METH_O,
+     "given(path) -> bool\n\nWhether the user set the key; null and \"auto\" do not count."},
+    {"subtree", (PyCFunction)config_subtree, METH_O,
+     "subtree(path)\n\nA copy of what was given there, without \"auto\" values; None if nothing."},
+    {"to_dict", (PyCFunction)config_to_dict, METH_NOARGS,
+     "to_dict() -> dict\n\nEvery setting in effect, nested."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef config_getset[] = {
+    {"warnings", (getter)config_get_warnings, NULL, "What the user should know: list of str.",
+     NULL},
+    {"source", (getter)config_get_source, NULL,
+     "The dict that was passed, or the content of the file or text.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot config_slots[] = {
+    {Py_tp_doc, (void *)config_doc}, {Py_tp_new, config_new},
+    {Py_tp_dealloc, config_dealloc}, {Py_tp_traverse, config_traverse},
+    {Py_tp_clear, config_clear},     {Py_tp_methods, config_methods},
+    {Py_tp_getset, config_getset},   {0, NULL},
+};
+
+static PyType_Spec config_spec = {
+    .name = "deepspeed_c._core.Config",
+    .basicsize = sizeof(ConfigObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = config_slots,
+};
+
+static const char *const kind_names[] = {
+    [DSC_KEY_SECTION] = "section", [DSC_KEY_BOOL] = "bool",   [DSC_KEY_TRI] = "bool or null",
+    [DSC_KEY_INT] = "int",         [DSC_KEY_FLOAT] = "float", [DSC_KEY_STR] = "string",
+    [DSC_KEY_ENUM] = "enum",       [DSC_KEY_LIST] = "list",   [DSC_KEY_DICT] = "dict",
+    [DSC_KEY_ANY] = "any",
+};
+static const char *const status_names[] = {
+    [DSC_KEY_WORKS] = "works",
+    [DSC_KEY_NO_EFFECT] = "no effect",
+    [DSC_KEY_NOT_YET] = "not yet",
+};
+
+static PyObject *config_keys(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < DSC_CONFIG_N_KEYS; i++) {
+        const struct dsc_key *key = &dsc_config_keys[i];
+        char allowed[256];
+        dsc_config_allowed(key, allowed, sizeof allowed);
+        PyObject *row = NULL, *value = default_of(key);
+        if (value)
+            row = Py_BuildValue("{ss ss sO ss ss sz ss}", "path", key->path, "type",
+                                kind_names[key->kind], "default", value, "allowed", allowed,
+                                "status", status_names[key->status], "accessor", key->accessor,
+                                "help", key->help);
+        if (!row || PyList_Append(list, row) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(row);
+        Py_XDECREF(value);
+    }
+    return list;
+}
+
+static PyMethodDef functions[] = {
+    {"config_keys", config_keys, METH_NOARGS,
+     "config_keys() -> list of dict\n\nThe table of configuration keys: path, type, default, "
+     "allowed, status ('works', 'no effect', 'not yet'), accessor (a method of DeepSpeedEngine, or "
+     "None), help."},
+    {NULL, NULL, 0, NULL},
+};
+
+int dsc_bind_add_config(PyObject *module) {
+    struct dsc_bind_state *state = dsc_bind_module_state(module);
+    state->config_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &config_spec, NULL);
+    if (!state->config_type || PyModule_AddType(module, state->config_type) < 0)
+        return -1;
+    return PyModule_AddFunctions(module, functions);
+}

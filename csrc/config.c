@@ -94,11 +94,19 @@ static void works_now(const struct dsc_key *key, char *out, size_t n) {
 
 static enum dsc_status not_yet(struct walk *walk, const struct entry *entry, const char *near) {
     char value[DSC_CONFIG_SHOWN], now[256];
+    bool names = entry->key->kind == DSC_KEY_ENUM && !near;
     works_now(entry->key, now, sizeof now);
-    return dsc__config_error(walk->reading, "%s is %s: not yet; works now: %s%s%s%s (%s)",
-                             entry->shown, dsc__config_show(entry->item, value), now,
-                             near ? "; did you mean \"" : "", near ? near : "", near ? "\"?" : "",
-                             entry->key->help);
+    return dsc__config_error(walk->reading, "%s is %s: not yet; works now: %s%s%s%s", entry->shown,
+                             dsc__config_show(entry->item, value), now,
+                             near    ? "; did you mean \""
+                             : names ? ""
+                                     : " (",
+                             near    ? near
+                             : names ? ""
+                                     : entry->key->help,
+                             near    ? "\"?"
+                             : names ? ""
+                                     : ")");
 }
 
 static void *field_of(struct dsc_config *config, const struct dsc_key *key) {
@@ -317,8 +325,8 @@ static enum dsc_status unknown_key(struct walk *walk, const cJSON *item, const c
 }
 
 /* Follows another name to the row's own path. *item changes where the value does. */
-static enum dsc_status follow_alias(struct walk *walk, char *path, const char *shown,
-                                    const cJSON **item, bool *ignored) {
+static enum dsc_status follow_alias(struct walk *walk, char *path, char *shown, const cJSON **item,
+                                    bool *ignored) {
     static const cJSON cpu = {.type = cJSON_String, .valuestring = (char *)"cpu"};
     static const cJSON none = {.type = cJSON_String, .valuestring = (char *)"none"};
     for (int i = 0; i < DSC_CONFIG_N_ALIASES; i++) {
@@ -336,10 +344,13 @@ static enum dsc_status follow_alias(struct walk *walk, char *path, const char *s
             return dsc__config_error(walk->reading, "%s is %s, %s; allowed: true or false", shown,
                                      dsc__config_show(*item, value), kind_of(*item));
         }
-        if (alias->how == DSC_ALIAS_OFFLOAD)
+        DSC_TRY(dsc__config_warn(walk->reading, "%s is a deprecated name%s; write %s", shown,
+                                 *ignored ? " and does nothing" : "", alias->to));
+        if (alias->how == DSC_ALIAS_OFFLOAD) {
             *item = on ? &cpu : &none;
-        return dsc__config_warn(walk->reading, "%s is a deprecated name%s; write %s", shown,
-                                *ignored ? " and does nothing" : "", alias->to);
+            dsc__config_put(shown, PATH_BYTES, "%s (now %s)", alias->from, alias->to);
+        }
+        return DSC_OK;
     }
     return DSC_OK;
 }

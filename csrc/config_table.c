@@ -134,6 +134,8 @@ static void allowed_int(const struct dsc_key *key, char *out, size_t n) {
     if (key->now < key->high)
         snprintf(out, n, "an integer from %lld to %lld; not yet above %lld", (long long)key->low,
                  (long long)key->high, (long long)key->now);
+    else if (key->high == EXACT)
+        snprintf(out, n, "an integer from %lld to 2^53 - 1", (long long)key->low);
     else if (key->high != INT64_MAX)
         snprintf(out, n, "an integer from %lld to %lld", (long long)key->low, (long long)key->high);
     else if (key->low == -INT64_MAX)

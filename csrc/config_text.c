@@ -19,22 +19,26 @@ static void place(const char *text, const char *at, long *line, long *column) {
     }
 }
 
-static enum dsc_status syntax_error(const char *text, const char *at, const char *name) {
+static enum dsc_status syntax_error(const char *text, const char *at, const char *expected,
+                                    const char *name) {
     long line, column;
-    const char *hint = "";
     place(text, at, &line, &column);
-    if (*at == '/' || *at == '#')
-        hint = " (JSON has no comments)";
-    else if ((*at == '}' || *at == ']') && at > text)
-        hint = " (a comma before it, or a value missing?)";
-    else if (*at == '\'')
-        hint = " (JSON strings stand in double quotes)";
     if (!*at)
-        return DSC_FAIL(DSC_ECONFIG,
-                        "%s: not JSON: the text ends too early, at line %ld, column %ld", name,
-                        line, column);
-    return DSC_FAIL(DSC_ECONFIG, "%s: not JSON at line %ld, column %ld: '%.16s'%s", name, line,
-                    column, at, hint);
+        return DSC_FAIL(DSC_ECONFIG, "%s: not JSON: it ends at line %ld, column %ld; expected %s",
+                        name, line, column, expected);
+    const char *hint = *at == '/' || *at == '#' ? " (JSON has no comments)" : "";
+    char found[8];
+    /* One character, which may be several bytes. */
+    size_t n = 1;
+    while (n < 4 && ((unsigned char)at[n] & 0xC0) == 0x80)
+        n++;
+    memcpy(found, at, n);
+    found[n] = '\0';
+    return DSC_FAIL(DSC_ECONFIG,
+                    "%s: not JSON at line %ld, column %ld: expected %s, found %s%s%s%s", name, line,
+                    column, expected, (unsigned char)*at < 0x20 ? "" : "'",
+                    (unsigned char)*at < 0x20 ? "a control character" : found,
+                    (unsigned char)*at < 0x20 ? "" : "'", hint);
 }
 
 /* A path under construction; steps that do not fit are left out and shown as dots. */
@@ -66,14 +70,16 @@ static enum dsc_status check_twice(const cJSON *item, const struct trail *up, co
 }
 
 enum dsc_status dsc_config_tree(const char *text, size_t n, const char *name, cJSON **out) {
-    const char *end = NULL;
+    const char *expected = "";
     if (strlen(text) != n)
         return DSC_FAIL(DSC_ECONFIG, "%s: not JSON: a zero byte at position %zu", name,
                         strlen(text));
-    /* The terminating zero counts, so that text after the value is seen. */
-    cJSON *root = cJSON_ParseWithLengthOpts(text, n + 1, &end, true);
+    const char *at = dsc__config_syntax(text, &expected);
+    if (at)
+        return syntax_error(text, at, expected, name);
+    cJSON *root = cJSON_ParseWithLength(text, n);
     if (!root)
-        return syntax_error(text, end ? end : text, name);
+        return DSC_FAIL(DSC_ENOMEM, "%s: could not build the tree of %zu bytes of JSON", name, n);
     enum dsc_status status = check_twice(root, NULL, name);
     if (status == DSC_OK && !cJSON_IsObject(root))
         status = DSC_FAIL(DSC_ECONFIG, "%s: the configuration must be a JSON object", name);

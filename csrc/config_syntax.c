@@ -1,0 +1,187 @@
+/* Strict JSON grammar (RFC 8259) over a text, to say exactly where it is broken.
+ *
+ * Decides: nothing about content. Invariant: what passes here, cJSON and Python's json read alike;
+ * cJSON by itself takes numbers like 01 and reports errors a few bytes off. */
+#include "config_parts.h"
+
+#include <string.h>
+
+enum { NESTING_LIMIT = 64 };
+
+struct scan {
+    const char *at;
+    const char *expected; /* set by whoever stops */
+};
+
+static bool scan_value(struct scan *scan, int depth);
+
+static bool stop(struct scan *scan, const char *expected) {
+    scan->expected = expected;
+    return false;
+}
+
+static void skip_space(struct scan *scan) {
+    scan->at += strspn(scan->at, " \t\r\n");
+}
+
+static bool is_digit(char c) {
+    return c >= '0' && c <= '9';
+}
+
+static bool scan_digits(struct scan *scan) {
+    if (!is_digit(*scan->at))
+        return stop(scan, "a digit");
+    scan->at += strspn(scan->at, "0123456789");
+    return true;
+}
+
+static bool scan_number(struct scan *scan) {
+    scan->at += *scan->at == '-';
+    if (*scan->at == '0')
+        scan->at++;
+    else if (!scan_digits(scan))
+        return false;
+    if (*scan->at == '.') {
+        scan->at++;
+        if (!scan_digits(scan))
+            return false;
+    }
+    if (*scan->at != 'e' && *scan->at != 'E')
+        return true;
+    scan->at++;
+    scan->at += *scan->at == '+' || *scan->at == '-';
+    return scan_digits(scan);
+}
+
+/* After "\u": four digits; *code is their value. */
+static bool scan_hex(struct scan *scan, unsigned *code) {
+    *code = 0;
+    for (int i = 0; i < 4; i++) {
+        static const char digits[] = "0123456789abcdefABCDEF";
+        const char *digit = *scan->at ? strchr(digits, *scan->at) : NULL;
+        if (!digit)
+            return stop(scan, "four hexadecimal digits");
+        unsigned value = (unsigned)(digit - digits);
+        *code = *code * 16 + (value < 16 ? value : value - 6);
+        scan->at++;
+    }
+    return true;
+}
+
+/* After a backslash. Halves of a surrogate pair must stand together, and \u0000 would end a C
+ * string. */
+static bool scan_escape(struct scan *scan) {
+    unsigned code, low;
+    if (*scan->at != 'u') {
+        if (!*scan->at || !strchr("\"\\/bfnrt", *scan->at))
+            return stop(scan, "an escape that JSON has");
+        scan->at++;
+        return true;
+    }
+    scan->at++;
+    if (!scan_hex(scan, &code))
+        return false;
+    if (code == 0 || (code >= 0xDC00 && code <= 0xDFFF))
+        return stop(scan, "a character before this");
+    if (code < 0xD800 || code > 0xDBFF)
+        return true;
+    if (strncmp(scan->at, "\\u", 2) != 0)
+        return stop(scan, "the second half of a surrogate pair");
+    scan->at += 2;
+    if (!scan_hex(scan, &low))
+        return false;
+    return (low >= 0xDC00 && low <= 0xDFFF) || stop(scan, "a surrogate pair before this");
+}
+
+static bool scan_string(struct scan *scan) {
+    scan->at++;
+    while (*scan->at != '"') {
+        if ((unsigned char)*scan->at < 0x20)
+            return stop(scan, *scan->at ? "no control character inside a string"
+                                        : "a double quote that ends the string");
+        if (*scan->at++ == '\\' && !scan_escape(scan))
+            return false;
+    }
+    scan->at++;
+    return true;
+}
+
+static bool scan_object(struct scan *scan, int depth) {
+    scan->at++;
+    skip_space(scan);
+    if (*scan->at == '}') {
+        scan->at++;
+        return true;
+    }
+    for (;;) {
+        skip_space(scan);
+        if (*scan->at != '"')
+            return stop(scan, "a key in double quotes");
+        if (!scan_string(scan))
+            return false;
+        skip_space(scan);
+        if (*scan->at != ':')
+            return stop(scan, "':'");
+        scan->at++;
+        if (!scan_value(scan, depth))
+            return false;
+        skip_space(scan);
+        if (*scan->at != ',' && *scan->at != '}')
+            return stop(scan, "',' or '}'");
+        if (*scan->at++ == '}')
+            return true;
+    }
+}
+
+static bool scan_array(struct scan *scan, int depth) {
+    scan->at++;
+    skip_space(scan);
+    if (*scan->at == ']') {
+        scan->at++;
+        return true;
+    }
+    for (;;) {
+        if (!scan_value(scan, depth))
+            return false;
+        skip_space(scan);
+        if (*scan->at != ',' && *scan->at != ']')
+            return stop(scan, "',' or ']'");
+        if (*scan->at++ == ']')
+            return true;
+    }
+}
+
+static bool scan_word(struct scan *scan) {
+    static const char *const words[] = {"true", "false", "null"};
+    for (size_t i = 0; i < 3; i++)
+        if (strncmp(scan->at, words[i], strlen(words[i])) == 0) {
+            scan->at += strlen(words[i]);
+            return true;
+        }
+    return stop(scan, "a value");
+}
+
+static bool scan_value(struct scan *scan, int depth) {
+    skip_space(scan);
+    if (depth == NESTING_LIMIT)
+        return stop(scan, "less nesting");
+    if (*scan->at == '{')
+        return scan_object(scan, depth + 1);
+    if (*scan->at == '[')
+        return scan_array(scan, depth + 1);
+    if (*scan->at == '"')
+        return scan_string(scan);
+    return *scan->at == '-' || is_digit(*scan->at) ? scan_number(scan) : scan_word(scan);
+}
+
+const char *dsc__config_syntax(const char *text, const char **expected) {
+    struct scan scan = {text + (strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0), NULL};
+    if (scan_value(&scan, 0)) {
+        skip_space(&scan);
+        if (!*scan.at)
+            return NULL;
+        scan.expected = "nothing more";
+    }
+    *expected = scan.expected;
+    return scan.at;
+}

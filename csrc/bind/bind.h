@@ -14,6 +14,8 @@
 
 #include "../dsc.h"
 
+struct dsc_comm;
+
 /* One row per file of this folder that adds types or functions: dsc_bind_add_<name>(module). */
 #define DSC_BIND_MAP(X)                                                                            \
     X(errors)                                                                                      \
@@ -72,5 +74,10 @@ struct dsc_borrowed {
  * exception that names `what`. dtypes outside enum dsc_dtype are a TypeError. */
 int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what,
                     struct dsc_borrowed *out);
+
+/* The communicator of a Comm, borrowed: valid while the caller holds a reference to the object, also
+ * after its close() (calls then fail). NULL with TypeError for another object, with RuntimeError for
+ * a closed Comm. */
+struct dsc_comm *dsc_bind_comm(struct dsc_bind_state *state, PyObject *comm);
 
 #endif

@@ -103,13 +103,22 @@ static enum dsc_status leave(struct dsc_comm *comm, enum dsc_status status) {
     return status;
 }
 
+/* May come while an operation runs in another thread: that one then fails, and writes the reason.
+ */
 void dsc_comm_abort(struct dsc_comm *comm, const char *reason) {
-    if (!comm || atomic_load(&comm->forked) || comm->broken != DSC_OK)
+    if (!comm || atomic_load(&comm->forked))
         return;
-    comm->broken = DSC_EDEAD;
-    snprintf(comm->reason, sizeof comm->reason, "rank %d (this one) gave up: %s", comm->rank,
-             reason ? reason : "no reason given");
-    comm->backend->give_up(comm->state, DSC_EDEAD, reason ? reason : "no reason given");
+    if (!reason)
+        reason = "no reason given";
+    if (!atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire)) {
+        if (comm->broken == DSC_OK) {
+            comm->broken = DSC_EDEAD;
+            snprintf(comm->reason, sizeof comm->reason, "rank %d (this one) gave up: %s",
+                     comm->rank, reason);
+        }
+        atomic_flag_clear_explicit(&comm->busy, memory_order_release);
+    }
+    comm->backend->give_up(comm->state, DSC_EDEAD, reason);
 }
 
 /* ---- argument checks ---- */

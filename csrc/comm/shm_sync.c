@@ -183,8 +183,8 @@ enum dsc_status dsc__shm_check_broken(const struct dsc__shm *shm) {
     /* A rank that was interrupted, or ran out of memory, is for the others one that is gone. */
     if (status != DSC_ETIMEDOUT && status != DSC_EDIVERGED)
         status = DSC_EDEAD;
-    return DSC_FAIL(status, "rank %d (pid %d) gave up: %.*s", rank, (int)block->pid,
-                    DSC__REASON_MAX - 1, block->reason);
+    return DSC_FAIL(status, "rank %d (pid %d%s) gave up: %.*s", rank, (int)block->pid,
+                    rank == shm->rank ? ", this one" : "", DSC__REASON_MAX - 1, block->reason);
 }
 
 /* Causes before their consequences: ranks that lost one give up, and then leave. */

@@ -1,0 +1,1 @@
+"""Mixture of experts: parameter groups in `utils`; the layer itself is not there yet."""

@@ -20,7 +20,9 @@ struct dsc_scaler {
     int64_t last_overflow;  /* index of the last overflow, -1 before */
 };
 
+/* A scale that update() leaves alone. */
 void dsc_scaler_init_static(struct dsc_scaler *scaler, double scale);
+/* All numbers positive (the configuration has checked them); `initial` is the first scale. */
 void dsc_scaler_init_dynamic(struct dsc_scaler *scaler, double initial, double min_scale,
                              int64_t window, int64_t hysteresis, bool consecutive_hysteresis);
 /* Once per boundary step, after unscaling. DSC_ESTATE when the scale is at its minimum and must

@@ -200,5 +200,5 @@ def _as_uint64(number):
 
 
 def _workers_seed(seed, epoch, rank):
-    """A 63-bit base seed: one position of a shuffle far larger than any data set, so that formulas stay in one place."""
+    """A 63-bit base seed: one position of a shuffle far larger than any data set."""
     return int(_core.shuffle(_as_uint64(seed), _as_uint64(epoch), 2**63 - 1, rank, 1, 1)[0])

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -507,7 +508,7 @@ def test_job_inside_a_job_ends_with_the_outer_one(script, tmp_path):
 
 
 def test_reader_of_the_output_sees_its_end_when_the_launcher_has_gone(script):
-    with launched("--num_gpus", 2, script("print('x', flush=True)\n")) as process:
+    with launched("--num_gpus", 2, script("os.write(1, b'x\\n')\n")) as process:
         out, _ = process.communicate(timeout=LIMIT_S)  # would wait for ever on a guardian that holds the pipe
         assert out == "x\nx\n" and process.returncode == 0
 
@@ -584,22 +585,28 @@ def test_cpu_build_of_torch_is_seen_without_importing_it(tmp_path, monkeypatch):
 
 # ---- the launcher itself ----
 
-def test_launcher_imports_no_torch_and_starts_quickly(script):
-    path = script("")
+def test_launcher_imports_no_torch_and_no_core(script):
     code = ("import sys; from deepspeed_c.launcher.runner import main; code = main(sys.argv[1:]); "
             "assert not {'torch', 'numpy', 'deepspeed_c._core'} & set(sys.modules), 'imported'; sys.exit(code)")
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, "--num_gpus", "1", str(path)], env=environment(), check=True,
-                       timeout=LIMIT_S)
-        times.append(time.perf_counter() - begin)
-    bare = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        subprocess.run([sys.executable, str(path)], env=environment(RANK="0"), check=True, timeout=LIMIT_S)
-        bare.append(time.perf_counter() - begin)
-    assert min(times) - min(bare) < 0.15
+    subprocess.run([sys.executable, "-c", code, "--num_gpus", "1", str(script(""))], env=environment(), check=True,
+                   timeout=LIMIT_S)
+
+
+def test_launcher_costs_under_150_ms(script):
+    """Processor time of launcher and rank, less that of the script alone: other loads do not count."""
+    def cost(*command):
+        def spent():
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+            return usage.ru_utime + usage.ru_stime
+        costs = []
+        for _ in range(5):
+            before = spent()
+            subprocess.run(command, env=environment(RANK="0"), check=True, timeout=LIMIT_S, capture_output=True)
+            costs.append(spent() - before)
+        return min(costs)
+
+    path = str(script(""))
+    assert cost(*RUNNER, "--num_gpus", "1", path) - cost(sys.executable, path) < 0.15
 
 
 def test_environment_file_has_the_documented_name():

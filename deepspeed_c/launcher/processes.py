@@ -2,8 +2,8 @@
 
 Invariant: when `Job.run` returns after a failure or a signal, no process of the job is left; when this process dies
 without a word (SIGKILL), the same holds within a moment. Three things see to that: each rank is in a session of its
-own, the kernel kills a rank when this process is gone, and a guardian process ends whatever the ranks had started.
-A process belongs to the job if its environment carries the job's token, which children inherit.
+own, the kernel kills a rank when this process is gone, and a guardian process (members.py) ends whatever the ranks
+had started.
 """
 import ctypes
 import os
@@ -13,9 +13,9 @@ import subprocess
 import threading
 import time
 
-JOB_VARIABLE = "DEEPSPEED_C_JOB"
+from deepspeed_c.launcher.members import UNKILLABLE_S, Guardian, find_members, send
+
 GRACE_S = 5.0  # from the first signal to SIGKILL
-_UNKILLABLE_S = 10.0  # from SIGKILL to giving up: a process in the kernel's hands cannot be ended
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 100
 _PR_SET_PDEATHSIG = 1
@@ -91,7 +91,7 @@ class Job:
 
     def run(self):
         """Runs the ranks to their end. Returns 0, the first failure's exit code, or 128 + a signal's number."""
-        guardian = _Guardian(self._token)
+        guardian = Guardian(self._token)
         handlers = self._catch_signals()
         try:
             self._start()
@@ -183,7 +183,7 @@ class Job:
             elapsed = time.monotonic() - begin
             if not members:
                 return
-            if elapsed > GRACE_S + _UNKILLABLE_S:
+            if elapsed > GRACE_S + UNKILLABLE_S:
                 self._say("warning", f"process(es) {', '.join(map(str, members))} could not be ended")
                 return
             number = first
@@ -233,87 +233,6 @@ def describe(returncode):
     return f"was killed by {name}{hint}", 128 + number
 
 
-class _Guardian:
-    """A process that outlives this one by a moment, should this one be killed, and ends the job's processes."""
-
-    def __init__(self, token):
-        read_end, self._write_end = os.pipe()
-        self._pid = os.fork()
-        if self._pid == 0:
-            try:
-                _guard(read_end, token)
-            finally:
-                os._exit(0)
-        os.close(read_end)
-
-    def dismiss(self):
-        """The job has ended in an orderly way: the guardian leaves what there is alone."""
-        try:
-            os.write(self._write_end, b".")
-            os.waitpid(self._pid, 0)
-        except (BrokenPipeError, ChildProcessError):
-            pass  # somebody killed it
-
-
-def _guard(read_end, token):
-    os.setsid()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):  # whoever reads the launcher's output must see its end
-        os.dup2(null, fd)
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd != read_end:  # the pipe's other end above all: only the launcher may hold it
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # the listing's own
-    if os.read(read_end, 1):
-        return
-    deadline = time.monotonic() + _UNKILLABLE_S
-    while (members := find_members(token, ())) and time.monotonic() < deadline:
-        for pid in members:
-            send(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def find_members(token, sessions):
-    """Live processes that carry the token or are in one of the sessions, without this one and its parent."""
-    # The environment of a process that is just calling exec reads as empty: none means none twice.
-    members = _scan(token, sessions)
-    if not members:
-        time.sleep(0.01)
-        members = _scan(token, sessions)
-    return members
-
-
-def _scan(token, sessions):
-    mark, members = token.encode(), []
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) in (os.getpid(), os.getppid()):
-            continue
-        try:
-            with open(f"/proc/{entry}/stat", "rb") as file:
-                state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
-            if state in (b"Z", b"X"):
-                continue
-            if int(session) not in sessions:
-                with open(f"/proc/{entry}/environ", "rb") as file:
-                    if mark not in file.read():
-                        continue
-        except (OSError, ValueError):
-            continue  # gone, or another user's
-        members.append(int(entry))
-    return members
-
-
-def send(pid, number):
-    try:
-        os.kill(pid, number)
-    except (ProcessLookupError, PermissionError):
-        pass
-
-
 def write_stderr(data):
     """All of it; dropped where nobody reads any more."""
     try:
@@ -321,13 +240,6 @@ def write_stderr(data):
             data = data[os.write(2, data):]
     except OSError:
         pass
-
-
-def new_token(environ):
-    """(token, value of JOB_VARIABLE): a job inside a job carries both tokens, so that ending the outer ends all."""
-    token = os.urandom(8).hex()
-    outer = environ.get(JOB_VARIABLE)
-    return token, f"{outer}:{token}" if outer else token
 
 
 def say_line(text):

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from deepspeed_c.launcher import binding, port, processes, resources
+from deepspeed_c.launcher import binding, members, port, processes, resources
 from deepspeed_c.launcher.options import DEFAULT_MASTER_PORT, parse
 
 # Clients append to the file of this name; it is read by launchers of several nodes.
@@ -46,8 +46,8 @@ def _run(options):
     pid_file = None
     try:
         pid_file = _write_pid(say) if options.save_pid else None
-        token, job_value = processes.new_token(os.environ)
-        ranks = plan(options, found, rendezvous.number, {**os.environ, processes.JOB_VARIABLE: job_value})
+        token, job_value = members.new_token(os.environ)
+        ranks = plan(options, found, rendezvous.number, {**os.environ, members.JOB_VARIABLE: job_value})
         return processes.Job(ranks, token, say).run()
     finally:
         rendezvous.release()

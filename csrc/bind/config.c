@@ -243,14 +243,15 @@ static int take_file(ConfigObject *self, PyObject *source) {
     enum dsc_status status;
     if (!PyUnicode_FSConverter(source, &path))
         return -1;
-    Py_BEGIN_ALLOW_THREADS status = dsc_config_read_file(PyBytes_AS_STRING(path), &text, &n);
+    const char *name = PyBytes_AS_STRING(path);
+    Py_BEGIN_ALLOW_THREADS status = dsc_config_read_file(name, &text, &n);
     Py_END_ALLOW_THREADS int failed = status != DSC_OK;
     if (status == DSC_ECONFIG)
         raise_text(state, dsc_last_error());
     else if (failed)
         dsc_bind_raise(state, status);
     else
-        failed = take_text(self, text, n, PyBytes_AS_STRING(path));
+        failed = take_text(self, text, n, name);
     dsc_free(text);
     Py_DECREF(path);
     return failed ? -1 : 0;

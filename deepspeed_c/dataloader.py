@@ -4,6 +4,10 @@ Position p of an epoch holds sample shuffle(seed, epoch)[p mod n], computed in C
 permutation is ever stored. Rank r of W reads positions r, r + W, ...; after k batches of b the job as a whole has
 consumed positions 0 to k*b*W, so (epoch, cursor) is the whole state, on another world size too.
 """
+import os
+import select
+import threading
+
 from torch import Generator
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
@@ -192,7 +196,18 @@ def make_loader(dataset, batch_size, rank=0, world_size=1, seed=0, collate_fn=No
         raise ValueError(f"Training data must be a torch Dataset, got {type(dataset).__name__}")
     return DeepSpeedDataLoader(dataset, seed=seed, rank=rank, batch_size=batch_size, sampler=sampler,
                                collate_fn=collate_fn, drop_last=drop_last, num_workers=num_workers,
-                               pin_memory=pin_memory)
+                               worker_init_fn=_end_with_rank if num_workers else None, pin_memory=pin_memory)
+
+
+def _end_with_rank(worker):
+    """In a loader's worker: ends it the moment its rank dies (torch's own watch looks every 5 seconds)."""
+    parent = os.pidfd_open(os.getppid())
+
+    def watch():
+        select.select([parent], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _as_uint64(number):

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from . import _core, model as model_setup
+from . import _core
+from . import model as model_setup
 from .distributed import world_comm
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer, resolve
 from .utils.logging import log_dist, logger
@@ -219,14 +220,16 @@ class DeepSpeedEngine(torch.nn.Module):
         self._grad_norm = report["norm"]
         self._last_step_skipped = not report["stepped"]
         self._step_applied = report["stepped"]
+        # What torch's schedules look for, to warn about a schedule that steps first.
+        self.optimizer._opt_called = self.basic_optimizer._opt_called = True
         self.skipped_steps += self._last_step_skipped
         if report["nonfinite"]:
             self._say_nonfinite(report)
         if report["n_changed"] and not self._said_changed:
             self._said_changed = True
-            logger.warning("[Rank %d] step %d: %d parameters were changed outside the engine since the last step (first: "
-                           "%s); their new values are used. This is said once.", self.global_rank, self.global_steps,
-                           report["n_changed"], self._names[report["changed_param"]])
+            logger.warning("[Rank %d] step %d: %d parameters were changed outside the engine since the last step "
+                           "(first: %s); their new values are used. This is said once.", self.global_rank,
+                           self.global_steps, report["n_changed"], self._names[report["changed_param"]])
 
     def _say_nonfinite(self, report):
         if self.global_rank != 0:
@@ -239,7 +242,8 @@ class DeepSpeedEngine(torch.nn.Module):
         scale = ""
         if self.fp16_enabled():
             scale = f"; loss scale {report['scale']:g}, next {report['next_scale']:g}"
-        logger.warning("step %d %s; %s%s (%d skipped so far)", self.global_steps, what, where, scale, self.skipped_steps)
+        logger.warning("step %d %s; %s%s (%d skipped so far)", self.global_steps, what, where, scale,
+                       self.skipped_steps)
 
     def _print_progress(self):
         every = self._config.get("steps_per_print")

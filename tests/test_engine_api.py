@@ -159,7 +159,7 @@ def test_engine_is_a_module_and_falls_through_to_the_callers_own():
     assert engine.module is module and engine.answer == 42
     assert len(list(engine.parameters())) == 4
     with pytest.raises(AttributeError, match="nothing_such"):
-        engine.nothing_such
+        _ = engine.nothing_such
 
 
 def test_a_replaced_forward_is_called():

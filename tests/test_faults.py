@@ -28,6 +28,7 @@ class Items(torch.utils.data.Dataset):
 def killed_in_backward(rank, world, stage):
     """Rank 1 dies inside backward while its loader's two forked workers keep its sockets and mappings open."""
     torch.set_num_threads(1)
+    torch.multiprocessing.set_start_method("fork", force=True)  # as in an ordinary script
     module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     config = {**models.config(stage, micro=2), "dataloader_num_workers": 2}
     engine, _, loader, _ = deepspeed.initialize(model=module, model_parameters=module.parameters(),

@@ -109,7 +109,7 @@ def steady(rank, world, stage, dtype, overlap):
                                       config=models.config(stage, dtype, 2, zero={"overlap_comm": overlap}))
     x = torch.randn(2, WIDTH).to(models.DTYPES[dtype])
     counts = []
-    for i in range(12):
+    for _ in range(12):
         engine.backward(engine(x))
         engine.step()
         counts.append(engine._core.counters()["alloc_calls"])

@@ -3,6 +3,8 @@ import models
 import pytest
 import torch
 
+import deepspeed_c as deepspeed
+
 
 def plain(module, n_steps, gas, make_optimizer, clip=0.5, scheduler=None):
     optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
@@ -44,7 +46,6 @@ def test_one_rank_equals_plain_torch(ranks, name, gas):
 
 
 def one_rank_difference(rank, world, name, gas):
-    import deepspeed_c as deepspeed
     section, make = OPTIMIZERS[name]
     ours, theirs = models.make(), models.make()
     engine, *_ = deepspeed.initialize(model=ours, model_parameters=ours.parameters(),
@@ -57,7 +58,6 @@ def one_rank_difference(rank, world, name, gas):
 
 def ranks_against_whole_batch(rank, world, stage):
     """Equal micro-batches on W ranks, against one process that averages W losses."""
-    import deepspeed_c as deepspeed
     torch.set_num_threads(1)
     ours = models.make(models.MixedDtypes).float()
     engine, *_ = deepspeed.initialize(model=ours, model_parameters=ours.parameters(), config=models.config(stage))
@@ -86,7 +86,6 @@ def test_ranks_equal_one_process_with_the_whole_batch(ranks, world, stage):
 
 
 def groups_and_schedule(rank, world):
-    import deepspeed_c as deepspeed
 
     def groups(module):
         return [{"params": list(module.twice.parameters()), "lr": 5e-3, "weight_decay": 0.0},
@@ -110,7 +109,6 @@ def test_groups_with_their_own_rates_and_a_torch_schedule_equal_torch(ranks):
 
 
 def trains_to(rank, world, dtype, stage):
-    import deepspeed_c as deepspeed
     torch.set_num_threads(1)
     module = models.make()
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(),

@@ -217,7 +217,7 @@ static int describe_params(EngineObject *self, PyObject *groups) {
                          "parameter %s is not on the CPU: other devices are not yet", name);
             return -1;
         }
-        if (t.dtype >= DSC_TRAIN_DTYPE_COUNT) {
+        if ((int)t.dtype >= (int)DSC_TRAIN_DTYPE_COUNT) {
             PyErr_Format(PyExc_TypeError,
                          "trainable parameter %s is %s, allowed: float32, bfloat16, float16", name,
                          dsc_dtype_name(t.dtype));

@@ -1,0 +1,229 @@
+"""Start-up of several processes: torch.distributed's default group, and the C communicator of the same ranks.
+
+The group exists because scripts and libraries use it directly, and because rendezvous and objects go through its
+store. Everything that the engine does goes through the communicator. Invariant: every rank opens the communicator
+of one default group once, in the same order, so that the numbers in the store's keys agree.
+"""
+import atexit
+import os
+import time
+import weakref
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ._core import Comm, shm_node
+from .utils.logging import logger
+
+DEFAULT_TIMEOUT_MINUTES = 10
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # MASTER_PORT has a default, LOCAL_RANK a use of its own
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_SLICE = timedelta(seconds=1)  # of a wait on the store: signals are handled between slices
+
+_timeout = None  # what init_distributed was given, as a timedelta
+_opened = None  # (weak reference to the default group, its Comm)
+
+
+def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_port=29500, verbose=True, timeout=None,
+                     init_method=None, dist_init_required=None, config=None, rank=-1, world_size=-1):
+    """Makes torch.distributed's default group, or adopts the one that exists. Collective.
+
+    dist_backend: None picks nccl where CUDA is available, else gloo.
+    auto_mpi_discovery: accepted; starting from MPI's own variables is not yet, and an error where they are all
+        that there is.
+    distributed_port: the port of rank 0 where MASTER_PORT is not set.
+    timeout: timedelta of one operation, also the communicator's; None: DEEPSPEED_TIMEOUT minutes, else 10.
+    init_method, rank, world_size: as in torch.distributed.init_process_group; the environment fills the gaps.
+    dist_init_required: False demands that the group exists already.
+
+    Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; with none of them this process is a world of one.
+    Raises ValueError naming variables that are missing or wrong, RuntimeError, NotImplementedError.
+    """
+    global _timeout
+    if isinstance(config, dict) and (config.get("comms_logger") or {}).get("enabled"):
+        raise NotImplementedError('init_distributed: "comms_logger" is not yet')
+    if timeout is not None:
+        _timeout = timeout
+    if dist.is_initialized():
+        return
+    if dist_init_required is False:
+        raise RuntimeError("dist_init_required=False, but torch.distributed has no default group: initialize it "
+                           "before, or leave dist_init_required at None")
+    _timeout = timeout or _default_timeout()
+    backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    if backend == "nccl" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(_integer("LOCAL_RANK"))
+    where = _rendezvous(init_method, rank, world_size, distributed_port)
+    dist.init_process_group(backend, timeout=_timeout, **where)
+    if verbose and dist.get_rank() == 0:
+        logger.info("torch.distributed: %s, %d ranks", backend, dist.get_world_size())
+
+
+def world_comm():
+    """The C communicator of all ranks, opened by the first call (collective), the same object afterwards.
+
+    Raises RuntimeError without a default group, NotImplementedError on more than one node, TimeoutError and
+    CommError where ranks do not come.
+    """
+    group = _world_group()
+    if _opened is not None and _opened[0]() is group and not _opened[1].closed:
+        return _opened[1]
+    return _open(group)
+
+
+def opened_comm():
+    """The communicator if it is open already, else None. Never waits."""
+    if _opened is None or _opened[1].closed or not dist.is_initialized() or _opened[0]() is not _world_group():
+        return None
+    return _opened[1]
+
+
+def destroy_process_group(group=None):
+    """Closes the communicator with the default group, then has torch.distributed destroy the group."""
+    global _timeout
+    if group is None or group is _world_group():
+        close_comm()
+        _timeout = None
+    dist.destroy_process_group(group)
+
+
+@atexit.register
+def close_comm():
+    """Closes the communicator, if any: ranks that wait for this one then learn that it left."""
+    global _opened
+    if _opened is not None:
+        comm, _opened = _opened[1], None
+        comm.close()
+
+
+# ---- the default group ----
+
+
+def _world_group():
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed has no default group yet: call deepspeed_c.init_distributed() first")
+    return dist.group.WORLD
+
+
+def _default_timeout():
+    text = os.environ.get("DEEPSPEED_TIMEOUT", str(DEFAULT_TIMEOUT_MINUTES))
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0
+    if not minutes > 0:
+        raise ValueError(f"DEEPSPEED_TIMEOUT is {text!r}; a positive number of minutes is expected")
+    return timedelta(minutes=minutes)
+
+
+def _integer(name):
+    text = os.environ[name]
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"the environment variable {name} is {text!r}; a number from 0 is expected")
+    return value
+
+
+def _rendezvous(init_method, rank, world_size, port):
+    """The keyword arguments of init_process_group that say who is where."""
+    if init_method is not None and not init_method.startswith("env://"):
+        return {"init_method": init_method, "rank": rank if rank >= 0 else _required("RANK"),
+                "world_size": world_size if world_size >= 0 else _required("WORLD_SIZE")}
+    given = {"RANK": rank >= 0, "WORLD_SIZE": world_size >= 0}
+    found = [name for name in (*_RENDEZVOUS, "MASTER_PORT") if os.environ.get(name) or given.get(name)]
+    if not found:
+        _refuse_mpi()
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    rank = rank if rank >= 0 else _required("RANK", found)
+    world_size = world_size if world_size >= 0 else _required("WORLD_SIZE", found)
+    if rank >= world_size:
+        raise ValueError(f"RANK is {rank}, WORLD_SIZE is {world_size}; a rank below the size is expected")
+    if world_size == 1:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # no port that could be taken
+    address = _required("MASTER_ADDR", found)
+    if os.environ.get("MASTER_PORT"):
+        return {"init_method": "env://", "rank": rank, "world_size": world_size}
+    host = f"[{address}]" if ":" in address else address
+    return {"init_method": f"tcp://{host}:{port}", "rank": rank, "world_size": world_size}
+
+
+def _required(name, found=()):
+    if not os.environ.get(name):
+        missing = [n for n in _RENDEZVOUS if not os.environ.get(n)]
+        have = f"{', '.join(found)} set, " if found else ""
+        raise ValueError(f"the environment is incomplete: {have}{', '.join(missing)} missing. Start with the "
+                         "deepspeed launcher or torchrun, or unset all of them for one process")
+    return os.environ[name] if name == "MASTER_ADDR" else _integer(name)
+
+
+def _refuse_mpi():
+    """A rank that MPI started must not take itself for a world of one."""
+    for name in _MPI_SIZES:
+        if os.environ.get(name, "1") not in ("", "0", "1"):
+            raise NotImplementedError(f"{name} is {os.environ[name]}, but RANK, WORLD_SIZE, MASTER_ADDR are not set: "
+                                      "starting from MPI is not yet; use the deepspeed launcher or torchrun")
+
+
+# ---- the communicator ----
+
+
+def _open(group):
+    global _opened
+    close_comm()
+    rank, size = dist.get_rank(), dist.get_world_size()
+    timeout = _comm_timeout(group).total_seconds()
+    comm = Comm.self_(timeout) if size == 1 else _open_shm(rank, size, timeout)
+    _opened = (weakref.ref(group), comm)
+    return comm
+
+
+def _comm_timeout(group):
+    """init_distributed's; of an adopted group its own."""
+    if _timeout is not None:
+        return _timeout
+    try:
+        return group._get_backend(torch.device("cpu")).options._timeout
+    except (AttributeError, RuntimeError):  # a back end without a CPU side, or a torch without options
+        return _default_timeout()
+
+
+def _open_shm(rank, size, timeout):
+    """All ranks tell their node through the store, rank 0 its address too; then they meet there."""
+    store = dist.distributed_c10d._get_default_store()
+    listener, address, token = Comm.listen() if rank == 0 else (None, "", "")
+    # A count per rank in the store itself: a new default group, or the same store again, gives new keys.
+    prefix = f"deepspeed_c/comm/{store.add(f'deepspeed_c/comm/openings/{rank}', 1)}"
+    store.set(f"{prefix}/{rank}", "\n".join((shm_node(), address, token)))
+    told = _read_all(store, prefix, size, timeout)
+    elsewhere = [str(r) for r in range(size) if told[r][0] != told[0][0]]
+    if elsewhere:
+        raise NotImplementedError(f"more than one node: not yet (ranks {', '.join(elsewhere)} do not share rank 0's "
+                                  "machine, user and network namespace)")
+    return Comm.shm(listener, told[0][1], told[0][2], rank, size, timeout)
+
+
+def _read_all(store, prefix, size, timeout):
+    deadline = time.monotonic() + timeout
+    told = []
+    for rank in range(size):
+        _wait_for(store, f"{prefix}/{rank}", rank, timeout, deadline)
+        told.append(store.get(f"{prefix}/{rank}").decode().split("\n"))
+    return told
+
+
+def _wait_for(store, key, rank, timeout, deadline):
+    while True:
+        started = time.monotonic()
+        try:
+            return store.wait([key], min(_SLICE, timedelta(seconds=max(deadline - started, 0.001))))
+        except dist.DistStoreError:
+            now = time.monotonic()
+            if now >= deadline:
+                raise TimeoutError(f"rank {rank} did not open its communicator within {timeout:.1f} s: every rank "
+                                   "must come to initialize() or its first deepspeed_c.comm call") from None
+            if now - started < 0.5 * min(_SLICE.total_seconds(), deadline - started):
+                raise  # the store itself fails: no use in asking again

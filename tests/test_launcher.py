@@ -495,6 +495,29 @@ def test_rank_that_does_not_listen_is_killed_after_the_grace(script, tmp_path):
     assert not any(map(alive, pids_said(tmp_path, ["up0"])))
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_signal_at_any_moment_of_the_start_leaves_no_process(name, script, tmp_path):
+    path = script("subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', here],\n"
+                  "                 start_new_session=True)\ntime.sleep(60)\n")
+    mark = str(tmp_path).encode()
+    for k in range(15):  # from before the first import to after the last rank
+        with launched("--num_gpus", 3, path) as process:
+            time.sleep(k * 0.012)
+            process.send_signal(signal.Signals[name])
+            begin = time.monotonic()
+            process.wait(LIMIT_S)
+            until(lambda: not any(mark in command for command in commands()), 3)
+            assert time.monotonic() - begin < 4, "a signal was lost: the grace had to pass"
+
+
+def commands():
+    """The command lines of all live processes but this one; a zombie's is empty."""
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        if int(entry) != os.getpid():
+            with contextlib.suppress(OSError):
+                yield Path(f"/proc/{entry}/cmdline").read_bytes()
+
+
 def test_job_inside_a_job_ends_with_the_outer_one(script, tmp_path):
     inner = tmp_path / "inner.py"
     inner.write_text(f"import os, time\nopen({str(tmp_path)!r} + '/~', 'w').write(str(os.getpid()))\n"

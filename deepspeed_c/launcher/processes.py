@@ -15,6 +15,7 @@ import time
 
 from deepspeed_c.launcher.members import UNKILLABLE_S, Guardian, find_members, send
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what asks the job to end
 GRACE_S = 5.0  # from the first signal to SIGKILL
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 100
@@ -33,18 +34,25 @@ class Rank:
     def start(self, launcher_pid, piped):
         """Starts the process; `piped` sends its stderr through this process, so that its end can be shown again."""
         log = open(self.log_path, "wb") if self.log_path else None
+        # Between fork and exec the child has this process's handlers, which would swallow a signal meant to end it.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
             self.process = subprocess.Popen(
                 self.command, env=self.environ, start_new_session=True,
                 # Two readers would steal each other's input: rank 0 has it.
                 stdin=None if self.rank == 0 else subprocess.DEVNULL,
                 stdout=log, stderr=log or (subprocess.PIPE if piped else None),
-                preexec_fn=lambda: self._in_child(launcher_pid))
+                preexec_fn=lambda: self._in_child(launcher_pid, mask))
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if log:
                 log.close()
 
-    def _in_child(self, launcher_pid):
+    def _in_child(self, launcher_pid, mask):
+        for number in ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != launcher_pid:  # gone before the line above
             os._exit(1)
@@ -91,8 +99,8 @@ class Job:
 
     def run(self):
         """Runs the ranks to their end. Returns 0, the first failure's exit code, or 128 + a signal's number."""
-        guardian = Guardian(self._token)
         handlers = self._catch_signals()
+        guardian = Guardian(self._token)
         try:
             self._start()
             failed = self._watch()
@@ -112,7 +120,7 @@ class Job:
     def _catch_signals(self):
         """Returns the handlers that were there."""
         handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background job
                 handlers[number] = signal.signal(number, lambda number, frame: self._signals.append(number))
         # Wakes _sleep. An inherited SIG_IGN would also make the kernel drop the exit codes of the ranks.

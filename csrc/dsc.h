@@ -71,10 +71,13 @@ enum dsc_dtype {
 };
 enum { DSC_TRAIN_DTYPE_COUNT = DSC_F16 + 1 };
 
+/* Bytes of one element. */
 size_t dsc_dtype_size(enum dsc_dtype dtype);
+/* The short name of the table; "?" for what is not a dtype. */
 const char *dsc_dtype_name(enum dsc_dtype dtype);
 
 enum dsc_op { DSC_SUM, DSC_AVG, DSC_MIN, DSC_MAX, DSC_PROD, DSC_OP_COUNT };
+/* "sum", "avg", ...; "?" for what is not an operation. */
 const char *dsc_op_name(enum dsc_op op);
 
 /* Every parameter starts at a multiple of this many elements in its space (contract N1). */

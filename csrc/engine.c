@@ -295,7 +295,7 @@ bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param) {
 }
 
 enum dsc_status dsc_engine_fold(struct dsc_engine *e, const struct dsc_view *views) {
-    unsigned saved = dsc_fp_enter();
+    uint64_t saved = dsc_fp_enter();
     enum dsc_status status = DSC_OK;
     for (size_t i = 0; status == DSC_OK && i < e->n_params; i++)
         if (dsc__engine_is_16bit(e, i) && views[i].grad)
@@ -334,7 +334,7 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
      * .grad and goes with the next round. */
     if (!dsc_buckets_expects(buckets, e->param_segment[param]))
         return DSC_OK;
-    unsigned saved = dsc_fp_enter();
+    uint64_t saved = dsc_fp_enter();
     enum dsc_status status = DSC_OK;
     const void *src = grad;
     enum dsc_dtype src_dtype = dtype;

@@ -284,7 +284,7 @@ enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
     *report = (struct dsc_step_report){.bad_rank = -1, .bad_param = -1, .changed_param = -1};
     for (int g = 0; g < e->n_groups; g++)
         DSC_TRY(dsc_optim_check(e->options.optim, &groups[g], g));
-    unsigned saved = dsc_fp_enter();
+    uint64_t saved = dsc_fp_enter();
     enum dsc_status status = step(e, views, groups, report);
     dsc_fp_leave(saved);
     return status;

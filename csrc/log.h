@@ -11,7 +11,9 @@ enum dsc_log_level { DSC_LOG_DEBUG = 10, DSC_LOG_INFO = 20, DSC_LOG_WARNING = 30
 /* `text` is valid for the call. The sink may be called from any thread, never with a lock held. */
 typedef void (*dsc_log_sink)(enum dsc_log_level level, const char *text);
 
+/* From here on lines go to `sink`; NULL drops them. */
 void dsc_log_set_sink(dsc_log_sink sink);
+/* One line, without a newline; cut at 2,047 bytes. */
 void dsc_log(enum dsc_log_level level, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 

@@ -76,7 +76,9 @@ enum dsc_status dsc_comm_open_threads(const struct dsc_comm_options *options, in
  * ("left"). Does nothing in a forked child. Windows must be closed before. */
 void dsc_comm_close(struct dsc_comm *comm);
 
+/* This rank, from 0. */
 int dsc_comm_rank(const struct dsc_comm *comm);
+/* The number of ranks. */
 int dsc_comm_size(const struct dsc_comm *comm);
 const char *dsc_comm_backend(const struct dsc_comm *comm); /* "self", "shm" */
 
@@ -86,10 +88,15 @@ void dsc_comm_abort(struct dsc_comm *comm, const char *reason);
 
 /* ---- collectives ---- */
 
+/* dst = the reduction of all ranks' src, on every rank. */
 enum dsc_status dsc_comm_all_reduce(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* dst = part `rank` (n_elems) of the reduction of all ranks' src (size * n_elems). */
 enum dsc_status dsc_comm_reduce_scatter(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* dst (size * n_elems) = every rank's src (n_elems), in rank order. */
 enum dsc_status dsc_comm_all_gather(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* dst = rank root's dst. */
 enum dsc_status dsc_comm_broadcast(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* Returns when every rank has come. */
 enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label);
 
 /* ---- what the engine builds on ---- */

@@ -5,9 +5,9 @@
  * not on chunks, not on who reduces, not on the thread's floating-point control state. */
 #include "backend.h"
 
+#include "../fpenv.h"
 #include "../kernels/kernels.h"
 
-#include <fenv.h>
 #include <string.h>
 
 /* Accumulators of one block: they stay in the first-level cache. */
@@ -17,7 +17,8 @@ static bool is_wide(enum dsc_dtype dtype) {
     return dtype == DSC_BF16 || dtype == DSC_F16;
 }
 
-static void divide(void *acc, enum dsc_dtype dtype, int by, size_t n) {
+/* Not inlined, so that it stays between the two changes of the control state (fpenv.h). */
+__attribute__((noinline)) static void divide(void *acc, enum dsc_dtype dtype, int by, size_t n) {
     if (dtype == DSC_F64) {
         double *x = acc;
         for (size_t i = 0; i < n; i++)
@@ -83,14 +84,12 @@ void dsc__reduce(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
     struct reduction r = {dst, srcs, n_srcs, dtype, op, stream};
     size_t size = dsc_dtype_size(dtype);
     size_t block = BLOCK_BYTES / dsc_max(size, sizeof(float));
-    fenv_t caller;
 
     if (n_elems == 0)
         return;
     /* A rank whose user flushes denormals must give the same bits as the others. */
-    (void)fegetenv(&caller);
-    (void)fesetenv(FE_DFL_ENV);
+    uint64_t caller = dsc_fp_enter();
     for (size_t i = 0; i < n_elems; i += block)
         reduce_block(&r, i * size, dsc_min(block, n_elems - i));
-    (void)fesetenv(&caller);
+    dsc_fp_leave(caller);
 }

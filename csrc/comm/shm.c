@@ -41,9 +41,10 @@ enum dsc_status dsc__shm_prepare(struct dsc__shm *shm, int rank, int size,
 }
 
 /* Spinning pays only where every rank has a core. Ranks bound to a core each see one CPU, so the
- * union of all ranks' CPUs counts. */
+ * union of all ranks' CPUs counts. It has to outlast a sleeper's way back (about 30 us under a
+ * hypervisor): with less, one late rank puts the ranks to sleep in turns, for ever. */
 void dsc__shm_settle_spins(struct dsc__shm *shm) {
-    enum { SPINS_FREE = 600, SPINS_CROWDED = 10 }; /* about 15 us and 0.3 us */
+    enum { SPINS_FREE = 2500, SPINS_CROWDED = 10 }; /* about 60 us and 0.3 us */
     cpu_set_t all;
     CPU_ZERO(&all);
     for (int r = 0; r < shm->size; r++)

@@ -29,11 +29,14 @@ from ..distributed import destroy_process_group, init_distributed, opened_comm, 
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64))
 _OPS = {ReduceOp.SUM: "sum", ReduceOp.AVG: "avg", ReduceOp.MIN: "min", ReduceOp.MAX: "max", ReduceOp.PRODUCT: "prod"}
+_SUM = ReduceOp.SUM
 _WHOLE = frozenset((torch.int32, torch.int64))
 
 
 def _op_name(op, dtype):
     """The C name of a ReduceOp, None where C has none."""
+    if op is _SUM:  # the usual one, without pybind's hash
+        return "sum"
     try:
         name = _OPS.get(op)
     except TypeError:  # a ReduceOp with a factor, which has no hash
@@ -46,7 +49,7 @@ def _serves(group, async_op, *tensors):
     if async_op or (group is not None and group is not dist.group.WORLD):
         return None
     for t in tensors:
-        if t.dtype not in _DTYPES or t.device.type != "cpu" or t.layout is not torch.strided:
+        if t.dtype not in _DTYPES or not t.is_cpu or t.layout is not torch.strided:
             return None
     return world_comm()
 

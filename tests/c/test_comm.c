@@ -10,7 +10,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>

@@ -55,10 +55,10 @@ def test_a_new_object_is_tested_before_it_is_used(name):
         use = re.search(rf"(?<![\w.>]){variable}\b(?! = )", after)
         if use:
             around = after[max(0, use.start() - 12):use.end() + 12]
-            assert tested(variable, around), f"{name}:{line_of(text, made.start())}: {variable} is used before it is tested"
+            assert is_tested(variable, around), f"{name}:{line_of(text, made.start())}: {variable} is used before it is tested"
 
 
-def tested(variable, text):
+def is_tested(variable, text):
     """Whether the first use of a variable is a test, a return, or a call that takes NULL."""
     return re.search(rf"!\s*{variable}\b|\b{variable}\s*(==|!=)\s*NULL|\b{variable}\s*(\?|&&)|\({variable}\)|return {variable};"
                      rf"|Py_XDECREF\({variable}", text)

@@ -34,25 +34,19 @@ class Rank:
     def start(self, launcher_pid, piped):
         """Starts the process; `piped` sends its stderr through this process, so that its end can be shown again."""
         log = open(self.log_path, "wb") if self.log_path else None
-        # Between fork and exec the child has this process's handlers, which would swallow a signal meant to end it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
         try:
+            # Returns when the child has called exec, so that no signal sent from here meets this process's handlers.
             self.process = subprocess.Popen(
                 self.command, env=self.environ, start_new_session=True,
                 # Two readers would steal each other's input: rank 0 has it.
                 stdin=None if self.rank == 0 else subprocess.DEVNULL,
                 stdout=log, stderr=log or (subprocess.PIPE if piped else None),
-                preexec_fn=lambda: self._in_child(launcher_pid, mask))
+                preexec_fn=lambda: self._in_child(launcher_pid))
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if log:
                 log.close()
 
-    def _in_child(self, launcher_pid, mask):
-        for number in ENDING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    def _in_child(self, launcher_pid):
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != launcher_pid:  # gone before the line above
             os._exit(1)

@@ -104,9 +104,8 @@ class DeepSpeedEngine(torch.nn.Module):
         self._core = model_setup.open_core(self._comm, self._config, parameters, kind)
         self._core.load_masters()
         self._install_hooks(parameters.tensors)
-        me = weakref.proxy(self)  # the engine holds its optimizers; a cycle would delay closing
-        self.basic_optimizer = CoreOptimizer(parameters.groups, defaults, me)
-        self.optimizer = DeepSpeedOptimizer(parameters.groups, defaults, me)
+        self.basic_optimizer = CoreOptimizer(parameters.groups, defaults, self)
+        self.optimizer = DeepSpeedOptimizer(parameters.groups, defaults, self)
 
     def _install_hooks(self, parameters):
         for i, p in enumerate(parameters):

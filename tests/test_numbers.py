@@ -252,3 +252,17 @@ def test_frozen_and_unused_parameters_stay_as_they_are():
     unused = module.unused.weight.clone()
     models.train(engine, 0, 3)
     assert torch.equal(module.frozen.weight, frozen) and torch.equal(module.unused.weight, unused)
+
+
+def test_masters_and_states_can_be_looked_at_as_arrays():
+    engine, module, _ = one_rank({"train_batch_size": 1, "gradient_clipping": 0, "bf16": {"enabled": True},
+                                  "optimizer": {"type": "Adam", "params": {"lr": 0.5}}}, Scalar(3))
+    engine.backward(engine(torch.tensor([1.0, 2.0, -4.0], dtype=torch.bfloat16)))
+    engine.step()
+    begin, master = engine._core.state(0, -1)
+    assert begin == 0 and master.dtype == "float32"
+    assert torch.equal(torch.from_numpy(master).to(torch.bfloat16), module.w.detach())
+    assert engine._core.state(0, 0)[1].tolist() == pytest.approx([0.1, 0.2, -0.4])
+    assert engine._core.state(0, 1)[1].tolist() == pytest.approx([0.001, 0.004, 0.016])
+    with pytest.raises(IndexError, match="allowed"):
+        engine._core.state(1, 0)

@@ -75,9 +75,13 @@ struct dsc_borrowed {
 int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what,
                     struct dsc_borrowed *out);
 
-/* The communicator of a Comm, borrowed: valid while the caller holds a reference to the object, also
- * after its close() (calls then fail). NULL with TypeError for another object, with RuntimeError for
- * a closed Comm. */
+/* A new one-dimensional NumPy array of DSC_F32, DSC_F64 or DSC_I64 and its memory, or NULL with an
+ * exception. Imports NumPy when first called. */
+PyObject *dsc_bind_array(enum dsc_dtype dtype, Py_ssize_t count, void **data);
+
+/* The communicator of a Comm, borrowed: valid while the caller holds a reference to the object,
+ * also after its close() (calls then fail). NULL with TypeError for another object, with
+ * RuntimeError for a closed Comm. */
 struct dsc_comm *dsc_bind_comm(struct dsc_bind_state *state, PyObject *comm);
 
 #endif

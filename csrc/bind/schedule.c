@@ -1,27 +1,12 @@
 /* Learning rates, data order and loss-scale traces for Python.
  *
  * Adds module functions only: the values behind them are plain structs that cost nothing to build
- * per call. The NumPy C API is imported by the first call that hands out an array, in this file
- * alone, so that importing deepspeed_c._core does not import NumPy. */
+ * per call. */
 #include "bind.h"
 
 #include "../lr.h"
 #include "../scaler.h"
 #include "../shuffle.h"
-
-#define NPY_NO_DEPRECATED_API NPY_1_7_API_VERSION
-#define NPY_TARGET_VERSION NPY_1_23_API_VERSION
-#include <numpy/arrayobject.h>
-
-/* A new one-dimensional array, or NULL with an exception. */
-static PyObject *new_array(Py_ssize_t count, int type) {
-    if (count < 0)
-        return PyErr_Format(PyExc_ValueError, "count must not be negative, got %zd", count);
-    if (!PyArray_API && _import_array() < 0)
-        return NULL;
-    npy_intp shape[1] = {count};
-    return PyArray_SimpleNew(1, shape, type);
-}
 
 /* "O&": an int in [0, 2**64); the "K" format would take any int modulo 2**64 without a word. */
 static int as_uint64(PyObject *number, void *out) {
@@ -97,10 +82,11 @@ static PyObject *lr_table(PyObject *module, PyObject *args) {
         return dsc_bind_raise(dsc_bind_module_state(module), status);
     if (count > 0 && i0 > INT64_MAX - count)
         return PyErr_Format(PyExc_ValueError, "index i0 + count does not fit 64 bits");
-    PyObject *array = new_array(count, NPY_DOUBLE);
+    void *data;
+    PyObject *array = dsc_bind_array(DSC_F64, count, &data);
     if (!array)
         return NULL;
-    double *rate = PyArray_DATA((PyArrayObject *)array);
+    double *rate = data;
     for (Py_ssize_t k = 0; k < count; k++)
         rate[k] = dsc_lr_at(&lr, i0 + k, base);
     return array;
@@ -118,10 +104,11 @@ static PyObject *shuffle(PyObject *module, PyObject *args) {
     if (!PyArg_ParseTuple(args, "O&O&O&O&O&n:shuffle", as_uint64, &seed, as_uint64, &epoch,
                           as_uint64, &n, as_uint64, &start, as_uint64, &stride, &count))
         return NULL;
-    PyObject *array = new_array(count, NPY_INT64);
+    void *data;
+    PyObject *array = dsc_bind_array(DSC_I64, count, &data);
     if (!array)
         return NULL;
-    int64_t *out = PyArray_DATA((PyArrayObject *)array);
+    int64_t *out = data;
     enum dsc_status status;
     Py_BEGIN_ALLOW_THREADS;
     status = dsc_shuffle_fill(seed, epoch, n, start, stride, (uint64_t)count, out);

@@ -209,10 +209,12 @@ def _check_list(call, name, tensors, size, like_name, like):
 
 
 def get_rank(group=None):
+    """This process's rank in the group, -1 outside it."""
     return dist.get_rank(group)
 
 
 def get_world_size(group=None):
+    """How many ranks the group has, -1 outside it."""
     return dist.get_world_size(group)
 
 
@@ -222,6 +224,7 @@ def get_local_rank():
 
 
 def get_world_group():
+    """torch.distributed's default group."""
     return dist.group.WORLD
 
 

@@ -615,7 +615,17 @@ static PyObject *engine_counters(EngineObject *self, PyObject *unused) {
         "alloc_live", (long long)a.n_live, "alloc_bytes", (long long)a.n_bytes);
 }
 
-/* state(index, which) -> (begin, bytes of fp32) of the part that this rank holds, or None. */
+/* The values, copied out, with the place of the first one in the parameter. */
+static PyObject *state_array(size_t begin, const float *values, size_t n) {
+    void *data;
+    PyObject *array = dsc_bind_array(DSC_F32, (Py_ssize_t)n, &data);
+    if (!array)
+        return NULL;
+    memcpy(data, values, n * sizeof *values);
+    return Py_BuildValue("(nN)", (Py_ssize_t)begin, array);
+}
+
+/* state(index, which) -> (begin, float32 array) of the part that this rank holds, or None. */
 static PyObject *engine_state(EngineObject *self, PyObject *args) {
     Py_ssize_t index;
     int which;
@@ -628,9 +638,7 @@ static PyObject *engine_state(EngineObject *self, PyObject *args) {
     } else {
         size_t begin, n;
         const float *values = dsc_engine_state(self->core, (size_t)index, which, &begin, &n);
-        result = values ? Py_BuildValue("(ny#)", (Py_ssize_t)begin, (const char *)values,
-                                        (Py_ssize_t)(n * sizeof *values))
-                        : Py_NewRef(Py_None);
+        result = values ? state_array(begin, values, n) : Py_NewRef(Py_None);
     }
     self->busy = false;
     return result;
@@ -661,8 +669,9 @@ static PyMethodDef engine_methods[] = {
     {"step", (PyCFunction)engine_step, METH_O, "The boundary; returns a report as a dict."},
     {"counters", (PyCFunction)engine_counters, METH_NOARGS, "Counters as a dict."},
     {"state", (PyCFunction)engine_state, METH_VARARGS,
-     "state(i, which): (begin, fp32 bytes) of the part held here, or None; which -1 is the "
-     "master."},
+     "state(i, which): (first element, float32 array) of the part held here, or None; which: -1 "
+     "the\n"
+     "fp32 master, 0 and 1 the optimizer's states (Adam: exp_avg, exp_avg_sq; SGD: momentum)."},
     {NULL},
 };
 

@@ -245,12 +245,11 @@ static enum dsc_status read_tree(struct walk *walk, const struct entry *entry) {
 }
 
 static enum dsc_status enter_section(struct walk *walk, const struct entry *entry) {
-    bool zero = strcmp(entry->key->path, "zero_optimization") == 0;
     if (cJSON_IsObject(entry->item))
         return read_section(walk, entry->item, entry->path, entry->shown);
     if (cJSON_IsFalse(entry->item))
         return DSC_OK;
-    if (!zero || !cJSON_IsTrue(entry->item))
+    if (!entry->key->or_bool || !cJSON_IsTrue(entry->item))
         return refuse(walk, entry);
     walk->config->zero_stage = 1;
     walk->reading->given[dsc__config_index("zero_optimization.stage")] = entry->item;

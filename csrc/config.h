@@ -60,12 +60,13 @@ struct dsc_key {
     size_t n_now;             /* ENUM: this many names work now */
     bool open;                /* SECTION: keys without a row are let through */
     bool inf;                 /* INT: inf is allowed and means INT64_MAX */
-    bool or_bool;             /* FLOAT: true is allowed and means 1 */
+    bool or_bool;             /* FLOAT: true is allowed and means 1; SECTION: true is allowed */
 };
 
 enum {
     DSC_CONFIG_N_KEYS = 0
 #define DSC_SECTION(...) +1
+#define DSC_SECTION_OR_TRUE(...) +1
 #define DSC_BOOL(...) +1
 #define DSC_TRI(...) +1
 #define DSC_INT(...) +1

@@ -42,6 +42,8 @@ const struct dsc_config dsc_config_defaults = {
 const struct dsc_key dsc_config_keys[DSC_CONFIG_N_KEYS] = {
 #define DSC_SECTION(path, is_open, accessor, help)                                                 \
     ROW(path, SECTION, WORKS, accessor, help, .open = is_open)
+#define DSC_SECTION_OR_TRUE(path, accessor, help)                                                  \
+    ROW(path, SECTION, WORKS, accessor, help, .or_bool = true)
 #define DSC_BOOL(field, path, value, status, accessor, help)                                       \
     ROW(path, BOOL, status, accessor, help, .offset = AT(field))
 #define DSC_TRI(field, path, status, accessor, help)                                               \
@@ -191,7 +193,7 @@ void dsc_config_allowed(const struct dsc_key *key, char *out, size_t n_out) {
         snprintf(out, n_out, "a list");
         return;
     case DSC_KEY_SECTION:
-        snprintf(out, n_out, "an object or false");
+        snprintf(out, n_out, key->or_bool ? "an object, true or false" : "an object or false");
         return;
     case DSC_KEY_DICT:
         snprintf(out, n_out, "an object");

@@ -94,12 +94,11 @@ int32_t dsc__bucket_take_slot(struct dsc_buckets *set, int32_t limit) {
         return set->free_slots[--set->n_free];
     if (set->n_slots >= limit)
         return -1;
-    if (set->n_slots >= set->budget_slots) {
+    if (set->options.early && set->n_outstanding > 0) {
         set->counters.n_extra_slots++;
         if (!set->said_ahead) {
             set->said_ahead = true;
-            dsc_log(DSC_LOG_DEBUG,
-                    "rank %d is ahead of other ranks and takes staging beyond reduce_bucket_size",
+            dsc_log(DSC_LOG_DEBUG, "rank %d is ahead of other ranks and takes more staging",
                     set->rank);
         }
     }
@@ -190,15 +189,23 @@ bool dsc__bucket_complete(const struct dsc_buckets *set, struct dsc__record *rec
     return true;
 }
 
-/* Settles a bucket where all entries are there. Never waits: if another rank holds the lock, that
- * rank looks again after it has unlocked. */
+static void settle_early(struct dsc_buckets *set, size_t b, struct dsc__record *record) {
+    if (!set->last) {
+        dsc__bucket_settle(set, b, NULL, NULL);
+        return;
+    }
+    memset(&record->norm, 0, sizeof record->norm);
+    record->norm_round = atomic_load(&record->n_settled) + 1;
+    dsc__bucket_settle(set, b, NULL, &record->norm);
+}
+
 void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b) {
     struct dsc__record *record = dsc__bucket_record(set, b);
     while (dsc__bucket_complete(set, record, -1)) {
         if (atomic_exchange(&record->lock, 1) != 0)
             return;
         while (dsc__bucket_complete(set, record, -1))
-            dsc__bucket_settle(set, b, NULL, NULL);
+            settle_early(set, b, record);
         atomic_store(&record->lock, 0);
     }
 }
@@ -236,12 +243,8 @@ static enum dsc_status lay_buckets(struct dsc_buckets *set) {
 
 static enum dsc_status lay_slots(struct dsc_buckets *set) {
     size_t n_buckets = set->first[set->size];
-    size_t asked = set->options.bucket_elems / set->slot_elems;
-    set->budget_slots = (int32_t)dsc_max(1, dsc_min(asked, n_buckets));
     set->max_slots = set->options.early ? (int32_t)(DSC__MAX_ROUNDS_AHEAD * n_buckets + 1)
                                         : BOUNDARY_SLOTS_PER_PEER * (set->size - 1);
-    if (!set->options.early)
-        set->budget_slots = set->max_slots;
     set->max_backlog = n_buckets + 1;
     DSC_TRY(dsc_alloc((size_t)set->max_slots * sizeof *set->free_slots, (void **)&set->free_slots));
     DSC_TRY(

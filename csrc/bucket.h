@@ -21,10 +21,9 @@
 #include "source.h"
 
 struct dsc_bucket_options {
-    bool early;           /* gradients settle during backward */
-    bool settle_in_hooks; /* early: settle as soon as a bucket is complete (overlap_comm) */
-    bool shared_sums;     /* all ranks read the sums (stage 0) */
-    size_t bucket_elems;  /* reduce_bucket_size */
+    bool early;          /* gradients settle during backward */
+    bool shared_sums;    /* all ranks read the sums (stage 0) */
+    size_t bucket_elems; /* reduce_bucket_size */
     struct dsc_pool *pool;
 };
 
@@ -57,13 +56,13 @@ enum dsc_status dsc_buckets_arrive(struct dsc_buckets *buckets, size_t segment, 
                                    enum dsc_dtype dtype, bool *finite);
 /* Ends the round: what did not arrive comes from `source`, or is nothing (NULL). */
 enum dsc_status dsc_buckets_end_round(struct dsc_buckets *buckets, const struct dsc_source *source);
-/* Settles what is complete, without waiting. */
-void dsc_buckets_settle_ready(struct dsc_buckets *buckets);
 /* Waits until n_rounds rounds of this rank's buckets are settled; then the norm as above. */
 enum dsc_status dsc_buckets_finish(struct dsc_buckets *buckets, uint32_t n_rounds,
                                    struct dsc_norm *norm, const char *label);
-/* Marks whether settlements from here on happen inside a backward pass (for the counters). */
-void dsc_buckets_in_backward(struct dsc_buckets *buckets, bool inside);
+/* What settlements from here on are: inside a backward pass (for the counters), and probably the
+ * last of their step (then they take the norm on the way; finish checks, and does what is missing).
+ */
+void dsc_buckets_set_phase(struct dsc_buckets *buckets, bool in_backward, bool last);
 /* Once all ranks have settled (a meeting after finish or exchange): ready for the next step. */
 void dsc_buckets_reset(struct dsc_buckets *buckets);
 

@@ -40,8 +40,7 @@ static enum dsc_status publish(struct dsc_buckets *set, size_t b, uint64_t tag) 
     bucket->slot = -1;
     if (bucket->n_waiting == 0 && entry_is_free(set, b)) {
         dsc__bucket_post(set, b, tag);
-        if (set->options.settle_in_hooks)
-            dsc__bucket_try_settle(set, b);
+        dsc__bucket_try_settle(set, b);
         return DSC_OK;
     }
     if (set->n_backlog == set->max_backlog) {
@@ -76,9 +75,6 @@ static void zero_gaps(struct dsc_buckets *set, const struct dsc__bucket *bucket,
 
 static enum dsc_status open_slot(struct dsc_buckets *set, size_t b) {
     struct dsc__bucket *bucket = &set->bucket[b];
-    /* Without overlap, settling starts when the staging that was asked for is full. */
-    if (!set->options.settle_in_hooks && set->n_free == 0 && set->n_slots >= set->budget_slots)
-        dsc_buckets_settle_ready(set);
     bucket->slot = dsc__bucket_take_slot(set, set->max_slots);
     if (bucket->slot < 0)
         return DSC_FAIL(
@@ -177,13 +173,6 @@ enum dsc_status dsc_buckets_end_round(struct dsc_buckets *set, const struct dsc_
     return DSC_OK;
 }
 
-void dsc_buckets_settle_ready(struct dsc_buckets *set) {
-    if (set->n_backlog)
-        flush_backlog(set);
-    for (size_t b = 0; b < set->first[set->size]; b++)
-        dsc__bucket_try_settle(set, b);
-}
-
 /* ---- the boundary ---- */
 
 struct norm_job {
@@ -197,17 +186,21 @@ static void norm_blocks(void *context, size_t begin, size_t end) {
         job->squares[k] = dsc_kernels()->sum_squares(job->sums + k * DSC_BLOCK, DSC_BLOCK);
 }
 
-static void norm_of_own(struct dsc_buckets *set, struct dsc_norm *norm) {
-    size_t n_blocks = dsc_range_size(set->owned[set->rank]) / DSC_BLOCK;
-    size_t step = set->slot_elems / DSC_BLOCK;
-    const float *sums = dsc_buckets_sums(set, set->rank);
-    for (size_t at = 0; at < n_blocks; at += step) {
-        size_t n = dsc_min(step, n_blocks - at);
-        struct norm_job job = {sums + at * DSC_BLOCK, set->squares};
-        dsc_pool_run(set->options.pool, n, 64, norm_blocks, &job);
-        for (size_t k = 0; k < n; k++)
-            dsc_norm_add(norm, set->squares[k]);
+/* Settlements took the norm where they knew that they were the last. */
+static void norm_of_bucket(struct dsc_buckets *set, size_t b, uint32_t n_rounds,
+                           struct dsc_norm *norm) {
+    const struct dsc__record *record = dsc__bucket_record(set, b);
+    struct dsc_range range = set->bucket[b].range;
+    size_t n_blocks = dsc_range_size(range) / DSC_BLOCK;
+    if (record->norm_round == n_rounds) {
+        dsc_norm_merge(norm, &record->norm);
+        return;
     }
+    const float *sums = dsc_buckets_sums(set, set->rank);
+    struct norm_job job = {sums + (range.begin - set->owned[set->rank].begin), set->squares};
+    dsc_pool_run(set->options.pool, n_blocks, 64, norm_blocks, &job);
+    for (size_t k = 0; k < n_blocks; k++)
+        dsc_norm_add(norm, set->squares[k]);
 }
 
 enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
@@ -222,23 +215,26 @@ enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
             dsc__bucket_try_settle(set, at);
             if (atomic_load(&dsc__bucket_record(set, at)->n_settled) < n_rounds)
                 break;
+            norm_of_bucket(set, at, n_rounds, norm);
             at++;
         }
         if (at == end && set->n_backlog == 0)
-            break;
+            return DSC_OK;
         if (at != before)
             since = dsc_comm_now();
         DSC_TRY(dsc_comm_wait_bell(set->comm, bell, label, since));
     }
-    norm_of_own(set, norm);
     return DSC_OK;
 }
 
-void dsc_buckets_in_backward(struct dsc_buckets *set, bool inside) {
-    set->in_backward = inside;
+void dsc_buckets_set_phase(struct dsc_buckets *set, bool in_backward, bool last) {
+    set->in_backward = in_backward;
+    set->last = last;
 }
 
 void dsc_buckets_reset(struct dsc_buckets *set) {
-    for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++)
+    for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++) {
+        dsc__bucket_record(set, b)->norm_round = 0;
         atomic_store(&dsc__bucket_record(set, b)->n_settled, 0);
+    }
 }

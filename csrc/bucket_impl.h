@@ -21,6 +21,8 @@ enum { DSC__MAX_ROUNDS_AHEAD = 16 };
 struct dsc__record {
     _Atomic uint32_t lock;
     _Atomic uint32_t n_settled;
+    uint32_t norm_round;  /* early: `norm` is of the sums after this many rounds; 0: not taken */
+    struct dsc_norm norm; /* written before n_settled counts up, by whoever settles */
     _Atomic uint64_t entry[];
 };
 
@@ -57,7 +59,7 @@ struct dsc_buckets {
     size_t record_stride, sums_offset, slots_offset;
     float *private_sums; /* NULL where the sums are in the window */
 
-    int32_t n_slots, max_slots, budget_slots;
+    int32_t n_slots, max_slots;
     int32_t *free_slots, n_free;
     struct dsc__outstanding *outstanding; /* published, not known to be consumed */
     int32_t n_outstanding;
@@ -67,7 +69,7 @@ struct dsc_buckets {
     size_t n_backlog, max_backlog;
 
     double *squares; /* per block of one slot */
-    bool in_backward, said_ahead;
+    bool in_backward, last, said_ahead;
     struct dsc_bucket_counters counters;
 };
 

@@ -87,7 +87,6 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
         return DSC_OK;
     struct dsc_bucket_options options = {
         .early = e->early,
-        .settle_in_hooks = e->options.overlap,
         .shared_sums = e->options.stage == 0,
         .bucket_elems = e->options.bucket_elems,
         .pool = e->pool,
@@ -216,15 +215,12 @@ bool dsc_engine_early(const struct dsc_engine *e) {
 static void tell_buckets(struct dsc_engine *e, bool inside) {
     for (size_t s = 0; s < e->n_spaces; s++)
         if (e->holdings[s].buckets)
-            dsc_buckets_in_backward(e->holdings[s].buckets, inside);
+            dsc_buckets_set_phase(e->holdings[s].buckets, inside, e->boundary);
 }
 
 enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources) {
-    for (size_t s = 0; s < e->n_spaces; s++) {
+    for (size_t s = 0; s < e->n_spaces; s++)
         DSC_TRY(dsc_buckets_end_round(e->holdings[s].buckets, sources ? &sources[s] : NULL));
-        if (!e->options.overlap)
-            dsc_buckets_settle_ready(e->holdings[s].buckets);
-    }
     e->round_open = false;
     e->n_rounds++;
     return DSC_OK;

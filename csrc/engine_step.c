@@ -106,6 +106,8 @@ static bool anything_left(const struct dsc_engine *e) {
 static enum dsc_status reduce_early(struct dsc_engine *e, struct dsc_view *views,
                                     struct dsc__plan *plan, struct dsc_norm *norm) {
     struct dsc__plan agreed;
+    for (size_t s = 0; s < e->n_spaces; s++)
+        dsc_buckets_set_phase(e->holdings[s].buckets, false, true);
     dsc_engine_check(e, views); /* usually nothing is left to look at */
     DSC_TRY(end_last_round(e, views));
     bool left = anything_left(e);

@@ -11,7 +11,7 @@
 struct dsc_alloc_counters {
     uint64_t n_calls; /* allocations since the process began, heap and arena */
     int64_t n_live;   /* blocks not yet freed */
-    int64_t n_bytes;  /* bytes not yet freed */
+    int64_t n_bytes;  /* bytes not yet freed, shared windows not counted */
 };
 
 /* `n_bytes` zeroed bytes, 64-byte aligned, in *out. n_bytes 0 gives a valid pointer. */

@@ -2,28 +2,33 @@
 
     import deepspeed_c as deepspeed
     engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
+
+Names are loaded when they are first asked for, so that the launcher starts without torch.
 """
 import importlib
 
-from ._core import CommError, DeepSpeedConfigError
-from .api import add_config_arguments, init_inference, initialize, tp_model_init
-from .distributed import init_distributed
-from .engine import DeepSpeedEngine
-
 __version__ = "0.1.0"
 
-# Reachable as attributes after a bare import, loaded when first asked for.
-_SUBMODULES = ("accelerator", "comm", "dataloader", "lr_schedules", "moe", "optimizer", "utils", "zero")
+# Name -> module that has it; a module's own name stands for the module itself.
+_HOMES = {
+    "CommError": "_core", "DeepSpeedConfigError": "_core",
+    "initialize": "api", "add_config_arguments": "api", "init_inference": "api", "tp_model_init": "api",
+    "init_distributed": "distributed", "DeepSpeedEngine": "engine", "DeepSpeedOptimizer": "optimizer",
+    **{name: name for name in ("accelerator", "comm", "dataloader", "launcher", "lr_schedules", "moe", "optimizer",
+                               "utils", "zero")},
+}
 
-__all__ = ["CommError", "DeepSpeedConfigError", "DeepSpeedEngine", "add_config_arguments", "init_distributed",
-           "init_inference", "initialize", "tp_model_init", *_SUBMODULES]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name):
-    if name in _SUBMODULES:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = home if _HOMES[name] == name else getattr(home, name)
+    globals()[name] = value
+    return value
 
 
 def __dir__():
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *_HOMES})

@@ -67,7 +67,7 @@ void dsc__shm_window_close(void *state, struct dsc_window *window) {
     for (int r = 0; r < shm->size; r++)
         if (window->base[r])
             (void)munmap(window->base[r], part_size(window));
-    dsc__alloc_count(-1, -(int64_t)window->n_bytes);
+    dsc__alloc_count(-1, 0);
     dsc_free(window);
 }
 
@@ -162,7 +162,8 @@ enum dsc_status dsc__shm_window_open(void *state, size_t n_bytes, struct dsc_win
     DSC_TRY(dsc_alloc(sizeof(struct dsc_window) + (size_t)shm->size * sizeof(char *), &block));
     struct dsc_window *window = block;
     window->n_bytes = n_bytes;
-    dsc__alloc_count(1, (int64_t)n_bytes);
+    /* A window costs what is touched, not its size: it counts as a block without bytes. */
+    dsc__alloc_count(1, 0);
     enum dsc_status status = n_bytes > 0 ? exchange(shm, window) : DSC_OK;
     /* A rank that could not map its part tells so here, before anybody relies on the window. */
     if (status == DSC_OK)

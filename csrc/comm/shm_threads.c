@@ -158,7 +158,8 @@ enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
         window->base[r] = part->memory;
         parts_of(window, shm->size)[r] = part;
     }
-    dsc__alloc_count(1, (int64_t)n_bytes);
+    /* A window costs what is touched, not its size: it counts as a block without bytes. */
+    dsc__alloc_count(1, 0);
     *out = window;
     return DSC_OK;
 }
@@ -166,6 +167,6 @@ enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
 void dsc__shm_threads_window_close(struct dsc__shm *shm, struct dsc_window *window) {
     for (int r = 0; r < shm->size; r++)
         part_unref(parts_of(window, shm->size)[r]);
-    dsc__alloc_count(-1, -(int64_t)window->n_bytes);
+    dsc__alloc_count(-1, 0);
     dsc_free(window);
 }

@@ -13,7 +13,7 @@ enum {
     /* Slots of the boundary exchange stay in the second-level cache between writer and reader. */
     BOUNDARY_SLOT_ELEMS = 128 * 1024,
     BOUNDARY_SLOTS_PER_PEER = 3,
-    EARLY_SLOT_ELEMS = 1024 * 1024,
+    EARLY_SLOT_ELEMS = 256 * 1024,
 };
 
 /* ---- where things are ---- */

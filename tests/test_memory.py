@@ -91,7 +91,7 @@ def test_memory_follows_the_formula(ranks, world):
             padding = 4 * 5 * (padded + 2 * 1024)
             where = (world, stage, dtype, gas)
             assert abs(private - expected_private) <= padding, where
-            staging = 3 * (world - 1) * CHUNK + 2 * CHUNK + (4 * N_ELEMS if stage == 2 else 0)
+            staging = 3 * (world - 1) * CHUNK + 2 * CHUNK + (4 * N_ELEMS * gas if stage == 2 else 0)
             assert expected_shared <= shared <= expected_shared + staging + padding, where
             # The allocator has nothing model-sized beyond that, and the kernel agrees (half-precision models free
             # 2 bytes an element when they are cast, so the kernel may have seen less).

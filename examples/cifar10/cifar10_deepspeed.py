@@ -45,15 +45,16 @@ def parse_arguments():
     parser.add_argument("--dtype", choices=DTYPES, help="of the model; default: what the JSON file says, else fp16")
     parser.add_argument("--stage", type=int, choices=range(4), help="ZeRO stage; default: the JSON file's, else 0")
     parser.add_argument("--data-dir", help="CIFAR-10: a folder of its files, its parent, or a .tar.gz")
-    parser.add_argument("--train-samples", type=int, metavar="N", help="train on the first N images")
-    parser.add_argument("--test-samples", type=int, metavar="N", help="test on the first N images")
+    parser.add_argument("--train-samples", type=int, metavar="N", help="train on the first N images at most")
+    parser.add_argument("--test-samples", type=int, metavar="N", help="test on the first N images at most")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of images")
     parser.add_argument("--out", default=os.path.join(HERE, "out"), metavar="DIR", help="where curve.png goes")
     parser = deepspeed.add_config_arguments(parser)
     args = parser.parse_args()
-    for name, least in (("epochs", 1), ("log_interval", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; at least {least} is needed")
+    for name in ("epochs", "log_interval", "train_samples", "test_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
     return args
 
 

@@ -44,9 +44,7 @@ class Images(torch.utils.data.Dataset):
         return self.pixels[indices], self.labels[indices]
 
     def first(self, n):
-        """The first n images, or all if n is None."""
-        if n is not None and not 0 < n <= len(self):
-            raise SystemExit(f"{n} images were asked for; there are {len(self)} ({self.source})")
+        """The first n images; all of them if n is None or there are fewer."""
         return Images(self.pixels[:n].numpy(), self.labels[:n].numpy(), self.classes, self.source)
 
 
@@ -164,7 +162,7 @@ def files_of_archive(path):
 
 def decode_binary(data, name):
     if not data or len(data) % RECORD:
-        raise SystemExit(f"{name} has {len(data)} bytes, which is no multiple of {RECORD}: it is cut off or not CIFAR-10")
+        raise SystemExit(f"{name} has {len(data)} bytes, no multiple of {RECORD}: it is cut off or not CIFAR-10")
     records = np.frombuffer(data, np.uint8).reshape(-1, RECORD)
     return checked(records[:, 1:], records[:, 0], name)
 
@@ -178,8 +176,8 @@ def decode_python(data, name):
 
 
 def checked(pixels, labels, name):
-    if len(pixels) != len(labels) or pixels[0].size != RECORD - 1 or labels.max() > 9:
-        raise SystemExit(f"{name}: {pixels.shape} pixels and {labels.shape} labels up to {labels.max()} are not CIFAR-10")
+    if not len(labels) or pixels.shape != (len(labels), RECORD - 1) or labels.max() > 9:
+        raise SystemExit(f"{name} is not CIFAR-10: pixels {pixels.shape}, labels {labels.shape} of 0 to 9 expected")
     return pixels.reshape(-1, 3, 32, 32).copy(), labels.copy()
 
 
@@ -197,7 +195,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def digits():
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey, each pixel as a 4x4 square: 1,437 to train, 360 to test."""
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey, each pixel as a 4x4 square: 1,438 to train, 359 to test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -19,6 +19,12 @@ static size_t mapped_size(size_t n_bytes) {
     return dsc_round_up(n_bytes, n_bytes >= HUGE ? HUGE : 4096);
 }
 
+void dsc_arena_populate(void *begin, size_t n_bytes) {
+    uintptr_t first = (uintptr_t)begin / 4096 * 4096;
+    uintptr_t last = ((uintptr_t)begin + n_bytes + 4095) / 4096 * 4096;
+    (void)madvise((void *)first, last - first, MADV_POPULATE_WRITE);
+}
+
 enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
     if (n_bytes == 0) {
         *out = NULL;
@@ -29,9 +35,9 @@ enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
     if (block == MAP_FAILED)
         return DSC_FAIL(DSC_ENOMEM, "could not map %zu bytes of private memory: %s", n_bytes,
                         strerror(errno));
-    /* Both are advice: a kernel without them serves small pages on first touch. */
+    /* Advice: a kernel without it serves small pages. */
     (void)madvise(block, size, MADV_HUGEPAGE);
-    (void)madvise(block, size, MADV_POPULATE_WRITE);
+    dsc_arena_populate(block, size);
     dsc__alloc_count(1, (int64_t)n_bytes);
     *out = block;
     return DSC_OK;

@@ -14,6 +14,7 @@ enum {
     BOUNDARY_SLOT_ELEMS = 128 * 1024,
     BOUNDARY_SLOTS_PER_PEER = 3,
     EARLY_SLOT_ELEMS = 256 * 1024,
+    EARLY_SLOTS_AT_START = 16,
 };
 
 /* ---- where things are ---- */
@@ -272,6 +273,22 @@ static enum dsc_status open_window(struct dsc_buckets *set) {
     return dsc_comm_window_open(set->comm, n_bytes, "engine: gradient buckets", &set->window);
 }
 
+/* What a step in the steady state touches: this rank's slots, and all sums that it reads or adds
+ * to. */
+static void populate(struct dsc_buckets *set) {
+    int32_t n_slots = set->max_slots;
+    if (set->options.early && n_slots > EARLY_SLOTS_AT_START)
+        n_slots = EARLY_SLOTS_AT_START;
+    for (int r = 0; r < set->size; r++) {
+        size_t n_slot_bytes = (size_t)n_slots * set->slot_elems * sizeof(float);
+        dsc_arena_populate(set->window->base[r], set->sums_offset);
+        if (!set->private_sums)
+            dsc_arena_populate(set->window->base[r] + set->sums_offset,
+                               dsc_range_size(set->owned[r]) * sizeof(float));
+        dsc_arena_populate(set->window->base[r] + set->slots_offset, n_slot_bytes);
+    }
+}
+
 enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *space,
                                  const struct dsc_bucket_options *options,
                                  struct dsc_buckets **out) {
@@ -301,6 +318,7 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
         dsc_buckets_close(set);
         return status;
     }
+    populate(set);
     *out = set;
     return DSC_OK;
 }

@@ -3,6 +3,7 @@
 #include "spread.h"
 
 #include "alloc.h"
+#include "arena.h"
 
 #include <stdatomic.h>
 
@@ -41,6 +42,8 @@ enum dsc_status dsc_spread_open(struct dsc_comm *comm, struct dsc_spread **out) 
         dsc_free(spread);
         return status;
     }
+    for (size_t r = 0; r < size; r++)
+        dsc_arena_populate(spread->window->base[r], spread->halves_offset + 2 * (size_t)HALF_BYTES);
     *out = spread;
     return DSC_OK;
 }

@@ -21,7 +21,7 @@ struct setup {
     size_t bucket;
     enum dsc_dtype dtype;
     double scale;
-    int poison_step; /* rank 1 makes one element infinite in this step; -1: never */
+    int poison_step;  /* rank 1 makes one element infinite in this step; -1: never */
     int unused_param; /* gets no gradient on rank 0; -1: none */
 };
 
@@ -42,11 +42,15 @@ struct rank_job {
 };
 
 static float value_of(int what, int rank, int step, size_t i) {
-    uint32_t x = (uint32_t)(what * 7919 + rank * 104729 + step * 1299709) + (uint32_t)i * 2654435761u;
+    uint32_t x =
+        (uint32_t)(what * 7919 + rank * 104729 + step * 1299709) + (uint32_t)i * 2654435761u;
     x ^= x >> 15;
     x *= 2246822519u;
     x ^= x >> 13;
-    return ((float)(x & 0xffff) / 65536.0f - 0.5f) * 0.25f;
+    x *= 3266489917u;
+    x ^= x >> 16;
+    /* Full mantissas and many exponents: sums in another order must show in the last bits. */
+    return ldexpf((float)(x >> 5) / 134217728.0f - 0.5f, -(int)(x & 7));
 }
 
 static void sleep_us(long us) {
@@ -106,12 +110,13 @@ static void autograd_adds(struct model *model, int p, enum dsc_dtype dtype, cons
 
 static struct dsc_view *view(struct model *model, enum dsc_dtype dtype) {
     for (int p = 0; p < N_PARAMS; p++)
-        model->views[p] = (struct dsc_view){
-            model->data[p], model->has_grad[p] ? model->grad[p] : NULL, dtype};
+        model->views[p] =
+            (struct dsc_view){model->data[p], model->has_grad[p] ? model->grad[p] : NULL, dtype};
     return model->views;
 }
 
-static void satisfy(struct dsc_engine *engine, struct model *model, enum dsc_dtype dtype, int need) {
+static void satisfy(struct dsc_engine *engine, struct model *model, enum dsc_dtype dtype,
+                    int need) {
     if (need & DSC_NEED_CHECK)
         dsc_engine_check(engine, view(model, dtype));
     if (need & DSC_NEED_FOLD) {
@@ -162,10 +167,21 @@ static void *run_rank(void *context) {
     struct dsc_param params[N_PARAMS];
     for (int p = 0; p < N_PARAMS; p++)
         params[p] = (struct dsc_param){sizes[p], s->dtype, p % 2};
-    struct dsc_hyper groups[2] = {
-        {.lr = 1e-2, .weight_decay = 0.1, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8,
-         .momentum = 0.9, .decoupled = true, .bias_correction = true, .nesterov = true},
-        {.lr = 3e-3, .beta1 = 0.8, .beta2 = 0.99, .eps = 1e-8, .momentum = 0.5, .bias_correction = true}};
+    struct dsc_hyper groups[2] = {{.lr = 1e-2,
+                                   .weight_decay = 0.1,
+                                   .beta1 = 0.9,
+                                   .beta2 = 0.999,
+                                   .eps = 1e-8,
+                                   .momentum = 0.9,
+                                   .decoupled = true,
+                                   .bias_correction = true,
+                                   .nesterov = true},
+                                  {.lr = 3e-3,
+                                   .beta1 = 0.8,
+                                   .beta2 = 0.99,
+                                   .eps = 1e-8,
+                                   .momentum = 0.5,
+                                   .bias_correction = true}};
     struct model model;
     struct dsc_engine *engine;
     uint32_t seed = (uint32_t)job->rank * 77 + 5;
@@ -234,20 +250,25 @@ static void check_same(const struct setup *a, const struct setup *b) {
         size_t i = 0;
         while (i < TOTAL - 1 && x->master[i] == y->master[i])
             i++;
-        fprintf(stderr,
-                "stage %d overlap %d bucket %zu differs from stage %d overlap %d bucket %zu "
-                "(%d ranks, %s, %d micro-steps): element %zu is %.9g, not %.9g; norm %.17g, %.17g\n",
-                b->stage, b->overlap, b->bucket, a->stage, a->overlap, a->bucket, a->size,
-                dsc_dtype_name(a->dtype), a->n_micro, i, (double)y->master[i],
-                (double)x->master[i], y->norm[0], x->norm[0]);
+        fprintf(
+            stderr,
+            "stage %d overlap %d bucket %zu differs from stage %d overlap %d bucket %zu "
+            "(%d ranks, %s, %d micro-steps): element %zu is %.9g, not %.9g; norm %.17g, %.17g\n",
+            b->stage, b->overlap, b->bucket, a->stage, a->overlap, a->bucket, a->size,
+            dsc_dtype_name(a->dtype), a->n_micro, i, (double)y->master[i], (double)x->master[i],
+            y->norm[0], x->norm[0]);
         exit(1);
     }
     free(x);
     free(y);
 }
 
-static const struct setup plain = {.size = 2, .n_micro = 1, .bucket = 500000000, .scale = 1,
-                                   .poison_step = -1, .unused_param = -1};
+static const struct setup plain = {.size = 2,
+                                   .n_micro = 1,
+                                   .bucket = 500000000,
+                                   .scale = 1,
+                                   .poison_step = -1,
+                                   .unused_param = -1};
 
 static void sweep(int size, int n_micro, bool delays, bool momentum_sgd) {
     for (int dtype = 0; dtype < DSC_TRAIN_DTYPE_COUNT; dtype++) {
@@ -264,7 +285,8 @@ static void sweep(int size, int n_micro, bool delays, bool momentum_sgd) {
                 for (int small = 0; small < 2; small++) {
                     other.overlap = overlap;
                     other.bucket = small ? 1000 : 500000000;
-                    /* Several micro-steps: 0 equals 1; 2 sums in another order and is its own base. */
+                    /* Several micro-steps: 0 equals 1; 2 sums in another order and is its own base.
+                     */
                     base.stage = n_micro > 1 && other.stage == 2 ? 2 : 0;
                     check_same(&base, &other);
                 }
@@ -361,7 +383,8 @@ static void a_stage_that_is_not_there_says_so(void) {
     struct dsc_engine *engine;
     CHECK_OK(dsc_comm_open_self(&comm_options, &comm));
     CHECK(dsc_engine_open(comm, &options, &param, 1, 1, &engine) == DSC_ENOTYET);
-    CHECK(strstr(dsc_last_error(), "not yet") && strstr(dsc_last_error(), "zero_optimization.stage"));
+    CHECK(strstr(dsc_last_error(), "not yet") &&
+          strstr(dsc_last_error(), "zero_optimization.stage"));
     dsc_comm_close(comm);
 }
 

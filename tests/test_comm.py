@@ -15,13 +15,13 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed_c._core import Comm, CommError, shm_node
 from ranks import die
 
 import deepspeed_c as deepspeed
-from deepspeed_c import comm
+from deepspeed_c import CommError, _core, comm
 from deepspeed_c.distributed import opened_comm, world_comm
 
+Comm = _core.Comm
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64]
 OPS = {"sum": comm.ReduceOp.SUM, "avg": comm.ReduceOp.AVG, "min": comm.ReduceOp.MIN, "max": comm.ReduceOp.MAX,
        "prod": comm.ReduceOp.PRODUCT}
@@ -118,8 +118,8 @@ def test_comm_cannot_be_made_by_calling_the_type():
 
 
 def test_a_node_is_this_machine_and_user():
-    assert shm_node() == shm_node()
-    assert str(os.geteuid()) in shm_node()
+    assert _core.shm_node() == _core.shm_node()
+    assert str(os.geteuid()) in _core.shm_node()
 
 
 def test_unknown_arguments_and_logs_that_are_not_there_are_errors():

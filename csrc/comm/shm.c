@@ -41,15 +41,16 @@ enum dsc_status dsc__shm_prepare(struct dsc__shm *shm, int rank, int size,
 }
 
 /* Spinning pays only where every rank has a core. Ranks bound to a core each see one CPU, so the
- * union of all ranks' CPUs counts. It has to outlast a sleeper's way back (about 30 us under a
- * hypervisor): with less, one late rank puts the ranks to sleep in turns, for ever. */
+ * union of all ranks' CPUs counts. */
 void dsc__shm_settle_spins(struct dsc__shm *shm) {
     enum { SPINS_FREE = 2500, SPINS_CROWDED = 10 }; /* about 60 us and 0.3 us */
     cpu_set_t all;
     CPU_ZERO(&all);
     for (int r = 0; r < shm->size; r++)
         CPU_OR(&all, &all, &shm->blocks[r]->cpus);
-    shm->n_spins = CPU_COUNT(&all) >= shm->size ? SPINS_FREE : SPINS_CROWDED;
+    shm->n_spins_max = CPU_COUNT(&all) >= shm->size ? SPINS_FREE : SPINS_CROWDED;
+    for (int kind = 0; kind < DSC__SHM_AWAITED_COUNT; kind++)
+        shm->spins[kind].budget = shm->n_spins_max;
 }
 
 static void close_fd(int *fd) {

@@ -50,10 +50,18 @@ struct dsc__shm_block {
 
 struct dsc__shm_world; /* ranks as threads, see shm_threads.c */
 
+enum dsc__shm_awaited { DSC__SHM_PRINT, DSC__SHM_PHASE, DSC__SHM_BELL, DSC__SHM_AWAITED_COUNT };
+
+/* How long waits of one kind spin before they sleep: adapts to how that went. */
+struct dsc__shm_spin {
+    unsigned budget, n_waits;
+};
+
 struct dsc__shm {
     const struct dsc_comm_options *options;
     int rank, size;
-    unsigned n_spins;
+    unsigned n_spins_max;
+    struct dsc__shm_spin spins[DSC__SHM_AWAITED_COUNT];
     uint64_t sequence, phase;
     struct dsc__print current;      /* the operation that runs, for texts */
     struct dsc__shm_block **blocks; /* size */
@@ -124,7 +132,6 @@ void dsc__shm_threads_window_close(struct dsc__shm *shm, struct dsc_window *wind
 void dsc__shm_world_unref(struct dsc__shm_world *world);
 
 /* ---- shm_sync.c: publishing, waiting, death ---- */
-enum dsc__shm_awaited { DSC__SHM_PRINT, DSC__SHM_PHASE, DSC__SHM_BELL };
 struct dsc__shm_wait {
     enum dsc__shm_awaited kind;
     uint64_t target;   /* sequence, phase, or the bell's value that must pass */

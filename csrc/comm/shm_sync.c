@@ -119,6 +119,8 @@ static bool arrived(const struct dsc__shm *shm, const struct dsc__shm_wait *wait
         return atomic_load(&block->phase) >= wait->target;
     case DSC__SHM_BELL:
         return atomic_load(&shm->blocks[shm->rank]->bell) != (uint32_t)wait->target;
+    case DSC__SHM_AWAITED_COUNT:
+        break;
     }
     return false;
 }
@@ -274,14 +276,37 @@ static enum dsc_status sleep_until(struct dsc__shm *shm, const struct dsc__shm_w
     }
 }
 
-enum dsc_status dsc__shm_wait(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+/* Looks n_spins times; returns how often it had to, n_spins if in vain. */
+static unsigned spin(const struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                     unsigned n_spins) {
     int missing = 0;
-    for (unsigned i = 0; i < shm->n_spins; i++) {
+    for (unsigned i = 0; i < n_spins; i++) {
         missing = first_missing(shm, wait, missing);
         if (missing == shm->size)
-            return DSC_OK;
+            return i;
         pause_cpu();
     }
+    return n_spins;
+}
+
+/* A spin in vain costs this rank, and one that shares its core more; so it is halved then, until a
+ * spin pays again. (Finding everybody there at once says nothing about spinning.) But it must be
+ * able to outlast a sleeper's way back, about 30 us under a hypervisor: with less, one late rank
+ * puts the ranks to sleep in turns, for ever. So every eighth wait tries the whole length. */
+enum dsc_status dsc__shm_wait(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+    enum { SPINS_MIN = 10, TRY_EVERY = 8 };
+    struct dsc__shm_spin *state = &shm->spins[wait->kind];
+    bool is_try = ++state->n_waits % TRY_EVERY == 0;
+    unsigned n_spins = is_try ? shm->n_spins_max : state->budget;
+    unsigned n_spun = spin(shm, wait, n_spins);
+
+    if (n_spun < n_spins) {
+        if (n_spun > 0)
+            state->budget = shm->n_spins_max;
+        return DSC_OK;
+    }
+    if (state->budget > SPINS_MIN)
+        state->budget /= 2;
     return sleep_until(shm, wait);
 }
 

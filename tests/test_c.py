@@ -75,8 +75,8 @@ def test_a_failing_check_is_seen(built, tmp_path):
                       "static void one_is_two(void) { CHECK_EQ_INT(1, 2); }\n"
                       "static const struct test_case cases[] = {CASE(one_is_two)};\nRUN_CASES(cases)\n")
     program = tmp_path / "test_frame"
-    subprocess.run([os.environ.get("CC", "gcc"), "-std=c11", "-Icsrc", "-Itests/c", source, "csrc/status.c", "-o", program],
-                   cwd=ROOT, check=True, timeout=60)
+    compiler = [os.environ.get("CC", "gcc"), "-std=c11", "-Icsrc", "-Itests/c"]
+    subprocess.run([*compiler, source, "csrc/status.c", "-o", program], cwd=ROOT, check=True, timeout=60)
     run = subprocess.run([program, "one_is_two"], capture_output=True, text=True, timeout=10)
     assert run.returncode == 1 and "1 is 1, 2 is 2" in run.stderr
     assert subprocess.run([program, "no_such_case"], timeout=10).returncode == 2

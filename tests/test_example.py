@@ -294,3 +294,12 @@ def test_stage_3_is_an_error_that_says_not_yet(cifar, tmp_path):
     result = run([FOLDER / "run_ds.sh", "--stage", 3, "--data-dir", cifar, "--out", tmp_path])
     assert result.returncode != 0 and "not yet" in result.stderr.lower() and "stage" in result.stderr
     assert not (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_ten_epochs_reach_the_readme_s_floor(cifar, images, tmp_path, dtype):
+    floors = [int(floor) for floor in re.findall(r"\| (\d+) % \|$", (FOLDER / "README.md").read_text(), flags=re.M)]
+    for place, n_test, floor in ((cifar, 2000, floors[0]), (digits_as_cifar(images, tmp_path), 359, floors[1])):
+        result = run([FOLDER / "run_ds.sh", "--dtype", dtype, "--data-dir", place, "--out", tmp_path])
+        check_run(result, tmp_path, n_test, least=floor)

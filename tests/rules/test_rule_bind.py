@@ -8,7 +8,8 @@ BIND = [name for name in c_files("csrc/bind") if name.endswith(".c")]
 RELEASE = r"\b(?:Py_BEGIN_ALLOW_THREADS|PyEval_SaveThread\s*\()"
 TAKE = r"\b(?:Py_END_ALLOW_THREADS|PyEval_RestoreThread\s*\()"
 # Calls that give a new reference or NULL; the result is looked at before it is used.
-NEW = r"Py(?:List|Tuple|Dict|Set|Capsule|Type|Module|Long|Float|Unicode|Bytes|Array|Object)_(?:New\w*|From\w+|Call\w*|GetAttr\w*|Str|Repr)"
+NEW = (r"Py(?:List|Tuple|Dict|Set|Capsule|Type|Module|Long|Float|Unicode|Bytes|Array|Object)"
+       r"_(?:New\w*|From\w+|Call\w*|GetAttr\w*|Str|Repr)")
 
 
 def line_of(text, position):
@@ -50,18 +51,20 @@ def test_a_new_object_is_tested_before_it_is_used(name):
     for made in re.finditer(r"\b(\w+) = (?:\(\w[\w ]*\*+\))?" + NEW + r"\s*\(", text):
         variable, rest = made.group(1), text[made.end():]
         statement, _, after = rest.partition(";")
-        if re.search(r"\)\s*(==|!=)\s*NULL", statement) or re.search(rf"!\s*\({variable} = $", text[:made.start()] + f"{variable} = "):
+        if re.search(r"\)\s*(==|!=)\s*NULL", statement) or re.search(r"!\s*\($", text[:made.start()]):
             continue  # tested where it is made: if ((x = ...) == NULL
         use = re.search(rf"(?<![\w.>]){variable}\b(?! = )", after)
         if use:
             around = after[max(0, use.start() - 12):use.end() + 12]
-            assert is_tested(variable, around), f"{name}:{line_of(text, made.start())}: {variable} is used before it is tested"
+            where = f"{name}:{line_of(text, made.start())}"
+            assert tested(variable, around), f"{where}: {variable} is used before it is tested"
 
 
-def is_tested(variable, text):
+def tested(variable, text):
     """Whether the first use of a variable is a test, a return, or a call that takes NULL."""
-    return re.search(rf"!\s*{variable}\b|\b{variable}\s*(==|!=)\s*NULL|\b{variable}\s*(\?|&&)|\({variable}\)|return {variable};"
-                     rf"|Py_XDECREF\({variable}", text)
+    ways = (rf"!\s*{variable}\b", rf"\b{variable}\s*(==|!=)\s*NULL", rf"\b{variable}\s*(\?|&&)", rf"\({variable}\)",
+            rf"return {variable};", rf"Py_XDECREF\({variable}")
+    return re.search("|".join(ways), text)
 
 
 @pytest.mark.parametrize("name", BIND)

@@ -91,8 +91,9 @@ def test_file_scope_state_is_on_the_list(name):
 def state_of(text):
     """Names of mutable variables at file scope."""
     text = re.sub(r"_Atomic\((\w+)\)", r"_Atomic \1", text)
-    plain = re.findall(r"^(?:static |_Thread_local )+(?!.*\b(?:const|inline)\b)[^(){};=\n]*?(\w+)(?:\[[^\n]*\])?(?: = [^\n]*)?;$",
-                       text, flags=re.M)
+    variable = (r"^(?:static |_Thread_local )+(?!.*\b(?:const|inline)\b)[^(){};=\n]*?(\w+)"
+                r"(?:\[[^\n]*\])?(?: = [^\n]*)?;$")
+    plain = re.findall(variable, text, flags=re.M)
     structs = re.findall(r"^static struct \w* ?\{.*?^\} (\w+)", text, flags=re.M | re.S)
     return plain + structs
 
@@ -101,5 +102,6 @@ def test_the_rules_see_what_they_forbid():
     text = code('/* exit(1) */ int f(void) { puts("abort()"); p->free(x); dsc_free(x); exit (1); }')
     found = re.findall(r"(?<![\w.>])(exit|abort|free|puts)\s*\(", text)
     assert found == ["puts", "exit"]
-    state = "static int a;\nstatic const int b = 1;\nstatic _Atomic(sink) c;\nstatic struct {\n    int x;\n} d;\nstatic int f(int);\n"
+    state = ("static int a;\nstatic const int b = 1;\nstatic _Atomic(sink) c;\nstatic struct {\n    int x;\n} d;\n"
+             "static int f(int);\n")
     assert state_of(state + "static _Thread_local char e[8];\nstatic char *const g[] = {0};") == ["a", "c", "e", "d"]

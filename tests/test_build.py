@@ -35,7 +35,8 @@ def small(tmp_path):
     (tmp_path / "deepspeed_c" / "__init__.py").write_text("")
     (tmp_path / "csrc" / "module.c").write_text(MODULE)
     (tmp_path / "csrc" / "answer.h").write_text("int answer(void);\n")
-    (tmp_path / "csrc" / "part" / "answer.c").write_text('#include "../answer.h"\nint answer(void) {\n    return 42;\n}\n')
+    answer = '#include "../answer.h"\nint answer(void) {\n    return 42;\n}\n'
+    (tmp_path / "csrc" / "part" / "answer.c").write_text(answer)
     return tmp_path
 
 

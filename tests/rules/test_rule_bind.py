@@ -57,10 +57,10 @@ def test_a_new_object_is_tested_before_it_is_used(name):
         if use:
             around = after[max(0, use.start() - 12):use.end() + 12]
             where = f"{name}:{line_of(text, made.start())}"
-            assert tested(variable, around), f"{where}: {variable} is used before it is tested"
+            assert is_tested(variable, around), f"{where}: {variable} is used before it is tested"
 
 
-def tested(variable, text):
+def is_tested(variable, text):
     """Whether the first use of a variable is a test, a return, or a call that takes NULL."""
     ways = (rf"!\s*{variable}\b", rf"\b{variable}\s*(==|!=)\s*NULL", rf"\b{variable}\s*(\?|&&)", rf"\({variable}\)",
             rf"return {variable};", rf"Py_XDECREF\({variable}")

@@ -6,6 +6,7 @@ of one default group once, in the same order, so that the numbers in the store's
 """
 import atexit
 import os
+import socket
 import time
 import weakref
 from datetime import timedelta
@@ -23,6 +24,7 @@ _SLICE = timedelta(seconds=1)  # of a wait on the store: signals are handled bet
 
 _timeout = None  # what init_distributed was given, as a timedelta
 _opened = None  # (weak reference to the default group, its Comm)
+_made = None  # weak reference to the default group that init_distributed made
 
 
 def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_port=29500, verbose=True, timeout=None,
@@ -40,7 +42,7 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; with none of them this process is a world of one.
     Raises ValueError naming variables that are missing or wrong, RuntimeError, NotImplementedError.
     """
-    global _timeout
+    global _timeout, _made
     if isinstance(config, dict) and (config.get("comms_logger") or {}).get("enabled"):
         raise NotImplementedError('init_distributed: "comms_logger" is not yet')
     if timeout is not None:
@@ -55,7 +57,9 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     if backend == "nccl" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(_integer("LOCAL_RANK"))
     where = _rendezvous(init_method, rank, world_size, distributed_port)
+    _wait_for_rank_0(where, _timeout.total_seconds())
     dist.init_process_group(backend, timeout=_timeout, **where)
+    _made = weakref.ref(dist.group.WORLD)
     if verbose and dist.get_rank() == 0:
         logger.info("torch.distributed: %s, %d ranks", backend, dist.get_world_size())
 
@@ -89,8 +93,16 @@ def destroy_process_group(group=None):
 
 
 @atexit.register
+def _end():
+    """At exit: ranks that wait for this one learn that it left; a group that nobody destroyed is destroyed, because
+    gloo's threads otherwise end the process by abort() in some of the runs."""
+    close_comm()
+    if _made is not None and dist.is_initialized() and _made() is dist.group.WORLD and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
 def close_comm():
-    """Closes the communicator, if any: ranks that wait for this one then learn that it left."""
+    """Closes the communicator, if any."""
     global _opened
     if _opened is not None:
         comm, _opened = _opened[1], None
@@ -149,6 +161,31 @@ def _rendezvous(init_method, rank, world_size, port):
         return {"init_method": "env://", "rank": rank, "world_size": world_size}
     host = f"[{address}]" if ":" in address else address
     return {"init_method": f"tcp://{host}:{port}", "rank": rank, "world_size": world_size}
+
+
+def _wait_for_rank_0(where, timeout):
+    """Returns once rank 0's store listens. torch's own client, too early, comes again after half a second."""
+    if where.get("rank") == 0 or where.get("init_method") is None:
+        return
+    method = where["init_method"]
+    if method.startswith("tcp://"):
+        host, _, port = method.removeprefix("tcp://").partition("?")[0].rpartition(":")
+    elif method.startswith("env://"):
+        host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    else:
+        return
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=1.0):
+                return
+        except (ConnectionRefusedError, TimeoutError):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"rank {where['rank']} found nobody listening at {host}:{port} within "
+                                   f"{timeout:.1f} s: has rank 0 ended?") from None
+            time.sleep(0.005)
+        except (OSError, ValueError):
+            return  # torch's own error about this address is the better one
 
 
 def _required(name, found=()):

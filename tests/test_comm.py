@@ -15,7 +15,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import die
+from ranks import die, reserve_port
 
 import deepspeed_c as deepspeed
 from deepspeed_c import CommError, _core, comm
@@ -196,6 +196,42 @@ def one_rank_by_environment(rank, world):
 
 def test_a_launched_world_of_one_opens_no_port(ranks):
     assert ranks(1, one_rank_by_environment) == [1]
+
+
+def late(rank, world):
+    if rank == 0:
+        time.sleep(0.4)
+    started = time.monotonic()
+    deepspeed.init_distributed()
+    return time.monotonic() - started
+
+
+def test_ranks_that_come_before_rank_0_lose_no_time(ranks):
+    """torch's own client waits half a second or more before it asks again; rank 0 sees that as its own start."""
+    assert min(ranks(2, late)[0] for _ in range(3)) < 0.3
+
+
+def alone(rank, world):
+    if rank == 0:
+        return ""
+    with pytest.raises(TimeoutError) as caught:
+        deepspeed.init_distributed(timeout=timedelta(seconds=0.5))
+    return str(caught.value)
+
+
+def test_a_rank_0_that_never_listens_is_named_with_its_address(ranks):
+    assert "rank 1 found nobody listening at 127.0.0.1:" in ranks(2, alone)[1]
+
+
+def test_a_process_that_destroys_nothing_ends_with_code_0():
+    code = "import deepspeed_c, torch; deepspeed_c.init_distributed(); deepspeed_c.comm.all_reduce(torch.ones(2))"
+    held, port = reserve_port()
+    with held:
+        ranks = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env={
+            **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+            for r in range(2)]
+        ends = [(process.communicate(timeout=120)[1].decode(), process.returncode) for process in ranks]
+    assert [code for _, code in ends] == [0, 0], ends
 
 
 def adopted(rank, world):

@@ -203,7 +203,9 @@ def late(rank, world):
         time.sleep(0.4)
     started = time.monotonic()
     deepspeed.init_distributed()
-    return time.monotonic() - started
+    seconds = time.monotonic() - started
+    comm.barrier()  # gloo's start fails on one rank if the other ends right after its own
+    return seconds
 
 
 def test_ranks_that_come_before_rank_0_lose_no_time(ranks):
@@ -620,18 +622,16 @@ def test_a_group_destroyed_under_an_engine_is_an_error_not_a_crash(ranks):
 def listening(rank, world):
     deepspeed.init_distributed()
     comm.all_reduce(torch.ones(1 << 20))
-    with open("/proc/net/unix") as text:  # a listening socket has the flag __SO_ACCEPTCON
-        names = [line for line in text if "@deepspeed_c-" in line and line.split()[3] == "00010000"]
-    kinds = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
              if os.path.islink(f"/proc/self/fd/{fd}")]
-    return names, [k for k in kinds if "memfd:deepspeed_c" in k]
+    with open("/proc/net/unix") as text:  # flags, then state; a listening socket has __SO_ACCEPTCON
+        mine = [line.split() for line in text if f"socket:[{line.split()[6]}]" in links]
+    return ([fields for fields in mine if fields[3] == "00010000"], [x for x in links if "memfd:deepspeed_c" in x],
+            [name for name in os.listdir("/dev/shm") if "deepspeed_c" in name])
 
 
-def test_an_open_world_listens_nowhere_and_holds_no_memory_by_descriptor(ranks):
-    before = sorted(os.listdir("/dev/shm"))
-    for names, memory in ranks(2, listening):
-        assert names == [] and memory == []
-    assert [name for name in os.listdir("/dev/shm") if name not in before and "deepspeed" in name] == []
+def test_an_open_world_listens_nowhere_and_leaves_nothing_to_find(ranks):
+    assert ranks(2, listening) == [([], [], [])] * 2
 
 
 def test_import_alone_opens_nothing():

@@ -301,6 +301,14 @@ enum dsc_status dsc_engine_fold(struct dsc_engine *e, const struct dsc_view *vie
     return status;
 }
 
+void dsc_engine_drop_sums(struct dsc_engine *e) {
+    memset(e->folded, 0, e->n_params * sizeof *e->folded);
+    e->pending_16bit = false;
+    /* A round that is open has fp32 slots; that stays so until it ends. */
+    if (!e->round_open)
+        e->n_folded = 0;
+}
+
 void dsc_engine_check(struct dsc_engine *e, const struct dsc_view *views) {
     for (size_t i = 0; e->culprit.param < 0 && i < e->n_params; i++)
         if (e->param_space[i] >= 0 && views[i].grad &&

@@ -76,6 +76,9 @@ enum dsc_status dsc_engine_begin_backward(struct dsc_engine *engine, bool bounda
 enum dsc_status dsc_engine_end_backward(struct dsc_engine *engine, bool boundary, int *need);
 /* Adds 16-bit gradients to this rank's fp32 sums. */
 enum dsc_status dsc_engine_fold(struct dsc_engine *engine, const struct dsc_view *views);
+/* Forgets this rank's fp32 sums of the open step, as zero_grad means it. What has been published (stage
+ * 2, overlap) is with its owner and stays. */
+void dsc_engine_drop_sums(struct dsc_engine *engine);
 /* Looks for the first non-finite element of fp32 gradients that stay where they are. */
 void dsc_engine_check(struct dsc_engine *engine, const struct dsc_view *views);
 

@@ -256,9 +256,12 @@ class DeepSpeedEngine(torch.nn.Module):
         return self._step_applied
 
     def zero_grad(self, set_to_none=True):
-        """Drops the gradients of the module's parameters."""
+        """Drops the gradients of the module's parameters, and what this rank has added up of them over micro-steps.
+        At stage 2, and with overlap_comm, what earlier backward passes reduced stays, as in DeepSpeed."""
         for p in self.module.parameters():
             p.grad = None
+        if self._core is not None:
+            self._core.drop_sums()
 
     # ---- reading ----
 

@@ -70,10 +70,12 @@ class CoreOptimizer(torch.optim.Optimizer):
     step.hooked = True  # torch would wrap it in a profiler range; the core's own time is in its counters
 
     def zero_grad(self, set_to_none=True):
-        """Drops the gradients of all parameters in param_groups."""
+        """Drops the gradients of all parameters in param_groups, as engine.zero_grad()."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
+        if self._engine._core is not None:
+            self._engine._core.drop_sums()
 
     def add_param_group(self, param_group):
         raise NotImplementedError("add_param_group after initialize is not yet; pass all groups to initialize")

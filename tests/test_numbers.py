@@ -66,6 +66,18 @@ def test_two_losses_in_a_step_accumulate_in_fp32():
     assert engine.get_global_grad_norm() == pytest.approx(259.0)
 
 
+@pytest.mark.parametrize("through", ["engine", "optimizer"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_zero_grad_drops_what_micro_steps_added_up(dtype, through):
+    section = {"bf16": {"enabled": True}} if dtype == "bf16" else {}
+    engine, module, optimizer = scalar(gradient_accumulation_steps=3, **section)
+    for i, x in enumerate((64.0, 1.0, 1.0)):
+        if i == 1:
+            (engine if through == "engine" else optimizer).zero_grad()
+        step(engine, x, models.DTYPES[dtype])
+    assert engine.get_global_grad_norm() * 3 == pytest.approx(2.0, rel=1e-2)
+
+
 def test_loss_scale_is_applied_and_removed_at_every_stage():
     for stage in (0, 1, 2):
         engine, module, _ = scalar(fp16={"enabled": True, "loss_scale": 128}, zero_optimization={"stage": stage})

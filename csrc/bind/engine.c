@@ -396,6 +396,15 @@ static PyObject *around_backward(EngineObject *self, PyObject *boundary, bool be
     return failed ? NULL : Py_NewRef(Py_None);
 }
 
+static PyObject *engine_drop_sums(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (enter(self, "zero_grad") < 0)
+        return NULL;
+    dsc_engine_drop_sums(self->core);
+    self->busy = false;
+    Py_RETURN_NONE;
+}
+
 static PyObject *engine_begin_backward(EngineObject *self, PyObject *boundary) {
     return around_backward(self, boundary, true);
 }
@@ -664,6 +673,8 @@ static PyMethodDef engine_methods[] = {
      "fp32 masters take the parameters' values."},
     {"begin_backward", (PyCFunction)engine_begin_backward, METH_O, "Before a backward pass."},
     {"end_backward", (PyCFunction)engine_end_backward, METH_O, "After a backward pass."},
+    {"drop_sums", (PyCFunction)engine_drop_sums, METH_NOARGS,
+     "Forgets gradients that were added up over micro-steps on this rank."},
     {"hook", (PyCFunction)engine_hook, METH_O,
      "The post-accumulate-grad hook of parameter i (only where `early`)."},
     {"step", (PyCFunction)engine_step, METH_O, "The boundary; returns a report as a dict."},

@@ -207,7 +207,7 @@ def test_make_installs_torch_first_then_the_rest_then_the_package_and_all_under_
     status, (torch, packages, package) = making("build", "TORCH_INDEX=file:///index")
     assert status == 0
     assert torch.endswith("-c constraints.txt --index-url file:///index torch")
-    assert "pytest>=8" in packages.split() and "torch>=2.6" in packages.split() and "--index-url" not in packages
+    assert "pytest>=9" in packages.split() and "torch>=2.6" in packages.split() and "--index-url" not in packages
     assert package.endswith("--no-build-isolation --no-deps -e .")
     assert all("-c constraints.txt" in line for line in (torch, packages, package))
 

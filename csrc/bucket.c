@@ -22,7 +22,8 @@ enum {
 struct dsc__record *dsc__bucket_record(const struct dsc_buckets *set, size_t b) {
     int owner = set->bucket[b].owner;
     size_t k = b - set->first[owner];
-    return (struct dsc__record *)(void *)(set->window->base[owner] + k * set->record_stride);
+    return (struct dsc__record *)(void *)(set->window->base[owner] + DSC__HEADER_BYTES +
+                                          k * set->record_stride);
 }
 
 char *dsc__bucket_slot(const struct dsc_buckets *set, int rank, int32_t slot) {
@@ -74,10 +75,9 @@ static bool consumed(const struct dsc_buckets *set, const struct dsc__outstandin
 static void reclaim(struct dsc_buckets *set) {
     uint32_t bell = dsc_comm_bell(set->comm);
     /* Whoever settles rings the contributors, so an unchanged bell means nothing was consumed. */
-    if (bell == set->reclaim_bell && !set->reclaim_due)
+    if (bell == set->reclaim_bell)
         return;
     set->reclaim_bell = bell;
-    set->reclaim_due = false;
     int32_t kept = 0;
     for (int32_t i = 0; i < set->n_outstanding; i++) {
         if (consumed(set, &set->outstanding[i]))
@@ -174,7 +174,8 @@ void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_sour
     atomic_fetch_add(&record->n_settled, 1);
     for (int rank = 0; rank < set->size; rank++)
         atomic_store(&record->entry[rank], 0);
-    set->reclaim_due = true;
+    /* This rank too: its own entry is free now, which its backlog and its slots may wait for. */
+    dsc_comm_ring(set->comm, set->rank);
     dsc_comm_ring_others(set->comm);
     size_t n_bytes = bucket->n_used * sizeof(float);
     set->counters.n_settled++;
@@ -263,7 +264,7 @@ static enum dsc_status open_window(struct dsc_buckets *set) {
     bool shared = set->options.early || set->options.shared_sums;
     set->record_stride =
         dsc_round_up(sizeof(struct dsc__record) + (size_t)set->size * sizeof(uint64_t), 64);
-    set->sums_offset = dsc_round_up(most_buckets * set->record_stride, 4096);
+    set->sums_offset = dsc_round_up(DSC__HEADER_BYTES + most_buckets * set->record_stride, 4096);
     set->slots_offset =
         dsc_round_up(set->sums_offset + (shared ? most_elems * sizeof(float) : 0), 4096);
     size_t n_bytes = set->slots_offset + (size_t)set->max_slots * set->slot_elems * sizeof(float);

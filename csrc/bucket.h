@@ -59,6 +59,14 @@ enum dsc_status dsc_buckets_end_round(struct dsc_buckets *buckets, const struct 
 /* Waits until n_rounds rounds of this rank's buckets are settled; then the norm as above. */
 enum dsc_status dsc_buckets_finish(struct dsc_buckets *buckets, uint32_t n_rounds,
                                    struct dsc_norm *norm, const char *label);
+/* Before a round is opened: waits while an earlier round of this rank still waits for a rank that
+ * is in its own backward passes; a rank at the boundary is not waited for, since it waits for this
+ * one. Keeps the staging to two rounds. */
+enum dsc_status dsc_buckets_wait_turn(struct dsc_buckets *buckets, const char *label);
+/* Tells the others that this rank is at the boundary, until it leaves (dsc_buckets_reset does that
+ * too). */
+void dsc_buckets_at_boundary(struct dsc_buckets *buckets);
+void dsc_buckets_leave_boundary(struct dsc_buckets *buckets);
 /* What settlements from here on are: inside a backward pass (for the counters), and probably the
  * last of their step (then they take the norm on the way; finish checks, and does what is missing).
  */

@@ -227,12 +227,44 @@ enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
     return DSC_OK;
 }
 
+static struct dsc__header *header_of(const struct dsc_buckets *set, int rank) {
+    return (struct dsc__header *)(void *)set->window->base[rank];
+}
+
+static bool anyone_finishing(const struct dsc_buckets *set) {
+    for (int rank = 0; rank < set->size; rank++)
+        if (atomic_load(&header_of(set, rank)->finishing))
+            return true;
+    return false;
+}
+
+void dsc_buckets_at_boundary(struct dsc_buckets *set) {
+    atomic_store(&header_of(set, set->rank)->finishing, 1);
+    dsc_comm_ring_others(set->comm);
+}
+
+void dsc_buckets_leave_boundary(struct dsc_buckets *set) {
+    atomic_store(&header_of(set, set->rank)->finishing, 0);
+}
+
+enum dsc_status dsc_buckets_wait_turn(struct dsc_buckets *set, const char *label) {
+    double since = dsc_comm_now();
+    for (;;) {
+        uint32_t bell = dsc_comm_bell(set->comm);
+        flush_backlog(set);
+        if (set->n_backlog == 0 || anyone_finishing(set))
+            return DSC_OK;
+        DSC_TRY(dsc_comm_wait_bell(set->comm, bell, label, since));
+    }
+}
+
 void dsc_buckets_set_phase(struct dsc_buckets *set, bool in_backward, bool last) {
     set->in_backward = in_backward;
     set->last = last;
 }
 
 void dsc_buckets_reset(struct dsc_buckets *set) {
+    dsc_buckets_leave_boundary(set);
     for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++) {
         dsc__bucket_record(set, b)->norm_round = 0;
         atomic_store(&dsc__bucket_record(set, b)->n_settled, 0);

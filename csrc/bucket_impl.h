@@ -1,11 +1,12 @@
 /* What the three bucket files share: the records in the window, the state of one rank, the
  * primitive moves. Nobody else includes it.
  *
- * The window of rank r holds, in this order: a control record for each bucket that r owns, r's sums
- * where other ranks need them, and r's slots. A record has one entry per rank: 0 while that rank
- * has published nothing new, else a tag (slot and dtype, or DSC__NOTHING). Invariant: entries and
- * the lock are sequentially consistent, because a publisher that fails to take the lock relies on
- * the holder to look again after it unlocked, which needs the total order. */
+ * The window of rank r holds, in this order: a header, a control record for each bucket that r
+ * owns, r's sums where other ranks need them, and r's slots. A record has one entry per rank: 0
+ * while that rank has published nothing new, else a tag (slot and dtype, or DSC__NOTHING).
+ * Invariant: entries and the lock are sequentially consistent, because a publisher that fails to
+ * take the lock relies on the holder to look again after it unlocked, which needs the total order.
+ */
 #ifndef DSC_BUCKET_IMPL_H
 #define DSC_BUCKET_IMPL_H
 
@@ -17,6 +18,13 @@
 #define DSC__NOTHING ((uint64_t)1)
 /* How many backward passes a rank may be ahead of the slowest before it is an error. */
 enum { DSC__MAX_ROUNDS_AHEAD = 16 };
+
+/* First in each rank's window: whether that rank is at the boundary, where it waits for the others
+ * and then publishes what it lacks. */
+struct dsc__header {
+    _Atomic uint32_t finishing;
+};
+enum { DSC__HEADER_BYTES = 64 };
 
 struct dsc__record {
     _Atomic uint32_t lock;
@@ -64,7 +72,6 @@ struct dsc_buckets {
     struct dsc__outstanding *outstanding; /* published, not known to be consumed */
     int32_t n_outstanding;
     uint32_t reclaim_bell;
-    bool reclaim_due; /* this rank settled something itself, which rings no bell of its own */
     struct dsc__outstanding *backlog; /* published rounds that wait for an earlier one */
     size_t n_backlog, max_backlog;
 

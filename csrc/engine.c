@@ -8,6 +8,7 @@
 #include "kernels/kernels.h"
 
 #include <string.h>
+#include <unistd.h>
 
 /* ---- opening ---- */
 
@@ -20,9 +21,9 @@ uint64_t dsc__engine_hash(uint64_t hash, const void *data, size_t n) {
 
 struct identity {
     uint64_t hash, n_params, n_elems;
-    int32_t stage, overlap, optim, n_groups;
+    int32_t stage, overlap, optim, n_groups, skip_nonfinite, many_micro_steps;
     uint64_t bucket_elems;
-    double clip;
+    double clip, scale;
 };
 
 static struct identity identity_of(const struct dsc_engine *e) {
@@ -36,6 +37,9 @@ static struct identity identity_of(const struct dsc_engine *e) {
     id.n_groups = e->n_groups;
     id.bucket_elems = e->options.bucket_elems;
     id.clip = e->options.clip;
+    id.skip_nonfinite = e->options.skip_nonfinite;
+    id.many_micro_steps = e->options.many_micro_steps;
+    id.scale = e->options.scaler.scale;
     for (size_t i = 0; i < e->n_params; i++) {
         uint64_t row[3] = {e->params[i].n_elems, (uint64_t)e->params[i].dtype,
                            (uint64_t)e->params[i].group};
@@ -145,6 +149,7 @@ enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_o
     e->options = *options;
     e->rank = dsc_comm_rank(comm);
     e->size = dsc_comm_size(comm);
+    e->pid = getpid();
     e->early = e->size > 1 && (options->stage == 2 || options->overlap);
     e->keeps = e->size == 1 || options->stage < 2;
     e->n_params = n_params;
@@ -200,10 +205,12 @@ const struct dsc_segment *dsc__engine_segment(const struct dsc_engine *e, size_t
 }
 
 void dsc_engine_load_masters(struct dsc_engine *e, const struct dsc_view *views) {
+    uint64_t saved = dsc_fp_enter();
     for (size_t i = 0; i < e->n_params; i++)
         if (e->param_space[i] >= 0)
             dsc_update_load_master(&e->holdings[e->param_space[i]], dsc__engine_segment(e, i),
                                    views[i].data);
+    dsc_fp_leave(saved);
 }
 
 /* ---- backward ---- */
@@ -226,11 +233,21 @@ enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_sou
     return DSC_OK;
 }
 
+enum dsc_status dsc__engine_usable(const struct dsc_engine *e) {
+    if (e->pid != getpid())
+        return DSC_FAIL(DSC_ESTATE, "this is a forked child: the engine belongs to process %ld",
+                        (long)e->pid);
+    return DSC_OK;
+}
+
 enum dsc_status dsc_engine_begin_backward(struct dsc_engine *e, bool boundary, int *need) {
+    DSC_TRY(dsc__engine_usable(e));
     /* Another backward pass after that of the boundary (a second loss): what came so far is a
      * round. */
     if (e->round_open)
         DSC_TRY(dsc__engine_end_round(e, NULL));
+    for (size_t s = 0; !e->keeps && s < e->n_spaces; s++)
+        DSC_TRY(dsc_buckets_wait_turn(e->holdings[s].buckets, "backward (others are behind)"));
     e->boundary = boundary;
     tell_buckets(e, true);
     *need = e->keeps && e->pending_16bit ? DSC_NEED_FOLD : DSC_NEED_NOTHING;
@@ -238,8 +255,10 @@ enum dsc_status dsc_engine_begin_backward(struct dsc_engine *e, bool boundary, i
 }
 
 enum dsc_status dsc_engine_end_backward(struct dsc_engine *e, bool boundary, int *need) {
-    enum dsc_status status = DSC_OK;
+    enum dsc_status status = dsc__engine_usable(e);
     *need = DSC_NEED_NOTHING;
+    if (status != DSC_OK)
+        return status;
     e->n_micro++;
     if (!e->keeps) {
         status = dsc__engine_end_round(e, NULL);
@@ -304,6 +323,7 @@ enum dsc_status dsc_engine_fold(struct dsc_engine *e, const struct dsc_view *vie
 void dsc_engine_drop_sums(struct dsc_engine *e) {
     memset(e->folded, 0, e->n_params * sizeof *e->folded);
     e->pending_16bit = false;
+    e->culprit.param = -1;
     /* A round that is open has fp32 slots; that stays so until it ends. */
     if (!e->round_open)
         e->n_folded = 0;
@@ -329,7 +349,8 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     int s = e->param_space[param];
     bool finite = true;
     *taken = false;
-    if (!e->early || s < 0 || (e->keeps && !e->boundary))
+    /* In a forked child the gradient is the child's own and stays. */
+    if (!e->early || s < 0 || e->pid != getpid() || (e->keeps && !e->boundary))
         return DSC_OK;
     if (!e->round_open)
         dsc__engine_open_round(e);
@@ -362,10 +383,6 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
 
 double dsc_engine_scale(const struct dsc_engine *e) {
     return e->scaler.scale;
-}
-
-uint64_t dsc_engine_n_steps(const struct dsc_engine *e) {
-    return e->n_steps;
 }
 
 struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *e) {

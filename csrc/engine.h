@@ -33,6 +33,7 @@ struct dsc_engine_options {
 
 /* What a step did. */
 struct dsc_step_report {
+    bool over;    /* the step is done, even where a status other than DSC_OK came back */
     bool stepped; /* false: skipped because of a non-finite gradient */
     bool nonfinite;
     double norm;  /* of the averaged, unscaled gradients, before clipping */
@@ -76,8 +77,8 @@ enum dsc_status dsc_engine_begin_backward(struct dsc_engine *engine, bool bounda
 enum dsc_status dsc_engine_end_backward(struct dsc_engine *engine, bool boundary, int *need);
 /* Adds 16-bit gradients to this rank's fp32 sums. */
 enum dsc_status dsc_engine_fold(struct dsc_engine *engine, const struct dsc_view *views);
-/* Forgets this rank's fp32 sums of the open step, as zero_grad means it. What has been published (stage
- * 2, overlap) is with its owner and stays. */
+/* Forgets this rank's fp32 sums of the open step, as zero_grad means it. What has been published
+ * (stage 2, overlap) is with its owner and stays. */
 void dsc_engine_drop_sums(struct dsc_engine *engine);
 /* Looks for the first non-finite element of fp32 gradients that stay where they are. */
 void dsc_engine_check(struct dsc_engine *engine, const struct dsc_view *views);
@@ -90,9 +91,12 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *engine, size_t param, const
 enum dsc_status dsc_engine_step(struct dsc_engine *engine, struct dsc_view *views,
                                 const struct dsc_hyper *groups, struct dsc_step_report *report);
 
+/* For a rank that fails before it can call step: takes part in the meeting, so that the others get
+ * an error at once instead of waiting. */
+void dsc_engine_refuse_step(struct dsc_engine *engine);
+
 /* The loss scale for the next backward pass. */
 double dsc_engine_scale(const struct dsc_engine *engine);
-uint64_t dsc_engine_n_steps(const struct dsc_engine *engine);
 struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *engine);
 
 /* fp32 values of a parameter that this rank holds: part of its elements [*begin, *begin + *n).

@@ -13,6 +13,8 @@
 #include "source.h"
 #include "update.h"
 
+#include <sys/types.h>
+
 /* FNV-1a starts here. */
 #define DSC__HASH_START ((uint64_t)0xcbf29ce484222325u)
 
@@ -29,6 +31,7 @@ struct dsc_engine {
     struct dsc_engine_options options;
     struct dsc_pool *pool;
     int rank, size;
+    pid_t pid; /* that opened it: a forked child has no windows */
     bool early, keeps, has_16bit, has_f32;
 
     size_t n_params;
@@ -67,6 +70,8 @@ bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param);
 /* A parameter's gradient joins this rank's fp32 sums. */
 enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t param, const void *grad,
                                      enum dsc_dtype dtype, uint64_t micro);
+/* DSC_ESTATE in a forked child. */
+enum dsc_status dsc__engine_usable(const struct dsc_engine *e);
 /* Rounds of all spaces open and end together. sources: what did not arrive; NULL: nothing. */
 void dsc__engine_open_round(struct dsc_engine *e);
 enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources);

@@ -17,7 +17,7 @@
 struct dsc__plan {
     uint64_t hyper_hash;
     double first_lr;
-    uint32_t n_rounds; /* that this rank needs */
+    uint32_t refused; /* this rank cannot step, and the others must not wait for it */
 };
 
 static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *groups) {
@@ -49,26 +49,38 @@ static enum dsc_status make_sources(struct dsc_engine *e, struct dsc_view *views
     return DSC_OK;
 }
 
-static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *mine,
-                                 struct dsc__plan *agreed) {
+/* Before anything changes: settings must agree, and a rank that cannot step says so to all. */
+static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *mine) {
     struct dsc__plan first, other;
-    *agreed = *mine;
     if (e->size == 1)
         return DSC_OK;
     DSC_TRY(dsc_comm_meet(e->comm, e->label, 1, mine, sizeof *mine, e->meeting));
     memcpy(&first, e->meeting, sizeof first);
-    for (int r = 1; r < e->size; r++) {
+    for (int r = 0; r < e->size; r++) {
         memcpy(&other, e->meeting + (size_t)r * sizeof other, sizeof other);
-        if (other.hyper_hash != first.hyper_hash)
+        if (other.refused && r != e->rank)
+            return DSC_FAIL(DSC_EINVAL,
+                            "rank %d cannot step (its own error says why); nothing has changed", r);
+        if (other.hyper_hash != first.hyper_hash && !mine->refused)
             return DSC_FAIL(
                 DSC_EINVAL,
                 "optimizer settings differ between ranks: group 0 has lr %.9g on rank 0 "
                 "and %.9g on rank %d%s; every rank must use the same param_groups",
                 first.first_lr, other.first_lr, r,
                 first.first_lr == other.first_lr ? " (another key or group differs)" : "");
-        agreed->n_rounds = (uint32_t)dsc_max(agreed->n_rounds, other.n_rounds);
     }
-    agreed->n_rounds = (uint32_t)dsc_max(agreed->n_rounds, first.n_rounds);
+    return DSC_OK;
+}
+
+/* The most rounds that any rank needs. */
+static enum dsc_status meet_rounds(struct dsc_engine *e, uint32_t mine, uint32_t *most) {
+    DSC_TRY(dsc_comm_meet(e->comm, e->label, 4, &mine, sizeof mine, e->meeting));
+    *most = mine;
+    for (int r = 0; r < e->size; r++) {
+        uint32_t other;
+        memcpy(&other, e->meeting + (size_t)r * sizeof other, sizeof other);
+        *most = (uint32_t)dsc_max(*most, other);
+    }
     return DSC_OK;
 }
 
@@ -104,21 +116,20 @@ static bool anything_left(const struct dsc_engine *e) {
 
 /* Gradients become sums; the norm of this rank's part goes into *norm. */
 static enum dsc_status reduce_early(struct dsc_engine *e, struct dsc_view *views,
-                                    struct dsc__plan *plan, struct dsc_norm *norm) {
-    struct dsc__plan agreed;
+                                    struct dsc_norm *norm) {
+    uint32_t n_rounds;
     for (size_t s = 0; s < e->n_spaces; s++)
         dsc_buckets_set_phase(e->holdings[s].buckets, false, true);
     dsc_engine_check(e, views); /* usually nothing is left to look at */
     DSC_TRY(end_last_round(e, views));
     bool left = anything_left(e);
-    plan->n_rounds = e->n_rounds + left;
-    DSC_TRY(meet_plan(e, plan, &agreed));
-    for (; e->n_rounds < agreed.n_rounds; left = false) {
+    DSC_TRY(meet_rounds(e, e->n_rounds + left, &n_rounds));
+    for (; e->n_rounds < n_rounds; left = false) {
         dsc__engine_open_round(e);
         DSC_TRY(dsc__engine_end_round(e, left ? e->sources : NULL));
     }
     for (size_t s = 0; s < e->n_spaces; s++)
-        DSC_TRY(dsc_buckets_finish(e->holdings[s].buckets, agreed.n_rounds, norm, e->label));
+        DSC_TRY(dsc_buckets_finish(e->holdings[s].buckets, n_rounds, norm, e->label));
     return DSC_OK;
 }
 
@@ -153,12 +164,9 @@ static void norm_alone(struct dsc_engine *e, struct dsc_norm *norm) {
     }
 }
 
-static enum dsc_status reduce(struct dsc_engine *e, struct dsc_view *views, struct dsc__plan *plan,
-                              struct dsc_norm *norm) {
-    struct dsc__plan agreed;
+static enum dsc_status reduce(struct dsc_engine *e, struct dsc_view *views, struct dsc_norm *norm) {
     if (e->early)
-        return reduce_early(e, views, plan, norm);
-    DSC_TRY(meet_plan(e, plan, &agreed));
+        return reduce_early(e, views, norm);
     if (e->size == 1)
         norm_alone(e, norm);
     for (size_t s = 0; e->size > 1 && s < e->n_spaces; s++)
@@ -255,15 +263,31 @@ static void count_changes(struct dsc_engine *e, struct dsc_step_report *report) 
         }
 }
 
+/* The meeting that starts a step; `refused`: this rank will not. */
+static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_hyper *groups,
+                                  bool refused) {
+    struct dsc__plan plan = {.refused = refused};
+    if (!refused) {
+        plan.hyper_hash = hyper_hash(e, groups);
+        plan.first_lr = groups[0].lr;
+    }
+    snprintf(e->label, sizeof e->label, "engine.step %llu",
+             (unsigned long long)e->n_boundaries + 1);
+    for (size_t s = 0; e->early && s < e->n_spaces; s++)
+        dsc_buckets_at_boundary(e->holdings[s].buckets);
+    enum dsc_status status = meet_plan(e, &plan);
+    for (size_t s = 0; status != DSC_OK && e->early && s < e->n_spaces; s++)
+        dsc_buckets_leave_boundary(e->holdings[s].buckets);
+    return status;
+}
+
 static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
                             const struct dsc_hyper *groups, struct dsc_step_report *report) {
     struct dsc_norm norm;
-    struct dsc__plan plan = {.hyper_hash = hyper_hash(e, groups), .first_lr = groups[0].lr};
     memset(&norm, 0, sizeof norm);
-    snprintf(e->label, sizeof e->label, "engine.step %llu",
-             (unsigned long long)e->n_boundaries + 1);
+    DSC_TRY(begin_step(e, groups, false));
     DSC_TRY(make_sources(e, views));
-    DSC_TRY(reduce(e, views, &plan, &norm));
+    DSC_TRY(reduce(e, views, &norm));
     DSC_TRY(meet_norm(e, &norm));
     double inverse = 1.0 / (e->scaler.scale * e->size);
     report->norm = sqrt(dsc_norm_sum(&norm)) * inverse;
@@ -276,16 +300,26 @@ static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
         DSC_TRY(update(e, views, groups, inverse * dsc_clip_factor(report->norm, e->options.clip)));
     count_changes(e, report);
     forget_step(e);
+    report->over = true;
     enum dsc_status status = dsc_scaler_update(&e->scaler, !report->stepped);
     report->next_scale = e->scaler.scale;
     return status;
 }
 
+void dsc_engine_refuse_step(struct dsc_engine *e) {
+    if (dsc__engine_usable(e) == DSC_OK)
+        (void)begin_step(e, NULL, true);
+}
+
 enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
                                 const struct dsc_hyper *groups, struct dsc_step_report *report) {
     *report = (struct dsc_step_report){.bad_rank = -1, .bad_param = -1, .changed_param = -1};
+    DSC_TRY(dsc__engine_usable(e));
     for (int g = 0; g < e->n_groups; g++)
-        DSC_TRY(dsc_optim_check(e->options.optim, &groups[g], g));
+        if (dsc_optim_check(e->options.optim, &groups[g], g) != DSC_OK) {
+            (void)begin_step(e, NULL, true);
+            return dsc_optim_check(e->options.optim, &groups[g], g); /* its text, again */
+        }
     uint64_t saved = dsc_fp_enter();
     enum dsc_status status = step(e, views, groups, report);
     dsc_fp_leave(saved);

@@ -3,10 +3,6 @@
 
 #include <math.h>
 
-int dsc_optim_n_states(enum dsc_optim_kind kind) {
-    return kind == DSC_OPTIM_ADAM ? 2 : 1;
-}
-
 #define REQUIRE(cond, key, value, allowed)                                                         \
     if (!(cond))                                                                                   \
     return DSC_FAIL(DSC_EINVAL, "parameter group %d: %s is %g, allowed: %s", group, key, (value),  \

@@ -29,8 +29,6 @@ struct dsc_optim_args {
     struct dsc_sgd sgd;
 };
 
-/* fp32 states per element. */
-int dsc_optim_n_states(enum dsc_optim_kind kind);
 /* DSC_EINVAL names what is out of range ("group 1: lr is -1, allowed: >= 0"). */
 enum dsc_status dsc_optim_check(enum dsc_optim_kind kind, const struct dsc_hyper *hyper, int group);
 /* `step` counts from 1. grad_scale multiplies every gradient element first. */

@@ -13,7 +13,7 @@ import torch
 from . import _core
 from . import model as model_setup
 from .distributed import world_comm
-from .optimizer import CoreOptimizer, DeepSpeedOptimizer, resolve
+from .optimizer import CoreOptimizer, DeepSpeedOptimizer, check_groups, resolve
 from .utils.logging import log_dist, logger
 
 
@@ -32,9 +32,15 @@ def _local_rank(args):
     return int(env) if env is not None else 0
 
 
+# The hook of each parameter that an early engine trains, by id: a parameter itself must stay picklable.
+_HOOKS = {}
+
+
 def _remove_hooks(handles):
-    for handle in handles:
+    for key, handle in handles:
         handle.remove()
+        if _HOOKS.get(key) is handle:
+            del _HOOKS[key]
     handles.clear()
 
 
@@ -64,59 +70,63 @@ class DeepSpeedEngine(torch.nn.Module):
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self._boundary_override = None
         self._inside_no_sync = self._last_step_skipped = self._step_applied = self._said_changed = False
+        self._scaled = False  # since the last step, a loss was scaled by backward() or scale()
         self._grad_norm = None
         self._handles = []
         self._finalizer = weakref.finalize(self, _remove_hooks, self._handles)
         self.optimizer = self.basic_optimizer = self._core = None
-        self._prepare_module(model)
-        self._prepare_optimizer(model_parameters)
-        self.lr_scheduler = self._make_scheduler(lr_scheduler)
-        self.training_dataloader = None
-        if training_data is not None:
-            self.training_dataloader = self.deepspeed_io(training_data, collate_fn=collate_fn)
+        self.module = model
+        self.lr_scheduler = self.training_dataloader = None
+        try:
+            self._prepare_optimizer(model_parameters)
+            self.lr_scheduler = self._make_scheduler(lr_scheduler)
+            if training_data is not None:
+                self.training_dataloader = self.deepspeed_io(training_data, collate_fn=collate_fn)
+            self._install_hooks()  # last: until here an earlier engine over the same parameters keeps its own
+        except BaseException:
+            self.destroy()
+            raise
         log_dist(f"DeepSpeed info: version=deepspeed_c, world_size={self.world_size}, "
                  f"stage={self.zero_optimization_stage()}", ranks=[0])
 
     # ---- construction ----
 
-    def _prepare_module(self, module):
-        dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
-        model_setup.cast(module, dtype)
-        self.module = module
-
     def _prepare_optimizer(self, model_parameters):
+        """Checks all arguments first, and changes the module only then."""
         name = self._config.get("optimizer.type")
-        if name is None:
-            model_setup.lay_out(self.module.parameters())
-            model_setup.broadcast(self._comm, self.module, ())
-            if self.zero_optimization_stage() > 0:
-                raise ValueError(f"zero_optimization.stage is {self.zero_optimization_stage()} and there is no "
-                                 "optimizer; allowed without one: stage 0")
+        if name is None and self.zero_optimization_stage() > 0:
+            raise ValueError(f"zero_optimization.stage is {self.zero_optimization_stage()} and there is no "
+                             "optimizer; allowed without one: stage 0")
+        parameters = None
+        if name is not None:
+            kind, defaults = resolve(name, self._config.subtree("optimizer.params") or {})
+            parameters = model_setup.Parameters(self.module, model_parameters, defaults)
+            check_groups(kind, parameters.groups)
+            if not parameters.tensors:
+                raise ValueError("there is nothing to train: no parameter in model_parameters requires a gradient")
+        self._params = parameters.tensors if parameters else []
+        model_setup.check_storages(self.module, self._params)
+        dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
+        model_setup.cast(self.module, dtype)
+        model_setup.lay_out((*self.module.parameters(), *self._params))
+        model_setup.broadcast(self._comm, self.module, self._params)
+        if parameters is None:
             return
-        kind, defaults = resolve(name, self._config.subtree("optimizer.params") or {})
-        parameters = model_setup.Parameters(self.module, model_parameters, defaults)
-        if not parameters.tensors:
-            raise ValueError("there is nothing to train: no parameter in model_parameters requires a gradient")
-        model_setup.lay_out((*self.module.parameters(), *parameters.tensors))
-        model_setup.broadcast(self._comm, self.module, parameters.tensors)
         self._names = parameters.names
-        self._params = parameters.tensors
         self._core = model_setup.open_core(self._comm, self._config, parameters, kind)
         self._core.load_masters()
-        self._install_hooks(parameters.tensors)
         self.basic_optimizer = CoreOptimizer(parameters.groups, defaults, self)
         self.optimizer = DeepSpeedOptimizer(parameters.groups, defaults, self)
 
-    def _install_hooks(self, parameters):
-        for i, p in enumerate(parameters):
+    def _install_hooks(self):
+        for i, p in enumerate(self._params):
             # An earlier engine over the same parameter stops taking its gradients.
-            earlier = getattr(p, "_dsc_hook", None)
+            earlier = _HOOKS.pop(id(p), None)
             if earlier is not None:
                 earlier.remove()
-                p._dsc_hook = None
             if self._core.early:
-                p._dsc_hook = p.register_post_accumulate_grad_hook(self._core.hook(i))
-                self._handles.append(p._dsc_hook)
+                _HOOKS[id(p)] = p.register_post_accumulate_grad_hook(self._core.hook(i))
+                self._handles.append((id(p), _HOOKS[id(p)]))
 
     def _make_scheduler(self, given):
         if given is not None:
@@ -162,6 +172,7 @@ class DeepSpeedEngine(torch.nn.Module):
                              "without grad_fn")
         divisor = self.gradient_accumulation_steps() if scale_wrt_gas else 1
         factor = core.scale / divisor
+        self._scaled = True
         boundary = self.is_gradient_accumulation_boundary()
         core.begin_backward(boundary)
         loss.backward(None if factor == 1.0 else torch.full_like(loss, factor), retain_graph=retain_graph)
@@ -170,7 +181,9 @@ class DeepSpeedEngine(torch.nn.Module):
 
     def scale(self, loss):
         """The loss times the loss scale, for a ``.backward()`` of one's own before step()."""
-        return loss * self._needs_core("scale").scale
+        scale = self._needs_core("scale").scale
+        self._scaled = True
+        return loss * scale
 
     def is_gradient_accumulation_boundary(self):
         """Whether the current micro-step ends with an optimizer step."""
@@ -213,7 +226,14 @@ class DeepSpeedEngine(torch.nn.Module):
 
     def _apply_gradients(self):
         """The boundary in the core, then counters and what has to be said about it."""
-        report = self._needs_core("step").step(self.optimizer.param_groups)
+        core = self._needs_core("step")
+        if core.scale != 1.0 and not self._scaled and any(p.grad is not None for p in self._params):
+            raise RuntimeError(f"Loss scaling is required: the loss scale is {core.scale:g} and gradients come from a "
+                               "plain loss.backward(); use engine.backward(loss), or engine.scale(loss).backward()")
+        self.optimizer.run_hooks("pre")
+        report = core.step(self.optimizer.param_groups)
+        self.optimizer.run_hooks("post")
+        self._scaled = False
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         self._grad_norm = report["norm"]

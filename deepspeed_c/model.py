@@ -37,6 +37,24 @@ def is_dense(tensor):
     return True
 
 
+def _span(p):
+    """First and last byte of a parameter in memory."""
+    length = sum((n - 1) * s for n, s in zip(p.shape, p.stride())) + 1
+    return p.data_ptr(), p.data_ptr() + length * p.element_size()
+
+
+def check_storages(module, parameters):
+    """ValueError where two parameters overlap in memory and giving one a storage of its own would untie them."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = {id(p): p for p in (*module.parameters(), *parameters) if p.layout == torch.strided and p.numel()}
+    spans = sorted(((*_span(p), names.get(key, "(not in the model)"), p) for key, p in found.items()
+                    if p.device.type == "cpu"), key=lambda span: span[:3])
+    for (_, end, first, a), (begin, _, second, b) in zip(spans, spans[1:]):
+        if begin < end and not all(is_dense(p) and p.data_ptr() % ALIGNMENT == 0 for p in (a, b)):
+            raise ValueError(f"parameters {first} and {second} share memory, and one of them does not start at "
+                             f"{ALIGNMENT} bytes; tie them as one nn.Parameter, or give each its own storage")
+
+
 def lay_out(parameters):
     """Gives each parameter a dense storage that starts at 64 bytes; most have one already."""
     for p in parameters:

@@ -44,6 +44,16 @@ def resolve(name, params):
     return kind, defaults
 
 
+def check_groups(kind, groups):
+    """NotImplementedError where a parameter group asks for what the core would not do."""
+    accepted = ADAM_ACCEPTED if kind == "adam" else SGD_ACCEPTED
+    for i, group in enumerate(groups):
+        for key, allowed in accepted.items():
+            if allowed is not None and group.get(key, allowed) not in (allowed, None):
+                raise NotImplementedError(f"parameter group {i}: {key} is {group[key]!r}: not yet; allowed: "
+                                          f"{allowed!r}")
+
+
 class CoreOptimizer(torch.optim.Optimizer):
     """A torch.optim.Optimizer in type and in param_groups; what schedules are built on.
 
@@ -68,6 +78,13 @@ class CoreOptimizer(torch.optim.Optimizer):
         return loss
 
     step.hooked = True  # torch would wrap it in a profiler range; the core's own time is in its counters
+
+    def run_hooks(self, when):
+        """Calls what register_step_pre_hook ("pre") or register_step_post_hook ("post") was given, here and on the
+        other optimizer over the same groups."""
+        for owner in (self._engine.basic_optimizer, self._engine.optimizer):
+            for hook in list(getattr(owner, f"_optimizer_step_{when}_hooks").values()):
+                hook(owner, (), {})
 
     def zero_grad(self, set_to_none=True):
         """Drops the gradients of all parameters in param_groups, as engine.zero_grad()."""

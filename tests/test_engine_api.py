@@ -110,6 +110,39 @@ def test_a_parameter_that_changed_its_size_is_named():
         engine.step()
 
 
+@pytest.mark.parametrize("section", [{"type": "AdamW", "params": {"nonsense": 1}}, {"type": "Lion"}])
+def test_a_wrong_argument_leaves_the_module_as_it_was(section):
+    module = net()
+    before = models.bits(module)
+    with pytest.raises((ValueError, NotImplementedError)):
+        start({**CONFIG, "bf16": {"enabled": True}, "optimizer": section}, module)
+    assert models.bits(module) == before and module[0].weight.dtype == torch.float32
+
+
+def test_a_group_that_asks_for_what_is_not_there_says_so():
+    module = net()
+    with pytest.raises(NotImplementedError, match="group 0: maximize"):
+        start(module=module, model_parameters=[{"params": list(module.parameters()), "maximize": True}])
+
+
+def test_parameters_that_overlap_in_memory_off_alignment_are_named():
+    module = net()
+    base = torch.zeros(40)
+    module[0].bias.data = base[:8]
+    module[2].bias.data = base[3:5]
+    with pytest.raises(ValueError, match="0.bias and 2.bias share memory"):
+        start(module=module)
+
+
+def test_step_hooks_of_the_optimizer_run():
+    engine, optimizer, *_ = start()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *args: seen.append("pre"))
+    optimizer.optimizer.register_step_post_hook(lambda *args: seen.append("post"))
+    one_step(engine)
+    assert seen == ["pre", "post"]
+
+
 # ---- shapes of arguments that clients pass ----
 
 

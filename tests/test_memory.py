@@ -11,7 +11,7 @@ import torch.nn as nn
 import deepspeed_c as deepspeed
 from deepspeed_c import _core
 
-N_LAYERS, WIDTH = 6, 512
+N_LAYERS, WIDTH = 10, 1024
 N_ELEMS = N_LAYERS * (WIDTH * WIDTH + WIDTH)
 CHUNK = 131072 * 4
 
@@ -98,6 +98,7 @@ def test_memory_follows_the_formula(ranks, world):
             small = 300_000
             assert private <= allocated <= private + small, where
             freed = 0 if dtype == "fp32" else 2 * N_ELEMS
+            # One fp32 array of this model is 42 MB: one too many or too few shows on two ranks too (21 MB a part).
             assert resident <= private + staging + small + 8_000_000, where
             assert resident >= private - freed - 8_000_000, where
 

@@ -278,3 +278,14 @@ def test_masters_and_states_can_be_looked_at_as_arrays():
     assert engine._core.state(0, 1)[1].tolist() == pytest.approx([0.001, 0.004, 0.016])
     with pytest.raises(IndexError, match="allowed"):
         engine._core.state(1, 0)
+
+
+def test_a_plain_backward_with_a_loss_scale_is_an_error_that_says_what_to_call():
+    engine, module, _ = scalar(fp16={"enabled": True, "loss_scale": 128})
+    engine(torch.tensor([1.0], dtype=torch.float16)).backward()
+    with pytest.raises(RuntimeError, match="Loss scaling is required.*engine.backward"):
+        engine.step()
+    module.w.grad = None
+    engine.scale(engine(torch.tensor([1.0], dtype=torch.float16))).backward()
+    engine.step()
+    assert module.w.item() == -1.0

@@ -35,7 +35,6 @@ struct dsc_bind_state {
     PyObject *comm_error;   /* deepspeed_c.CommError, a RuntimeError */
     PyTypeObject *config_type, *comm_type, *engine_type, *schedule_type, *window_type, *hook_type;
     PyObject *str_grad, *str_dlpack; /* interned names */
-    PyObject *str_version, *str_data;
     /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */
     PyTypeObject *exchange_type[4];
     const DLPackExchangeAPI *exchange[4];

@@ -3,7 +3,7 @@
  * Invariant: one call at a time per Comm (`busy`, under the GIL); tensors are borrowed for the call
  * and the GIL is released for all of it. An engine may borrow the communicator (dsc_bind_comm):
  * close() then tells the other ranks at once, and the memory goes when the last reference to the
- * Comm does. */
+ * Comm does. One that is open when the interpreter ends is left to the end of the process. */
 #include "bind.h"
 
 #include "../comm/comm.h"
@@ -333,8 +333,8 @@ static PyObject *comm_close(CommObject *self, PyObject *unused) {
         return NULL;
     self->closed = true;
     if (self->lent) {
-        /* An engine still refers to it: its next call must fail, not crash. */
-        dsc_comm_abort(self->core, "it closed its communicator");
+        /* An engine may still refer to it: its next call must fail, not crash. */
+        dsc_comm_leave(self->core);
     } else {
         dsc_comm_close(self->core);
         self->core = NULL;
@@ -348,10 +348,21 @@ static int comm_traverse(CommObject *self, visitproc visit, void *arg) {
     return 0;
 }
 
+static bool interpreter_ends(void) {
+#if PY_VERSION_HEX >= 0x030d0000
+    return Py_IsFinalizing();
+#else
+    return _Py_IsFinalizing();
+#endif
+}
+
 static void comm_dealloc(CommObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    dsc_comm_close(self->core);
+    /* A rank that raised must not tell the others before it has ended: one of them would end first,
+     * and whoever watches the processes would take it for the cause. */
+    if (!interpreter_ends())
+        dsc_comm_close(self->core);
     type->tp_free(self);
     Py_DECREF(type);
 }

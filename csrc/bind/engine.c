@@ -582,6 +582,14 @@ static int after_step(EngineObject *self, bool stepped) {
     return done ? 0 : -1;
 }
 
+/* This rank has raised before the core could step: the others learn it. The exception stays. */
+static void refuse_step(EngineObject *self) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    Py_BEGIN_ALLOW_THREADS dsc_engine_refuse_step(self->core);
+    Py_END_ALLOW_THREADS PyErr_Restore(type, value, trace);
+}
+
 /* step(param_groups) -> report dict. A loss scale that cannot shrink any more is raised after the
  * gradients are dropped, since the step is over by then. */
 static PyObject *engine_step(EngineObject *self, PyObject *groups) {
@@ -592,12 +600,13 @@ static PyObject *engine_step(EngineObject *self, PyObject *groups) {
     if (read_groups(self, groups) == 0 && view_all(self) == 0) {
         enum dsc_status status;
         WITHOUT_GIL(status, dsc_engine_step(self->core, self->views, self->hypers, &report));
-        bool over = status == DSC_OK || status == DSC_ESTATE;
-        int failed = over ? after_step(self, report.stepped) : 0;
+        int failed = report.over ? after_step(self, report.stepped) : 0;
         if (!failed && status != DSC_OK)
             dsc_bind_raise(state_of(self), status);
         else if (!failed)
             result = report_to_dict(&report);
+    } else {
+        refuse_step(self);
     }
     drop_grads(self);
     self->busy = false;

@@ -171,7 +171,5 @@ int dsc_bind_add_tensor(PyObject *module) {
     struct dsc_bind_state *state = dsc_bind_module_state(module);
     state->str_grad = PyUnicode_InternFromString("grad");
     state->str_dlpack = PyUnicode_InternFromString("__dlpack__");
-    state->str_version = PyUnicode_InternFromString("_version");
-    state->str_data = PyUnicode_InternFromString("data");
-    return state->str_grad && state->str_dlpack && state->str_version && state->str_data ? 0 : -1;
+    return state->str_grad && state->str_dlpack ? 0 : -1;
 }

@@ -50,6 +50,8 @@ struct dsc_comm_backend {
     enum dsc_status (*wait_bell)(void *state, uint32_t seen, const char *label, double since);
     /* Tells the other ranks that this one gives up; `status` is what their waits return. */
     void (*give_up)(void *state, enum dsc_status status, const char *reason);
+    /* Tells the other ranks that this one closed; the state stays. */
+    void (*leave)(void *state);
 };
 
 struct dsc_comm {

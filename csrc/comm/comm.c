@@ -121,6 +121,20 @@ void dsc_comm_abort(struct dsc_comm *comm, const char *reason) {
     comm->backend->give_up(comm->state, DSC_EDEAD, reason);
 }
 
+void dsc_comm_leave(struct dsc_comm *comm) {
+    if (!comm || atomic_load(&comm->forked))
+        return;
+    if (!atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire)) {
+        if (comm->broken == DSC_OK) {
+            comm->broken = DSC_ESTATE;
+            snprintf(comm->reason, sizeof comm->reason, "rank %d (this one) closed the communicator",
+                     comm->rank);
+        }
+        atomic_flag_clear_explicit(&comm->busy, memory_order_release);
+    }
+    comm->backend->leave(comm->state);
+}
+
 /* ---- argument checks ---- */
 
 static enum dsc_status check_buffer(const char *call, const char *what, const void *p, size_t n,

@@ -76,6 +76,10 @@ enum dsc_status dsc_comm_open_threads(const struct dsc_comm_options *options, in
  * ("left"). Does nothing in a forked child. Windows must be closed before. */
 void dsc_comm_close(struct dsc_comm *comm);
 
+/* The half of close that the other ranks see, for who still refers to the communicator: later calls
+ * are DSC_ESTATE, and close remains to be called. Nothing in a forked child. */
+void dsc_comm_leave(struct dsc_comm *comm);
+
 /* This rank, from 0. */
 int dsc_comm_rank(const struct dsc_comm *comm);
 /* The number of ranks. */

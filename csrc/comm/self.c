@@ -120,6 +120,10 @@ static void give_up(void *state, enum dsc_status status, const char *reason) {
     (void)reason;
 }
 
+static void leave(void *state) {
+    (void)state;
+}
+
 static const struct dsc_comm_backend self_backend = {
     .name = "self",
     .state_size = sizeof(struct self),
@@ -138,6 +142,7 @@ static const struct dsc_comm_backend self_backend = {
     .bell = bell,
     .wait_bell = wait_bell,
     .give_up = give_up,
+    .leave = leave,
 };
 
 enum dsc_status dsc_comm_open_self(const struct dsc_comm_options *options, struct dsc_comm **out) {

@@ -82,9 +82,8 @@ void dsc__shm_release(struct dsc__shm *shm) {
 }
 
 static void close_shm(void *state) {
-    struct dsc__shm *shm = state;
-    dsc__shm_leave(shm);
-    dsc__shm_release(shm);
+    dsc__shm_leave(state);
+    dsc__shm_release(state);
 }
 
 /* A forked child that keeps a socket would hide this rank's death from nobody (pidfds tell), but it
@@ -136,4 +135,5 @@ const struct dsc_comm_backend dsc__shm_backend = {
     .bell = dsc__shm_bell,
     .wait_bell = dsc__shm_wait_bell,
     .give_up = dsc__shm_give_up,
+    .leave = dsc__shm_leave,
 };

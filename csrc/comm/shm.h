@@ -156,7 +156,7 @@ uint32_t dsc__shm_bell(void *state);
 enum dsc_status dsc__shm_wait_bell(void *state, uint32_t seen, const char *label, double since);
 void dsc__shm_give_up(void *state, enum dsc_status status, const char *reason);
 /* Says that this rank closed, and wakes all. */
-void dsc__shm_leave(struct dsc__shm *shm);
+void dsc__shm_leave(void *state);
 
 /* ---- shm_coll.c: algorithms ---- */
 enum dsc_status dsc__shm_all_reduce(void *state, const struct dsc_coll *coll);

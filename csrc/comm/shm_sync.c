@@ -51,7 +51,8 @@ uint32_t dsc__shm_bell(void *state) {
     return atomic_load(&shm->blocks[shm->rank]->bell);
 }
 
-void dsc__shm_leave(struct dsc__shm *shm) {
+void dsc__shm_leave(void *state) {
+    struct dsc__shm *shm = state;
     atomic_store(&shm->blocks[shm->rank]->left, 1);
     wake_others(shm);
 }
@@ -171,7 +172,7 @@ static enum dsc_status check_dead(struct dsc__shm *shm, const struct dsc__shm_wa
         return DSC_OK;
     for (int r = 0; r < shm->size; r++)
         if (shm->pidfds[r].revents && !atomic_load(&shm->blocks[r]->left) && !arrived(shm, wait, r))
-            return fail_gone(shm, wait, r, "died");
+            return fail_gone(shm, wait, r, "died or ended");
     return DSC_OK;
 }
 

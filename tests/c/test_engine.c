@@ -17,7 +17,7 @@ enum { TOTAL = 1000 + 17 + 5000 + 33 + 2048 + 12345 };
 
 struct setup {
     int size, stage, n_micro;
-    bool overlap, delays, momentum_sgd;
+    bool overlap, delays, momentum_sgd, slow_rank;
     size_t bucket;
     enum dsc_dtype dtype;
     double scale;
@@ -62,6 +62,8 @@ static void maybe_delay(const struct rank_job *job, uint32_t *seed) {
     *seed = *seed * 1664525u + 1013904223u;
     if (job->setup->delays && (*seed >> 28) == 0)
         sleep_us((long)(*seed >> 20 & 0xff));
+    if (job->setup->slow_rank && job->rank == 1)
+        sleep_us(300);
 }
 
 /* A rank's parameters and gradients, as torch would hold them. */
@@ -321,6 +323,15 @@ static void a_world_of_one_agrees_over_stages(void) {
         check_same(&a, &b);
 }
 
+static void a_slow_rank_is_waited_for_over_many_micro_steps(void) {
+    struct setup a = plain, b = plain;
+    a.stage = b.stage = 2;
+    a.n_micro = b.n_micro = 40; /* more rounds than a rank may be ahead */
+    b.slow_rank = true;
+    b.bucket = 1000;
+    check_same(&a, &b);
+}
+
 static void overlap_settles_at_least_half_in_backward(void) {
     struct setup s = plain;
     s.overlap = true;
@@ -397,6 +408,7 @@ static const struct test_case cases[] = {
     CASE(three_micro_steps_agree_on_4_ranks),
     CASE(random_delays_change_no_bit_2_ranks),
     CASE(random_delays_change_no_bit_3_ranks),
+    CASE(a_slow_rank_is_waited_for_over_many_micro_steps),
     CASE(overlap_settles_at_least_half_in_backward),
     CASE(an_infinite_gradient_is_skipped_and_its_place_is_named),
     CASE(a_power_of_two_loss_scale_changes_no_bit),

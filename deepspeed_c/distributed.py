@@ -24,7 +24,7 @@ _SLICE = timedelta(seconds=1)  # of a wait on the store: signals are handled bet
 
 _timeout = None  # what init_distributed was given, as a timedelta
 _opened = None  # (weak reference to the default group, its Comm)
-_made = None  # weak reference to the default group that init_distributed made
+_made = None  # (weak reference to the default group that init_distributed made, the pid that made it)
 
 
 def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_port=29500, verbose=True, timeout=None,
@@ -59,7 +59,7 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     where = _rendezvous(init_method, rank, world_size, distributed_port)
     _wait_for_rank_0(where, _timeout.total_seconds())
     dist.init_process_group(backend, timeout=_timeout, **where)
-    _made = weakref.ref(dist.group.WORLD)
+    _made = weakref.ref(dist.group.WORLD), os.getpid()
     if verbose and dist.get_rank() == 0:
         logger.info("torch.distributed: %s, %d ranks", backend, dist.get_world_size())
 
@@ -94,10 +94,12 @@ def destroy_process_group(group=None):
 
 @atexit.register
 def _end():
-    """At exit: ranks that wait for this one learn that it left; a group that nobody destroyed is destroyed, because
-    gloo's threads otherwise end the process by abort() in some of the runs."""
-    close_comm()
-    if _made is not None and dist.is_initialized() and _made() is dist.group.WORLD and dist.get_backend() == "gloo":
+    """At exit: a gloo group that nobody destroyed is destroyed, because its threads otherwise end the process by
+    abort() in some of the runs. A forked child has no such threads. The communicator stays open: the others see this
+    process's end when it has ended, so that none of them can fail before the rank that is the cause."""
+    if _made is None or _made[1] != os.getpid() or not dist.is_initialized():
+        return
+    if _made[0]() is dist.group.WORLD and dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 

@@ -251,6 +251,24 @@ def adopted(rank, world):
     return 1.5
 
 
+def ends_in_a_forked_child(rank, world):
+    """Code 0 after the child's own atexit, with the world whole."""
+    deepspeed.init_distributed()
+    comm.barrier()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        deepspeed.distributed._end()
+        os._exit(0 if dist.is_initialized() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    dist.barrier()
+    comm.barrier()
+
+
+def test_the_end_of_a_forked_child_touches_no_group(ranks):
+    ranks(2, ends_in_a_forked_child)
+
+
 def test_an_existing_group_is_adopted_with_its_time_out(ranks):
     for seconds in ranks(2, adopted):
         assert 1.4 < seconds < 3
@@ -609,8 +627,12 @@ def destroyed_under_an_engine(rank, world):
     engine.backward(engine(torch.ones(2, 4)).square().mean())
     engine.step()
     comm.barrier()
+    if rank == 1:
+        with pytest.raises(CommError, match=r"rank 0 .* left \(it closed its communicator\)"):
+            comm.barrier()
+        return
     comm.destroy_process_group()
-    with pytest.raises((CommError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="this one. closed the communicator"):
         engine.backward(engine(torch.ones(2, 4)).square().mean())
         engine.step()
 

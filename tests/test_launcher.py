@@ -365,6 +365,31 @@ def test_exit_code_is_that_of_the_first_failing_rank_and_its_traceback_is_last(s
     assert shown.endswith("RuntimeError: the cause\n")
 
 
+TRAINING = """
+import torch
+import deepspeed_c as deepspeed
+torch.set_num_threads(1)
+module = torch.nn.Linear(4, 2)
+engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config={
+    "train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 1}})
+for i in range(1000):
+    engine.backward(engine(torch.ones(2, 4)).square().mean())
+    if rank == 1 and i == 5: ENDS
+    engine.step()
+"""
+
+
+@pytest.mark.parametrize("ends, code, last", [("raise ValueError('boom')", 1, "ValueError: boom\n"),
+                                              ("print('Traceback (most recent call last):\\nseven', file=sys.stderr); "
+                                               "sys.exit(7)", 7, "seven\n")])
+def test_rank_that_fails_between_steps_is_named_not_those_that_wait_for_it(ends, code, last, script):
+    for _ in range(3):
+        run = launch("--num_gpus", 2, script(TRAINING.replace("ENDS", ends)))
+        shown = run.stderr.rpartition("deepspeed: ")[2]
+        assert shown.startswith(f"rank 1 of 2 exited with code {code};") and shown.endswith(last), run.stderr
+        assert run.returncode == code
+
+
 def test_one_rank_keeps_stderr_and_its_code(script):
     run = launch("-q", "--num_gpus", 1, script("print('last words', file=sys.stderr); sys.exit(5)"))
     assert run.returncode == 5

@@ -127,8 +127,8 @@ void dsc_comm_leave(struct dsc_comm *comm) {
     if (!atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire)) {
         if (comm->broken == DSC_OK) {
             comm->broken = DSC_ESTATE;
-            snprintf(comm->reason, sizeof comm->reason, "rank %d (this one) closed the communicator",
-                     comm->rank);
+            snprintf(comm->reason, sizeof comm->reason,
+                     "rank %d (this one) closed the communicator", comm->rank);
         }
         atomic_flag_clear_explicit(&comm->busy, memory_order_release);
     }

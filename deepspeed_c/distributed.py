@@ -20,9 +20,8 @@ from .utils.logging import logger
 DEFAULT_TIMEOUT_MINUTES = 10
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # MASTER_PORT has a default, LOCAL_RANK a use of its own
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_SLICE = timedelta(seconds=1)  # of a wait on the store: signals are handled between slices
 
-_timeout = None  # what init_distributed was given, as a timedelta
+_timeout = None  # (weak reference to the default group, what init_distributed was given for it, as a timedelta)
 _opened = None  # (weak reference to the default group, its Comm)
 _made = None  # (weak reference to the default group that init_distributed made, the pid that made it)
 
@@ -45,21 +44,23 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     global _timeout, _made
     if isinstance(config, dict) and (config.get("comms_logger") or {}).get("enabled"):
         raise NotImplementedError('init_distributed: "comms_logger" is not yet')
-    if timeout is not None:
-        _timeout = timeout
     if dist.is_initialized():
+        if timeout is not None:
+            _timeout = weakref.ref(dist.group.WORLD), timeout
         return
     if dist_init_required is False:
         raise RuntimeError("dist_init_required=False, but torch.distributed has no default group: initialize it "
                            "before, or leave dist_init_required at None")
-    _timeout = timeout or _default_timeout()
+    timeout = timeout or _default_timeout()
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(_integer("LOCAL_RANK"))
     where = _rendezvous(init_method, rank, world_size, distributed_port)
-    _wait_for_rank_0(where, _timeout.total_seconds())
-    dist.init_process_group(backend, timeout=_timeout, **where)
+    _wait_for_rank_0(where, timeout.total_seconds())
+    dist.init_process_group(backend, timeout=timeout, **where)
+    _timeout = weakref.ref(dist.group.WORLD), timeout
     _made = weakref.ref(dist.group.WORLD), os.getpid()
+    _open_at_once()
     if verbose and dist.get_rank() == 0:
         logger.info("torch.distributed: %s, %d ranks", backend, dist.get_world_size())
 
@@ -85,10 +86,8 @@ def opened_comm():
 
 def destroy_process_group(group=None):
     """Closes the communicator with the default group, then has torch.distributed destroy the group."""
-    global _timeout
     if group is None or group is _world_group():
         close_comm()
-        _timeout = None
     dist.destroy_process_group(group)
 
 
@@ -210,6 +209,15 @@ def _refuse_mpi():
 # ---- the communicator ----
 
 
+def _open_at_once():
+    """While all ranks are here, so that a rank which dies before its first call is noticed too."""
+    if dist.get_world_size() > 1:
+        try:
+            world_comm()
+        except NotImplementedError:
+            pass  # several nodes: torch.distributed serves those; the first use of the communicator says so
+
+
 def _open(group):
     global _opened
     close_comm()
@@ -222,8 +230,8 @@ def _open(group):
 
 def _comm_timeout(group):
     """init_distributed's; of an adopted group its own."""
-    if _timeout is not None:
-        return _timeout
+    if _timeout is not None and _timeout[0]() is group:
+        return _timeout[1]
     try:
         return group._get_backend(torch.device("cpu")).options._timeout
     except (AttributeError, RuntimeError):  # a back end without a CPU side, or a torch without options
@@ -255,14 +263,11 @@ def _read_all(store, prefix, size, timeout):
 
 
 def _wait_for(store, key, rank, timeout, deadline):
-    while True:
-        started = time.monotonic()
-        try:
-            return store.wait([key], min(_SLICE, timedelta(seconds=max(deadline - started, 0.001))))
-        except dist.DistStoreError:
-            now = time.monotonic()
-            if now >= deadline:
-                raise TimeoutError(f"rank {rank} did not open its communicator within {timeout:.1f} s: every rank "
-                                   "must come to initialize() or its first deepspeed_c.comm call") from None
-            if now - started < 0.5 * min(_SLICE.total_seconds(), deadline - started):
-                raise  # the store itself fails: no use in asking again
+    """Polls: the store's own wait handles no signal, and c10d logs each one that expires."""
+    pause = 0.001
+    while not store.check([key]):
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"rank {rank} did not open its communicator within {timeout:.1f} s: every rank "
+                               "must come to initialize() or its first deepspeed_c.comm call")
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.05)

@@ -294,21 +294,71 @@ def test_a_world_can_be_destroyed_and_made_again(ranks):
 
 
 def never_comes(rank, world):
-    deepspeed.init_distributed(timeout=timedelta(seconds=1))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2.5))
     if rank == 1:
-        time.sleep(2)
+        time.sleep(4)
         return ""
     with pytest.raises(TimeoutError) as caught:
         world_comm()
     return str(caught.value)
 
 
-def test_a_rank_that_never_opens_its_communicator_is_named(ranks):
-    assert "rank 1 did not open its communicator within 1.0 s" in ranks(2, never_comes)[0]
+def test_a_rank_that_never_opens_its_communicator_is_named_and_nothing_is_logged(ranks):
+    outcome = ranks.outcomes(2, never_comes)[0]
+    assert "rank 1 did not open its communicator within 2.5 s" in outcome.value, outcome.describe()
+    assert outcome.output == ""
+
+
+def dies_before_its_first_call(rank, world):
+    deepspeed.init_distributed()
+    if rank == 1:
+        die()
+    started = time.monotonic()
+    with pytest.raises(CommError, match="rank 1 .* died"):
+        comm.barrier()
+    return time.monotonic() - started
+
+
+def test_a_rank_that_dies_right_after_init_distributed_is_named_within_seconds(ranks):
+    outcomes = ranks.outcomes(2, dies_before_its_first_call, timeout=30)
+    assert outcomes[0].ok and outcomes[0].value < WITHIN, outcomes[0].describe()
+
+
+def of_several_nodes(rank, world):
+    nodes = pytest.MonkeyPatch()
+    nodes.setattr(deepspeed.distributed, "shm_node", lambda: f"node {rank}")
+    deepspeed.init_distributed()
+    dist.barrier()
+    assert opened_comm() is None
+    with pytest.raises(NotImplementedError, match=r"more than one node: not yet \(ranks 1 do not share"):
+        comm.barrier()
+    dist.barrier()
+
+
+def test_several_nodes_are_not_yet_where_the_communicator_is_used(ranks):
+    ranks(2, of_several_nodes)
+
+
+def time_out_of_an_earlier_group(rank, world):
+    without_environment()
+    deepspeed.init_distributed(timeout=timedelta(seconds=1.5))
+    assert deepspeed.distributed._comm_timeout(dist.group.WORLD) == timedelta(seconds=1.5)
+    dist.destroy_process_group()
+    with pytest.raises(ValueError):
+        deepspeed.init_distributed(timeout=timedelta(seconds=2), rank=3, world_size=2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(minutes=30))
+    deepspeed.init_distributed()
+    assert deepspeed.distributed._comm_timeout(dist.group.WORLD) == timedelta(minutes=30)
+    deepspeed.init_distributed(timeout=timedelta(minutes=5))
+    assert deepspeed.distributed._comm_timeout(dist.group.WORLD) == timedelta(minutes=5)
+
+
+def test_a_time_out_ends_with_the_group_that_it_was_given_for(ranks):
+    ranks(1, time_out_of_an_earlier_group)
 
 
 def opening_times(rank, world):
-    deepspeed.init_distributed()
+    dist.init_process_group("gloo")
     dist.barrier()
     started = time.perf_counter()
     world_comm()

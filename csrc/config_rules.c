@@ -98,6 +98,30 @@ static enum dsc_status precision_rules(const struct dsc_config *config,
     return DSC_OK;
 }
 
+/* Keys that only print or write figures: training is the same without, so using one is no error,
+ * but silence would be a lie. */
+#define DSC_FIGURES_MAP(X)                                                                         \
+    X(wall_clock_breakdown, "wall_clock_breakdown")                                                \
+    X(memory_breakdown, "memory_breakdown")                                                        \
+    X(dump_state, "dump_state")                                                                    \
+    X(flops_profiler_enabled, "flops_profiler.enabled")                                            \
+    X(comms_logger_enabled, "comms_logger.enabled")                                                \
+    X(tensorboard_enabled, "tensorboard.enabled")                                                  \
+    X(wandb_enabled, "wandb.enabled")                                                              \
+    X(comet_enabled, "comet.enabled")                                                              \
+    X(csv_monitor_enabled, "csv_monitor.enabled")
+
+static enum dsc_status warn_of_figures(const struct dsc_config *config,
+                                       struct dsc_config_reading *reading) {
+#define X(field, path)                                                                             \
+    if (config->field)                                                                             \
+        DSC_TRY(dsc__config_warn(reading, path " is true: not yet; nothing is printed or "         \
+                                               "written"));
+    DSC_FIGURES_MAP(X)
+#undef X
+    return DSC_OK;
+}
+
 enum dsc_status dsc__config_rules(int64_t world_size, struct dsc_config *config,
                                   struct dsc_config_reading *reading) {
     if (sizes_are_sound(config, reading))
@@ -107,6 +131,7 @@ enum dsc_status dsc__config_rules(int64_t world_size, struct dsc_config *config,
         DSC_TRY(dsc__config_error(reading, "optimizer.params is given without optimizer.type"));
     if (is_given(reading, "scheduler.params") && !is_given(reading, "scheduler.type"))
         DSC_TRY(dsc__config_error(reading, "scheduler.params is given without scheduler.type"));
+    DSC_TRY(warn_of_figures(config, reading));
     if (!config->zero_ignore_unused_parameters)
         DSC_TRY(dsc__config_warn(reading,
                                  "zero_optimization.ignore_unused_parameters is false: not yet; "

@@ -9,7 +9,7 @@ import select
 import threading
 
 from torch import Generator
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from deepspeed_c import _core
 
@@ -70,6 +70,19 @@ class DistributedOrder(Sampler):
                 yield from (p % self.n_samples for p in range(first, first + n * self.world_size, self.world_size))
 
 
+class _Epoch:
+    """One epoch of an order, from a position on."""
+
+    def __init__(self, order, epoch, cursor):
+        self._order, self._epoch, self._cursor = order, epoch, cursor
+
+    def __iter__(self):
+        return self._order._samples(self._epoch, self._cursor)
+
+    def __len__(self):
+        return self._order.n_left(self._cursor)
+
+
 class DeepSpeedDataLoader(DataLoader):
     """A torch DataLoader with an (epoch, cursor) and a generator of its own.
 
@@ -98,7 +111,16 @@ class DeepSpeedDataLoader(DataLoader):
             self.epoch, self.cursor = self._next_epoch, 0
             self._next_epoch += 1
         self.generator.manual_seed(_workers_seed(self._seed, self.epoch, self._rank))
-        return _Consumed(self, super().__iter__(), order)
+        if order is None:
+            return _Consumed(self, super().__iter__(), order)
+        # torch opens a sampler at the first batch; this iteration is of this epoch whatever comes until then.
+        order.epoch, order.cursor = self.epoch + 1, 0
+        mine, self.__dict__["batch_sampler"] = self.batch_sampler, BatchSampler(
+            _Epoch(order, self.epoch, self.cursor), self.batch_size, self.drop_last)
+        try:
+            return _Consumed(self, super().__iter__(), order)
+        finally:
+            self.__dict__["batch_sampler"] = mine
 
     def state_dict(self):
         """{'epoch', 'cursor'}: what the job has consumed, equal on all ranks after the same number of batches."""

@@ -3,6 +3,8 @@
 
 #include "../log.h"
 
+#include <string.h>
+
 static PyObject *exception_of(struct dsc_bind_state *state, enum dsc_status status) {
 #define NONE PyExc_SystemError
 #define VALUE PyExc_ValueError
@@ -31,7 +33,11 @@ PyObject *dsc_bind_raise(struct dsc_bind_state *state, enum dsc_status status) {
     const char *text = dsc_last_error();
     if (!text[0])
         text = dsc_status_sentence(status);
-    PyErr_SetString(exception_of(state, status), text);
+    /* A text that was cut inside a character is still a text. */
+    PyObject *message = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace");
+    if (message)
+        PyErr_SetObject(exception_of(state, status), message);
+    Py_XDECREF(message);
     return NULL;
 }
 

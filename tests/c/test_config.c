@@ -206,7 +206,6 @@ static void what_is_not_there_says_not_yet(void) {
         {"\"gradient_predivide_factor\": 2", "gradient_predivide_factor is 2: not yet"},
         {"\"communication_data_type\": \"fp16\"", "not yet; works now: \"fp32\""},
         {"\"fp16\": {\"enabled\": true, \"auto_cast\": true}", "fp16.auto_cast is true: not yet"},
-        {"\"wall_clock_breakdown\": true", "wall_clock_breakdown is true: not yet"},
         {"\"sparse_attention\": {\"mode\": \"fixed\"}",
          "sparse_attention is {\"mode\":\"fixed\"}: not yet"},
         {"\"pipeline\": {\"stages\": 2}", "pipeline.stages is 2: not yet"},

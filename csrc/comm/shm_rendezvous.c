@@ -154,25 +154,44 @@ static enum dsc_status adopt_region(struct dsc__shm *shm, int rank,
 
 /* ---- rank 0 ---- */
 
-/* What rank 0 knows while it waits. polls: the listener, then the guests, then the joined ranks. */
+/* A connection that said nothing yet, and since when it is here. */
+struct guest {
+    int socket;
+    double since;
+};
+
+/* What rank 0 knows while it waits. polls: the listener, then the guests. */
 struct hall {
     struct dsc__shm *shm;
     const struct dsc_shm_listener *listener;
     int n_guests, n_joined;
-    int guests[GUESTS_MAX];          /* connected, said nothing yet */
+    struct guest guests[GUESTS_MAX]; /* the longest silent one first */
     struct dsc__shm_message *joined; /* per rank: its hello with descriptors; n_fds 0 if absent */
     struct pollfd *polls;
 };
 
-static void drop_guest(struct hall *hall, int i) {
-    (void)close(hall->guests[i]);
+static void forget_guest(struct hall *hall, int i) {
     hall->n_guests--;
     memmove(&hall->guests[i], &hall->guests[i + 1],
             (size_t)(hall->n_guests - i) * sizeof hall->guests[0]);
 }
 
+static void drop_guest(struct hall *hall, int i) {
+    (void)close(hall->guests[i].socket);
+    forget_guest(hall, i);
+}
+
+/* In a full hall those who come wait outside until others have been heard: ranks speak at once.
+ * Silence that lasts makes room, or a stranger could keep the ranks out. */
+static bool has_room(struct hall *hall) {
+    const double silence_max_s = 1.0;
+    if (hall->n_guests == GUESTS_MAX && dsc_comm_now() - hall->guests[0].since > silence_max_s)
+        drop_guest(hall, 0);
+    return hall->n_guests < GUESTS_MAX;
+}
+
 static void accept_guests(struct hall *hall) {
-    for (;;) {
+    while (has_room(hall)) {
         int guest = accept4(hall->listener->socket, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
         if (guest < 0)
             return; /* none waits, or it has gone; a shortage of descriptors ends in the time-out */
@@ -180,9 +199,7 @@ static void accept_guests(struct hall *hall) {
             (void)close(guest);
             continue;
         }
-        if (hall->n_guests == GUESTS_MAX)
-            drop_guest(hall, 0); /* the longest silent one: ranks speak at once */
-        hall->guests[hall->n_guests++] = guest;
+        hall->guests[hall->n_guests++] = (struct guest){.socket = guest, .since = dsc_comm_now()};
     }
 }
 
@@ -204,7 +221,7 @@ static enum dsc_status check_hello(const struct hall *hall, const struct dsc__sh
 
 static enum dsc_status hear_guest(struct hall *hall, int i) {
     struct dsc__shm_message hello;
-    enum dsc__shm_received got = dsc__shm_receive_now(hall->guests[i], &hello);
+    enum dsc__shm_received got = dsc__shm_receive_now(hall->guests[i].socket, &hello);
     if (got == DSC__SHM_NOTHING)
         return DSC_OK;
     if (got != DSC__SHM_GOT || hello.kind != DSC__SHM_HELLO || hello.n_fds != 2 ||
@@ -219,16 +236,14 @@ static enum dsc_status hear_guest(struct hall *hall, int i) {
         struct dsc__shm_message no = dsc__shm_message_of(DSC__SHM_REFUSED, 0, hall->shm->size);
         struct dsc__shm_patience brief = {.options = hall->shm->options, .what = "refusing"};
         snprintf(no.text, sizeof no.text, "%s", dsc_last_error());
-        (void)dsc__shm_send(hall->guests[i], hello.rank, &brief, &no);
+        (void)dsc__shm_send(hall->guests[i].socket, hello.rank, &brief, &no);
         dsc__shm_close_fds(&hello);
         return DSC_FAIL(status, "%s", no.text); /* the send may have failed and spoken last */
     }
     hall->joined[hello.rank] = hello;
-    hall->shm->sockets[hello.rank] = hall->guests[i];
+    hall->shm->sockets[hello.rank] = hall->guests[i].socket;
     hall->n_joined++;
-    hall->n_guests--;
-    memmove(&hall->guests[i], &hall->guests[i + 1],
-            (size_t)(hall->n_guests - i) * sizeof hall->guests[0]);
+    forget_guest(hall, i);
     return DSC_OK;
 }
 
@@ -260,9 +275,11 @@ static enum dsc_status welcome_all(struct hall *hall, double since) {
     double checked = since;
     while (hall->n_joined < hall->shm->size - 1) {
         int n = 0;
-        hall->polls[n++] = (struct pollfd){.fd = hall->listener->socket, .events = POLLIN};
+        /* Nobody can be let into a full hall: those outside must not end the poll at once. */
+        hall->polls[n++] = (struct pollfd){
+            .fd = hall->n_guests < GUESTS_MAX ? hall->listener->socket : -1, .events = POLLIN};
         for (int i = 0; i < hall->n_guests; i++)
-            hall->polls[n++] = (struct pollfd){.fd = hall->guests[i], .events = POLLIN};
+            hall->polls[n++] = (struct pollfd){.fd = hall->guests[i].socket, .events = POLLIN};
         (void)poll(hall->polls, (nfds_t)n, 100);
         accept_guests(hall);
         for (int i = hall->n_guests; i-- > 0;) /* downwards: hearing one may remove it */
@@ -299,8 +316,8 @@ static enum dsc_status introduce_all(struct hall *hall, struct dsc__shm_message 
     return DSC_OK;
 }
 
-/* Ends the wait of those that had joined, with the reason. */
-static void refuse_joined(struct hall *hall) {
+/* Ends the wait of those that had joined, with the reason, which also remains this rank's own. */
+static enum dsc_status refuse_joined(struct hall *hall, enum dsc_status status) {
     struct dsc__shm_message no = dsc__shm_message_of(DSC__SHM_REFUSED, 0, hall->shm->size);
     struct dsc__shm_patience brief = {.options = hall->shm->options, .what = "refusing"};
     char reason[DSC__SHM_TEXT_MAX];
@@ -309,6 +326,7 @@ static void refuse_joined(struct hall *hall) {
     for (int r = 1; r < hall->shm->size; r++)
         if (hall->shm->sockets[r] >= 0)
             (void)dsc__shm_send(hall->shm->sockets[r], r, &brief, &no);
+    return DSC_FAIL(status, "%s", reason); /* a send may have failed and spoken last */
 }
 
 static enum dsc_status meet_as_leader(struct dsc__shm *shm, const struct dsc_shm_listener *listener,
@@ -325,7 +343,7 @@ static enum dsc_status meet_as_leader(struct dsc__shm *shm, const struct dsc_shm
     if (status == DSC_OK)
         status = introduce_all(&hall, own, since);
     if (status != DSC_OK && joined)
-        refuse_joined(&hall);
+        status = refuse_joined(&hall, status);
     while (hall.n_guests > 0)
         drop_guest(&hall, 0);
     for (int r = 0; joined && r < shm->size; r++)

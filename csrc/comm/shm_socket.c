@@ -152,6 +152,13 @@ enum dsc_status dsc__shm_send(int socket, int peer, const struct dsc__shm_patien
     }
     while (sendmsg(socket, &header, MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
         int error = errno;
+        if (error == ETOOMANYREFS) {
+            /* The kernel bounds the descriptors that an ordinary user has in flight: there is room
+             * when others, perhaps on other sockets, have received theirs. */
+            (void)poll(NULL, 0, 1);
+            DSC_TRY(dsc__shm_patience_check(patience));
+            continue;
+        }
         if (error == EAGAIN || error == EWOULDBLOCK || error == EINTR) {
             DSC_TRY(wait_for(socket, POLLOUT, patience));
             continue;

@@ -13,6 +13,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -468,6 +469,41 @@ static void bell_timeout_body(struct dsc_comm *comm, int rank, void *arg) {
     }
 }
 
+/* Rank 0 waits for rank 2's ring; rank 1 leaves a moment before it. Both are played by one thread.
+ */
+struct late_ring {
+    struct dsc_comm *leaver, *ringer;
+};
+
+static void *leave_then_ring(void *arg) {
+    struct late_ring *late = arg;
+    nap_ms(5); /* rank 0 sleeps then */
+    dsc_comm_leave(late->leaver);
+    nap_ms(1);
+    dsc_comm_ring(late->ringer, 0);
+    return NULL;
+}
+
+/* A busy machine may hold the ring back for longer than anybody should wait: of many tries one. */
+static void a_ring_just_after_a_rank_left_is_heard(void) {
+    int n_heard = 0;
+    for (int i = 0; i < 20 && n_heard == 0; i++) {
+        struct dsc_comm *comms[3];
+        pthread_t thread;
+        CHECK_OK(dsc_comm_open_threads(NULL, 3, comms));
+        struct late_ring late = {.leaver = comms[1], .ringer = comms[2]};
+        uint32_t seen = dsc_comm_bell(comms[0]);
+        CHECK(pthread_create(&thread, NULL, leave_then_ring, &late) == 0);
+        enum dsc_status status = dsc_comm_wait_bell(comms[0], seen, "rank 2", dsc_comm_now());
+        CHECK(status == DSC_OK || status == DSC_EDEAD);
+        n_heard += status == DSC_OK;
+        CHECK(pthread_join(thread, NULL) == 0);
+        for (int r = 0; r < 3; r++)
+            dsc_comm_close(comms[r]);
+    }
+    CHECK(n_heard > 0);
+}
+
 static void a_bell_that_nobody_rings_times_out(void) {
     run_threads(2, 0.3, false, bell_timeout_body, NULL);
 }
@@ -908,6 +944,102 @@ static void a_rank_that_does_not_connect_is_named(void) {
     CHECK_EQ_INT(count_fds(), before);
 }
 
+/* Sockets that bear the listener's name: itself and the connections, accepted or not. */
+static int count_connected(const char *address) {
+    char line[512];
+    int n = 0;
+    FILE *table = fopen("/proc/net/unix", "r");
+    CHECK(table);
+    while (fgets(line, sizeof line, table))
+        n += strstr(line, address) != NULL;
+    (void)fclose(table);
+    return n;
+}
+
+/* Nobody is dropped for silence who merely was not listened to. */
+static void many_ranks_may_come_before_rank_0(void) {
+    enum { MANY = 80 };
+    struct dsc_shm_listener *listener = NULL;
+    struct dsc_comm_options options = {.timeout_s = 5};
+    struct dsc_comm *comm = NULL;
+    char address[DSC_SHM_ADDRESS_MAX], token[33];
+    CHECK_OK(dsc_shm_listen(&listener, address, token));
+    for (int r = 1; r < MANY; r++)
+        if (fork() == 0) {
+            alarm(20);
+            _exit(dsc_comm_open_shm(&options, NULL, address, token, r, MANY, &comm) ? 1 : 0);
+        }
+    while (count_connected(address) < MANY)
+        nap_ms(1);
+    CHECK_OK(dsc_comm_open_shm(&options, listener, address, token, 0, MANY, &comm));
+    for (int r = 1, status; r < MANY; r++)
+        CHECK(wait(&status) > 0 && status == 0);
+    dsc_comm_close(comm);
+}
+
+/* One of two ranks comes, and hears no answer: rank 0 still says which one did not. */
+static void the_absent_are_named_although_refusing_the_others_fails(void) {
+    struct dsc_shm_listener *listener = NULL;
+    struct dsc_comm_options options = {.timeout_s = 0.4};
+    struct dsc__shm_patience patience = {.options = &options, .what = "joining"};
+    struct dsc_comm *comm = NULL;
+    char address[DSC_SHM_ADDRESS_MAX], token[33];
+    CHECK_OK(dsc_shm_listen(&listener, address, token));
+    struct dsc__shm_message hello = dsc__shm_message_of(DSC__SHM_HELLO, 1, 3);
+    memcpy(hello.text, token, sizeof token);
+    hello.fds[0] = hello.fds[1] = STDERR_FILENO, hello.n_fds = 2;
+    int fd = connect_raw(address);
+    CHECK_OK(dsc__shm_send(fd, 0, &patience, &hello));
+    CHECK(shutdown(fd, SHUT_RD) == 0); /* the refusal meets EPIPE */
+    CHECK(dsc_comm_open_shm(&options, listener, address, token, 0, 3, &comm) == DSC_ETIMEDOUT);
+    CHECK_TEXT("absent of 3: 2");
+    dsc_shm_listener_close(listener);
+    close(fd);
+}
+
+/* An ordinary user may have as many descriptors in flight as it may open. */
+static int send_beyond_the_limit(void) {
+    struct dsc_comm_options options = {.timeout_s = 5};
+    struct dsc__shm_patience patience = {
+        .options = &options, .since = dsc_comm_now(), .what = "sending"};
+    struct dsc__shm_message message = dsc__shm_message_of(DSC__SHM_WINDOW, 0, 2);
+    const struct rlimit few = {.rlim_cur = 16, .rlim_max = 16};
+    int pair[2];
+    enum { MESSAGES = 60 };
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0, pair) == 0);
+    CHECK(setrlimit(RLIMIT_NOFILE, &few) == 0);
+    /* The limit is not root's, and a user namespace may know nobody else. */
+    if (geteuid() == 0 && (setresgid(65534, 65534, 65534) || setresuid(65534, 65534, 65534)))
+        return 0;
+    message.fds[0] = message.fds[1] = STDERR_FILENO, message.n_fds = 2;
+    pid_t reader = fork();
+    if (reader == 0) {
+        alarm(9);
+        nap_ms(50);
+        for (int n = 0; n < MESSAGES; n++) {
+            struct dsc__shm_message got;
+            if (dsc__shm_receive(pair[1], 0, &patience, &got) != DSC_OK)
+                _exit(1);
+            dsc__shm_close_fds(&got);
+        }
+        _exit(0);
+    }
+    for (int n = 0; n < MESSAGES; n++)
+        CHECK_OK(dsc__shm_send(pair[0], 1, &patience, &message));
+    int status = 0;
+    CHECK(waitpid(reader, &status, 0) == reader);
+    return status;
+}
+
+static void too_many_descriptors_in_flight_are_waited_out(void) {
+    int status = 0;
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(send_beyond_the_limit());
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK_EQ_INT(status, 0);
+}
+
 /* Two processes as rank 1: the rendezvous ends for all, saying so. */
 static void a_rank_taken_twice_is_refused(void) {
     struct dsc_shm_listener *listener = NULL;
@@ -947,6 +1079,7 @@ static struct test_case cases[] = {
     CASE(windows_show_what_others_wrote),
     CASE(bells_wake_who_waits),
     CASE(a_bell_that_nobody_rings_times_out),
+    CASE(a_ring_just_after_a_rank_left_is_heard),
     CASE(a_diverged_rank_is_named_on_every_rank),
     CASE(every_field_of_a_call_is_compared),
     CASE(abort_ends_the_waits_of_others_with_its_text),
@@ -963,6 +1096,9 @@ static struct test_case cases[] = {
     CASE(a_forked_child_can_harm_nothing),
     CASE(strangers_do_not_disturb_the_rendezvous),
     CASE(a_rank_that_does_not_connect_is_named),
+    CASE(many_ranks_may_come_before_rank_0),
+    CASE(the_absent_are_named_although_refusing_the_others_fails),
+    CASE(too_many_descriptors_in_flight_are_waited_out),
     CASE(a_rank_taken_twice_is_refused),
 };
 RUN_CASES(cases)

@@ -432,6 +432,60 @@ def test_the_other_spellings_reach_the_same_collectives(ranks):
     ranks(2, other_spellings)
 
 
+def coalesced(rank, world):
+    """DeepSpeed's meaning: one flat output for each input."""
+    deepspeed.init_distributed()
+    inputs = [torch.full((n,), float(10 * rank + n)) for n in (3, 1, 4)]
+    for async_op in (False, True):
+        outputs = [torch.empty(world * x.numel()) for x in inputs]
+        work = comm.all_gather_coalesced(outputs, inputs, async_op=async_op)
+        if async_op:
+            work.wait()
+            assert work.is_completed()
+        else:
+            assert work is None
+        for n, out in zip((3, 1, 4), outputs):
+            assert out.tolist() == [10.0 * r + n for r in range(world) for _ in range(n)]
+    with pytest.raises(ValueError, match="output_tensors has 2 tensors, input_tensors 3"):
+        comm.all_gather_coalesced(outputs[:2], inputs)
+    comm.barrier()
+
+
+def test_a_coalesced_gather_fills_one_output_for_each_input(ranks):
+    ranks(2, coalesced)
+
+
+def test_every_documented_member_is_there_or_says_not_yet(monkeypatch):
+    documented = """all_gather all_gather_coalesced all_gather_into_tensor all_gather_object all_reduce
+        all_reduce_coalesced all_to_all all_to_all_single allgather_fn barrier batch_isend_irecv broadcast
+        broadcast_object_list configure destroy_process_group enable_symm_mem_for_group gather get_accelerator
+        get_all_ranks_from_group get_caller_func get_comm_operation_count get_debug_log_name get_default_args
+        get_global_rank get_local_rank get_local_rank_from_launcher get_logged_comm_ops get_msg_size_from_args get_rank
+        get_tensor_kwarg get_tensor_position get_world_group get_world_rank_from_launcher get_world_size
+        get_world_size_from_launcher has_all_gather_into_tensor has_all_reduce_coalesced has_coalescing_manager
+        has_comm_data has_reduce_scatter_tensor in_aml in_aws_sm in_dlts inference_all_reduce init_deepspeed_backend
+        init_distributed initialize_mesh_device irecv is_available is_initialized isend log_summary monitored_barrier
+        mpi_discovery new_group patch_aml_env_for_torch_nccl_backend patch_aws_sm_env_for_torch_nccl_backend recv
+        reduce reduce_scatter reduce_scatter_fn reduce_scatter_tensor reset_log scatter send set_backend timed_op
+        timedelta timers""".split()
+    assert [name for name in documented if not callable(getattr(comm, name, None))] == []
+    assert set(documented) <= set(comm.__all__)
+    for name in comm._NOT_YET:
+        with pytest.raises(NotImplementedError, match=rf"comm\.{name}\(\) is not yet"):
+            getattr(comm, name)(1, enabled=True)
+    for question in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce_coalesced", "coalescing_manager"):
+        assert getattr(comm, f"has_{question}")() is True
+    told = (comm.get_world_rank_from_launcher, comm.get_world_size_from_launcher, comm.get_local_rank_from_launcher)
+    for variables, expected in (({}, [0, 1, 0]), ({"OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_RANK": "5",
+                                                  "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, [5, 6, 1]),
+                                ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}, [2, 4, 3])):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert [ask() for ask in told] == expected
+
+
 def strided(rank, world):
     deepspeed.init_distributed()
     base = torch.arange(24.0).view(4, 6) * (rank + 1)

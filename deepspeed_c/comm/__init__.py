@@ -8,6 +8,7 @@ depends on nothing that may differ between ranks: a tensor that is not contiguou
 import functools
 import inspect
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.distributed import (
     send,
 )
 
+from ..accelerator import get_accelerator
 from ..distributed import destroy_process_group, init_distributed, opened_comm, world_comm
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64))
@@ -158,6 +160,33 @@ def allgather_fn(output_tensor, input_tensor, group=None, async_op=False, debug=
     return all_gather_into_tensor(output_tensor, input_tensor, group, async_op, debug=debug)
 
 
+class _Works:
+    """The handles of several operations as one."""
+
+    def __init__(self, works):
+        self._works = works
+
+    def wait(self):
+        for work in self._works:
+            work.wait()
+
+    def is_completed(self):
+        return all(work.is_completed() for work in self._works)
+
+
+def all_gather_coalesced(output_tensors, input_tensors, group=None, async_op=False, **profile):
+    """all_gather_into_tensor of each input into the output of its place; in torch.distributed the name means
+    something else (a list of outputs for every rank). async_op: one handle for all."""
+    if profile:
+        _refuse_profile(profile)
+    if len(output_tensors) != len(input_tensors):
+        raise ValueError(f"all_gather_coalesced: output_tensors has {len(output_tensors)} tensors, input_tensors "
+                         f"{len(input_tensors)}; one output for each input is expected")
+    works = [all_gather_into_tensor(output, input, group, async_op)
+             for output, input in zip(output_tensors, input_tensors)]
+    return _Works(works) if async_op else None
+
+
 def all_gather(tensor_list, tensor, group=None, async_op=False, **profile):
     """Fills tensor_list, one tensor per rank, with the ranks' `tensor`."""
     if profile:
@@ -223,6 +252,25 @@ def get_local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def _from_launcher(name, mpi_name, default):
+    return int(os.environ.get(name) or os.environ.get(mpi_name) or default)
+
+
+def get_world_rank_from_launcher():
+    """The rank that the launcher or Open MPI gave this process, else 0; before init_distributed too."""
+    return _from_launcher("RANK", "OMPI_COMM_WORLD_RANK", 0)
+
+
+def get_world_size_from_launcher():
+    """The number of ranks that the launcher or Open MPI started, else 1."""
+    return _from_launcher("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", 1)
+
+
+def get_local_rank_from_launcher():
+    """The rank on this machine that the launcher or Open MPI gave, else 0."""
+    return _from_launcher("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", 0)
+
+
 def get_world_group():
     """torch.distributed's default group."""
     return dist.group.WORLD
@@ -238,6 +286,50 @@ def get_all_ranks_from_group(group=None):
     return dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
 
 
+# ---- what there is ----
+
+
+def has_all_gather_into_tensor():
+    """True: it is ours."""
+    return True
+
+
+def has_reduce_scatter_tensor():
+    """True: it is ours."""
+    return True
+
+
+def has_all_reduce_coalesced():
+    """Whether this torch.distributed has it."""
+    return hasattr(dist, "all_reduce_coalesced")
+
+
+def has_coalescing_manager():
+    """Whether this torch.distributed has one."""
+    return hasattr(dist.distributed_c10d, "_coalescing_manager")
+
+
+# The rest of the documented surface: an error that says so, never silence.
+_NOT_YET = (
+    "configure", "enable_symm_mem_for_group", "get_caller_func", "get_comm_operation_count", "get_debug_log_name",
+    "get_default_args", "get_logged_comm_ops", "get_msg_size_from_args", "get_tensor_kwarg", "get_tensor_position",
+    "has_comm_data", "in_aml", "in_aws_sm", "in_dlts", "init_deepspeed_backend", "initialize_mesh_device",
+    "log_summary", "mpi_discovery", "patch_aml_env_for_torch_nccl_backend", "patch_aws_sm_env_for_torch_nccl_backend",
+    "reset_log", "set_backend", "timed_op", "timers",
+)
+
+
+def _not_yet(name):
+    def call(*args, **kwargs):
+        raise NotImplementedError(f"deepspeed_c.comm.{name}() is not yet")
+    call.__name__ = call.__qualname__ = name
+    call.__doc__ = "Not there yet."
+    return call
+
+
+globals().update((name, _not_yet(name)) for name in _NOT_YET)
+
+
 # ---- torch.distributed's, announced on the world ----
 
 
@@ -249,7 +341,6 @@ def _announced(name):
     return call
 
 
-all_gather_coalesced = _announced("all_gather_coalesced")
 all_gather_object = _announced("all_gather_object")
 all_reduce_coalesced = _announced("all_reduce_coalesced")
 all_to_all = _announced("all_to_all")
@@ -266,8 +357,10 @@ __all__ = [
     "P2POp", "ReduceOp", "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object",
     "all_reduce", "all_reduce_coalesced", "all_to_all", "all_to_all_single", "allgather_fn", "barrier",
     "batch_isend_irecv", "broadcast", "broadcast_object_list", "destroy_process_group", "gather", "gather_object",
-    "get_all_ranks_from_group", "get_global_rank", "get_local_rank", "get_rank", "get_world_group", "get_world_size",
-    "inference_all_reduce", "init_distributed", "irecv", "is_available", "is_initialized", "isend",
-    "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn",
-    "reduce_scatter_tensor", "scatter", "scatter_object_list", "send",
+    "get_accelerator", "get_all_ranks_from_group", "get_global_rank", "get_local_rank",
+    "get_local_rank_from_launcher", "get_rank", "get_world_group", "get_world_rank_from_launcher", "get_world_size",
+    "get_world_size_from_launcher", "has_all_gather_into_tensor", "has_all_reduce_coalesced",
+    "has_coalescing_manager", "has_reduce_scatter_tensor", "inference_all_reduce", "init_distributed", "irecv",
+    "is_available", "is_initialized", "isend", "monitored_barrier", "new_group", "recv", "reduce", "reduce_scatter",
+    "reduce_scatter_fn", "reduce_scatter_tensor", "scatter", "scatter_object_list", "send", "timedelta", *_NOT_YET,
 ]

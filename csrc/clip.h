@@ -1,15 +1,16 @@
 /* The global gradient norm and the factor that clips it.
  *
  * Decides: how partial sums of squares combine. Invariant: the result does not depend on the order,
- * the number of ranks, threads or tiers (contract N2): partial fp64 sums go into a fixed-point number
- * that is wide enough for any count of finite fp32 squares, so addition is exact and has no order. */
+ * the number of ranks, threads or tiers (contract N2): partial fp64 sums go into a fixed-point
+ * number that is wide enough for any count of finite fp32 squares, so addition is exact and has no
+ * order. */
 #ifndef DSC_CLIP_H
 #define DSC_CLIP_H
 
 #include "dsc.h"
 
-/* Fixed point, little-endian words, lowest bit 2^-320; 10 words reach 2^320. A plain value: copy it,
- * send it as bytes, zero it to start. */
+/* Fixed point, little-endian words, lowest bit 2^-320; 10 words reach 2^320. A plain value: copy
+ * it, send it as bytes, zero it to start. */
 enum { DSC_NORM_WORDS = 10 };
 struct dsc_norm {
     uint64_t word[DSC_NORM_WORDS];

@@ -14,10 +14,10 @@ struct dsc_scaler {
     bool consecutive_hysteresis;
     double min_scale;
     int64_t window;
-    int64_t hysteresis;     /* as configured */
+    int64_t hysteresis; /* as configured */
     int64_t hysteresis_left;
-    int64_t iter;           /* boundary steps seen */
-    int64_t last_overflow;  /* index of the last overflow, -1 before */
+    int64_t iter;          /* boundary steps seen */
+    int64_t last_overflow; /* index of the last overflow, -1 before */
 };
 
 /* A scale that update() leaves alone. */

@@ -26,8 +26,12 @@ static int module_exec(PyObject *module) {
     X(comm_error)                                                                                  \
     X(config_type)                                                                                 \
     X(comm_type)                                                                                   \
-    X(engine_type) X(schedule_type) X(window_type) X(hook_type) X(str_grad) X(str_dlpack)          \
-        X(exchange_type[0]) X(exchange_type[1]) X(exchange_type[2]) X(exchange_type[3])
+    X(engine_type)                                                                                 \
+    X(schedule_type)                                                                               \
+    X(window_type)                                                                                 \
+    X(hook_type)                                                                                   \
+    X(str_grad)                                                                                    \
+    X(str_dlpack) X(exchange_type[0]) X(exchange_type[1]) X(exchange_type[2]) X(exchange_type[3])
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     struct dsc_bind_state *state = dsc_bind_module_state(module);

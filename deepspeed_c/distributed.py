@@ -5,6 +5,7 @@ store. Everything that the engine does goes through the communicator. Invariant:
 of one default group once, in the same order, so that the numbers in the store's keys agree.
 """
 import atexit
+import ctypes
 import os
 import socket
 import time
@@ -94,11 +95,14 @@ def destroy_process_group(group=None):
 @atexit.register
 def _end():
     """At exit: a gloo group that nobody destroyed is destroyed, because its threads otherwise end the process by
-    abort() in some of the runs. A forked child has no such threads. The communicator stays open: the others see this
-    process's end when it has ended, so that none of them can fail before the rank that is the cause."""
-    if _made is None or _made[1] != os.getpid() or not dist.is_initialized():
+    abort() in some of the runs. The communicator stays open: the others see this process's end when it has ended, so
+    that none of them can fail before the rank that is the cause."""
+    if _made is None or not dist.is_initialized() or _made[0]() is not dist.group.WORLD:
         return
-    if _made[0]() is dist.group.WORLD and dist.get_backend() == "gloo":
+    if _made[1] != os.getpid():
+        # A forked child: the group's destructor would join threads that a fork does not copy, so it must never run.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+    elif dist.get_backend() == "gloo":
         dist.destroy_process_group()
 
 

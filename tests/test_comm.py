@@ -225,11 +225,29 @@ def test_a_rank_0_that_never_listens_is_named_with_its_address(ranks):
     assert "rank 1 found nobody listening at 127.0.0.1:" in ranks(2, alone)[1]
 
 
-def test_a_process_that_destroys_nothing_ends_with_code_0():
-    code = "import deepspeed_c, torch; deepspeed_c.init_distributed(); deepspeed_c.comm.all_reduce(torch.ones(2))"
+NOTHING_DESTROYED = """
+import os, signal, sys
+import deepspeed_c, torch
+deepspeed_c.init_distributed()
+deepspeed_c.comm.all_reduce(torch.ones(2))
+"""
+A_CHILD_ENDS = """
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    sys.exit(0)  # with all that an interpreter does at its end
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+torch.distributed.barrier()  # the parent's group is whole
+deepspeed_c.comm.barrier()
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("more", ["", A_CHILD_ENDS], ids=["", "forked"])
+def test_a_process_that_destroys_nothing_ends_with_code_0_and_so_does_its_forked_child(more):
     held, port = reserve_port()
     with held:
-        ranks = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env={
+        ranks = [subprocess.Popen([sys.executable, "-c", NOTHING_DESTROYED + more], stderr=subprocess.PIPE, env={
             **os.environ, "RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
             for r in range(2)]
         ends = [(process.communicate(timeout=120)[1].decode(), process.returncode) for process in ranks]
@@ -249,24 +267,6 @@ def adopted(rank, world):
         return time.monotonic() - started
     time.sleep(2.5)
     return 1.5
-
-
-def ends_in_a_forked_child(rank, world):
-    """Code 0 after the child's own atexit, with the world whole."""
-    deepspeed.init_distributed()
-    comm.barrier()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(10)
-        deepspeed.distributed._end()
-        os._exit(0 if dist.is_initialized() else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    dist.barrier()
-    comm.barrier()
-
-
-def test_the_end_of_a_forked_child_touches_no_group(ranks):
-    ranks(2, ends_in_a_forked_child)
 
 
 def test_an_existing_group_is_adopted_with_its_time_out(ranks):

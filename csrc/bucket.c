@@ -301,6 +301,7 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
     set->rank = dsc_comm_rank(comm);
     set->size = dsc_comm_size(comm);
     set->round = 1;
+    set->step = 1;
     set->slot_dtype = space->dtype;
     set->reclaim_bell = dsc_comm_bell(comm) - 1;
     size_t cap = options->early ? EARLY_SLOT_ELEMS : BOUNDARY_SLOT_ELEMS;

@@ -231,15 +231,17 @@ static struct dsc__header *header_of(const struct dsc_buckets *set, int rank) {
     return (struct dsc__header *)(void *)set->window->base[rank];
 }
 
+/* Of this step: a rank that has not left the previous boundary yet will come to backward, and is
+ * waited for. */
 static bool anyone_finishing(const struct dsc_buckets *set) {
     for (int rank = 0; rank < set->size; rank++)
-        if (atomic_load(&header_of(set, rank)->finishing))
+        if (atomic_load(&header_of(set, rank)->finishing) == set->step)
             return true;
     return false;
 }
 
 void dsc_buckets_at_boundary(struct dsc_buckets *set) {
-    atomic_store(&header_of(set, set->rank)->finishing, 1);
+    atomic_store(&header_of(set, set->rank)->finishing, set->step);
     dsc_comm_ring_others(set->comm);
 }
 
@@ -265,6 +267,7 @@ void dsc_buckets_set_phase(struct dsc_buckets *set, bool in_backward, bool last)
 
 void dsc_buckets_reset(struct dsc_buckets *set) {
     dsc_buckets_leave_boundary(set);
+    set->step++;
     for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++) {
         dsc__bucket_record(set, b)->norm_round = 0;
         atomic_store(&dsc__bucket_record(set, b)->n_settled, 0);

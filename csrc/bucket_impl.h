@@ -22,7 +22,7 @@ enum { DSC__MAX_ROUNDS_AHEAD = 16 };
 /* First in each rank's window: whether that rank is at the boundary, where it waits for the others
  * and then publishes what it lacks. */
 struct dsc__header {
-    _Atomic uint32_t finishing;
+    _Atomic uint32_t finishing; /* the step, counted from 1, at whose boundary it is; 0: none */
 };
 enum { DSC__HEADER_BYTES = 64 };
 
@@ -60,6 +60,7 @@ struct dsc_buckets {
     struct dsc__bucket *bucket;
     uint32_t *arrived; /* per segment: the round in which it last arrived, counted from 1 */
     uint32_t round;    /* the open round */
+    uint32_t step;     /* the open step, counted from 1 */
     size_t slot_elems;
     enum dsc_dtype slot_dtype; /* early: of the open round */
 

@@ -5,7 +5,7 @@ VENV   ?= .venv
 ifeq ($(origin CC),default)
 CC     = gcc
 endif
-# Where pip finds torch, for example https://download.pytorch.org/whl/cpu; empty: pip's own setting.
+# Where pip finds torch, for example the CPU index that pytorch.org names; empty: pip's own setting.
 TORCH_INDEX ?=
 # More arguments for pytest (make test PYTEST_ARGS="-k clip -x") and for the example (make demo DEMO_ARGS=...).
 PYTEST_ARGS ?=

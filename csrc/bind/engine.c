@@ -9,6 +9,7 @@
 #include "../comm/comm.h"
 #include "../config.h"
 #include "../engine.h"
+#include "hyper.h"
 
 #include <math.h>
 #include <string.h>
@@ -489,66 +490,6 @@ static PyObject *engine_hook(EngineObject *self, PyObject *index) {
 
 /* ---- the boundary ---- */
 
-/* Reads one number of a group's dict; a missing key or None gives `absent`. */
-static int read_number(PyObject *group, const char *key, double absent, double *out) {
-    PyObject *value = PyDict_GetItemString(group, key); /* borrowed from the dict */
-    *out = absent;
-    if (!value || value == Py_None)
-        return 0;
-    PyObject *number = PyNumber_Float(value); /* tensors of one element included */
-    if (!number)
-        return -1;
-    *out = PyFloat_AS_DOUBLE(number);
-    Py_DECREF(number);
-    return 0;
-}
-
-static int read_flag(PyObject *group, const char *key, bool absent, bool *out) {
-    PyObject *value = PyDict_GetItemString(group, key); /* borrowed from the dict */
-    int truth = !value || value == Py_None ? absent : PyObject_IsTrue(value);
-    *out = truth > 0;
-    return truth < 0 ? -1 : 0;
-}
-
-static int read_betas(PyObject *group, struct dsc_hyper *out) {
-    PyObject *betas = PyDict_GetItemString(group, "betas"); /* borrowed from the dict */
-    PyObject *pair = NULL;
-    out->beta1 = 0.9;
-    out->beta2 = 0.999;
-    if (!betas)
-        return 0;
-    pair = PySequence_Fast(betas, "betas must be two numbers");
-    if (!pair)
-        return -1;
-    if (PySequence_Fast_GET_SIZE(pair) != 2)
-        PyErr_Format(PyExc_ValueError, "betas has %zd items, allowed: 2",
-                     PySequence_Fast_GET_SIZE(pair));
-    else {
-        out->beta1 = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(pair, 0));
-        out->beta2 = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(pair, 1));
-    }
-    Py_DECREF(pair);
-    return PyErr_Occurred() ? -1 : 0;
-}
-
-static int read_group(PyObject *group, struct dsc_hyper *out) {
-    if (!PyDict_Check(group)) {
-        PyErr_SetString(PyExc_TypeError, "a parameter group must be a dict");
-        return -1;
-    }
-    return read_number(group, "lr", 1e-3, &out->lr) < 0 ||
-                   read_number(group, "weight_decay", 0, &out->weight_decay) < 0 ||
-                   read_number(group, "eps", 1e-8, &out->eps) < 0 ||
-                   read_number(group, "momentum", 0, &out->momentum) < 0 ||
-                   read_number(group, "dampening", 0, &out->dampening) < 0 ||
-                   read_flag(group, "nesterov", false, &out->nesterov) < 0 ||
-                   read_flag(group, "adam_w_mode", true, &out->decoupled) < 0 ||
-                   read_flag(group, "bias_correction", true, &out->bias_correction) < 0 ||
-                   read_betas(group, out) < 0
-               ? -1
-               : 0;
-}
-
 static int read_groups(EngineObject *self, PyObject *groups) {
     if (!PyList_Check(groups) || PyList_GET_SIZE(groups) != self->n_groups) {
         PyErr_Format(PyExc_ValueError,
@@ -558,7 +499,7 @@ static int read_groups(EngineObject *self, PyObject *groups) {
         return -1;
     }
     for (int g = 0; g < self->n_groups; g++)
-        if (read_group(PyList_GET_ITEM(groups, g), &self->hypers[g]) < 0)
+        if (dsc_bind_read_hyper(PyList_GET_ITEM(groups, g), &self->hypers[g]) < 0)
             return -1;
     return 0;
 }

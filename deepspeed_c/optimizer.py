@@ -17,6 +17,22 @@ ADAM_ACCEPTED = {"amsgrad": False, "torch_adam": None, "fp32_optimizer_states": 
 SGD_ACCEPTED = {"maximize": False, "foreach": None, "fused": None, "differentiable": False}
 
 
+def _check_value(key, value, default):
+    """ValueError where an optimizer parameter is not of its default's kind: a flag, two numbers, a number."""
+    def is_number(x):
+        return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+    if isinstance(default, bool):
+        fits, allowed = isinstance(value, (bool, int)), "true or false"
+    elif isinstance(default, tuple):
+        fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
+        allowed = "two numbers"
+    else:
+        fits, allowed = is_number(value) or isinstance(value, torch.Tensor), "a number"
+    if not fits:
+        raise ValueError(f"optimizer.params.{key} is {value!r}; allowed: {allowed}")
+
+
 def resolve(name, params):
     """(kind, defaults) of a configured optimizer: kind is "adam" or "sgd".
 
@@ -30,6 +46,7 @@ def resolve(name, params):
     accepted = ADAM_ACCEPTED if kind == "adam" else SGD_ACCEPTED
     for key, value in params.items():
         if key in defaults:
+            _check_value(key, value, defaults[key])
             defaults[key] = value
         elif key == "max_grad_norm":
             raise ValueError("optimizer.params.max_grad_norm: use gradient_clipping at the top level instead")

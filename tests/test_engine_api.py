@@ -66,6 +66,9 @@ def test_a_wrong_configuration_names_the_key(change, text):
 @pytest.mark.parametrize("section, error, text", [
     ({"type": "AdamW", "params": {"learning_rate": 1}}, ValueError, "learning_rate"),
     ({"type": "AdamW", "params": {"max_grad_norm": 1}}, ValueError, "gradient_clipping"),
+    ({"type": "AdamW", "params": {"lr": "fast"}}, ValueError, "optimizer.params.lr is 'fast'; allowed: a number"),
+    ({"type": "AdamW", "params": {"betas": [0.9]}}, ValueError, "optimizer.params.betas.*two numbers"),
+    ({"type": "SGD", "params": {"nesterov": "yes"}}, ValueError, "optimizer.params.nesterov.*true or false"),
     ({"type": "Adam", "params": {"amsgrad": True}}, NotImplementedError, "amsgrad"),
 ])
 def test_a_wrong_optimizer_parameter_names_it(section, error, text):

@@ -344,9 +344,7 @@ void dsc_buckets_close(struct dsc_buckets *set) {
 }
 
 struct dsc_bucket_counters dsc_buckets_counters(const struct dsc_buckets *set) {
-    struct dsc_bucket_counters counters = set->counters;
-    counters.n_slots = (uint64_t)set->n_slots;
-    return counters;
+    return set->counters;
 }
 
 size_t dsc_buckets_private_bytes(const struct dsc_buckets *set) {

@@ -30,7 +30,6 @@ struct dsc_bucket_options {
 struct dsc_bucket_counters {
     uint64_t n_settled, n_bytes_settled, n_bytes_settled_in_backward;
     uint64_t n_extra_slots; /* taken because this rank was ahead */
-    uint64_t n_slots;
 };
 
 struct dsc_buckets;

@@ -37,8 +37,6 @@ const char *dsc_status_sentence(enum dsc_status status);
 const char *dsc_last_error(void);
 /* "file.c:123" of the same failure. */
 const char *dsc_last_error_place(void);
-/* Drops the calling thread's text. */
-void dsc_clear_error(void);
 
 /* Records text and place in thread-local storage and returns `status`. Use through DSC_FAIL. */
 enum dsc_status dsc__fail(enum dsc_status status, const char *file, int line, const char *format,

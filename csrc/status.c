@@ -29,11 +29,6 @@ const char *dsc_last_error_place(void) {
     return last_place;
 }
 
-void dsc_clear_error(void) {
-    last_text[0] = '\0';
-    last_place[0] = '\0';
-}
-
 enum dsc_status dsc__fail(enum dsc_status status, const char *file, int line, const char *format,
                           ...) {
     va_list args;

@@ -27,8 +27,6 @@ static int module_exec(PyObject *module) {
     X(config_type)                                                                                 \
     X(comm_type)                                                                                   \
     X(engine_type)                                                                                 \
-    X(schedule_type)                                                                               \
-    X(window_type)                                                                                 \
     X(hook_type)                                                                                   \
     X(str_grad)                                                                                    \
     X(str_dlpack) X(exchange_type[0]) X(exchange_type[1]) X(exchange_type[2]) X(exchange_type[3])

@@ -14,7 +14,7 @@ _HOMES = {
     "CommError": "_core", "DeepSpeedConfigError": "_core",
     "initialize": "api", "add_config_arguments": "api", "init_inference": "api", "tp_model_init": "api",
     "init_distributed": "distributed", "DeepSpeedEngine": "engine", "DeepSpeedOptimizer": "optimizer",
-    **{name: name for name in ("accelerator", "comm", "dataloader", "launcher", "lr_schedules", "moe", "optimizer",
+    **{name: name for name in ("accelerator", "comm", "dataloader", "launcher", "moe", "optimizer", "runtime",
                                "utils", "zero")},
 }
 

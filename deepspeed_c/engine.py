@@ -138,7 +138,7 @@ class DeepSpeedEngine(torch.nn.Module):
         name = self._config.get("scheduler.type")
         if name is None or self.optimizer is None:
             return None
-        from . import lr_schedules
+        from .runtime import lr_schedules
         return lr_schedules.create(name, self.optimizer, self._config.subtree("scheduler.params") or {})
 
     def deepspeed_io(self, dataset, batch_size=None, route="train", pin_memory=True, data_sampler=None,

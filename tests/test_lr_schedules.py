@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from deepspeed_c import _core, lr_schedules
-from deepspeed_c.lr_schedules import VALID_LR_SCHEDULES, LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from deepspeed_c import _core
+from deepspeed_c.runtime import lr_schedules
+from deepspeed_c.runtime.lr_schedules import (
+    VALID_LR_SCHEDULES,
+    LRRangeTest,
+    OneCycle,
+    WarmupCosineLR,
+    WarmupDecayLR,
+    WarmupLR,
+)
 
 
 def make_optimizer(n_groups=1, lr=0.1):

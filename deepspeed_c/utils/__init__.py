@@ -1,4 +1,4 @@
-"""Logging, as scripts know it. Other members of deepspeed.utils are listed in docs/compatibility.md."""
-from .logging import log_dist, logger
+"""What scripts import from `deepspeed.utils`."""
+from .logging import log_dist, log_dist_once, logger
 
-__all__ = ["log_dist", "logger"]
+__all__ = ["log_dist", "log_dist_once", "logger"]

@@ -246,6 +246,71 @@ def test_100_sgd_steps_are_torchs(tier, momentum, dampening, nesterov, decay):
     assert_near(p, peer.detach().numpy())
 
 
+@pytest.mark.parametrize("decay,lr_decay", [(0.0, 0.0), (0.01, 0.0), (0.01, 0.1)])
+def test_100_adagrad_steps_are_torchs(tier, decay, lr_decay):
+    p, total = f32(1), np.full(N, 0.25, np.float32)
+    peer = torch.nn.Parameter(torch.from_numpy(p.astype(np.float64)))
+    optimizer = torch.optim.Adagrad([peer], lr=0.01, lr_decay=lr_decay, weight_decay=decay,
+                                    initial_accumulator_value=0.25)
+    for step in range(100):
+        grad = f32(step + 10)
+        _core.run_kernel(tier, "adagrad", "fp32", (p, total, grad), step_size=0.01 / (1 + step * lr_decay),
+                         weight_decay=decay, eps=1e-10)
+        peer.grad = torch.from_numpy(grad.astype(np.float64))
+        optimizer.step()
+    assert_near(p, peer.detach().numpy())
+    assert_near(total, optimizer.state[peer]["sum"].numpy())
+
+
+def test_100_steps_of_the_other_adagrad_rule_follow_its_formula(tier):
+    p, total = f32(1), np.zeros(N, np.float32)
+    q, v = p.astype(np.float64), np.zeros(N)
+    for step in range(100):
+        grad = f32(step + 10)
+        _core.run_kernel(tier, "adagrad", "fp32", (p, total, grad), step_size=0.01, weight_decay=0.1, eps=1e-10,
+                         raw_numerator=True)
+        v += (grad + 0.1 * q) ** 2
+        q -= 0.01 * grad / (np.sqrt(v) + 1e-10)
+    assert_near(p, q)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_100_lion_steps_follow_the_published_formula(tier, decay):
+    p, m, lr, (beta1, beta2) = f32(1), np.zeros(N, np.float32), 0.01, (0.9, 0.99)
+    q, m64 = p.astype(np.float64), np.zeros(N)
+    for step in range(100):
+        grad = f32(step + 10)
+        grad[:5] = 0  # u is 0 there: only the decay moves the parameter
+        _core.run_kernel(tier, "lion", "fp32", (p, m, grad), lr=lr, beta1=beta1, beta2=beta2, one_minus_beta1=1 - beta1,
+                         one_minus_beta2=1 - beta2, decay=lr * decay)
+        q = q * (1 - lr * decay) - lr * np.sign(beta1 * m64 + (1 - beta1) * grad)
+        m64 = beta2 * m64 + (1 - beta2) * grad
+    assert_near(p, q)
+    assert_near(m, m64)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("inside", [False, True])
+def test_100_lamb_steps_follow_the_published_formula(tier, decay, inside):
+    lr, (beta1, beta2), eps = 0.01, (0.9, 0.999), 1e-6
+    p, m, v, u = f32(1), np.zeros(N, np.float32), np.zeros(N, np.float32), np.zeros(N, np.float32)
+    q, m64, v64 = p.astype(np.float64), np.zeros(N), np.zeros(N)
+    rule = {"beta1": beta1, "beta2": beta2, "one_minus_beta1": 1 - beta1, "one_minus_beta2": 1 - beta2, "eps": eps,
+            "decay": decay, "eps_inside": inside}
+    for step in range(1, 101):
+        grad = f32(step + 10)
+        _core.run_kernel(tier, "lamb_moments", "fp32", (u, m, v, p, grad), **rule)
+        norms = [math.sqrt(_core.run_kernel(tier, "sum_squares", "fp32", (x,))) for x in (p, u)]
+        size = lr * math.sqrt(1 - beta2 ** step) / (1 - beta1 ** step)
+        _core.run_kernel(tier, "lamb_step", "fp32", (p, m, v), step=size * min(max(norms[0] / norms[1], 0.01), 10.0),
+                         **rule)
+        m64 = beta1 * m64 + (1 - beta1) * grad
+        v64 = beta2 * v64 + (1 - beta2) * grad.astype(np.float64) ** 2
+        direction = m64 / (np.sqrt(v64 + eps) if inside else np.sqrt(v64) + eps) + decay * q
+        q -= size * min(max(np.linalg.norm(q) / np.linalg.norm(direction), 0.01), 10.0) * direction
+    assert_near(p, q)
+
+
 def test_a_caller_that_flushes_denormals_gets_the_same_bits(tier):
     x = (np.arange(1, N + 1, dtype=np.uint32)).view(np.float32)  # all denormal
     expected, got = np.zeros(N, np.float32), np.zeros(N, np.float32)

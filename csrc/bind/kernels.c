@@ -8,7 +8,9 @@
 #include "../fpenv.h"
 #include "../kernels/kernels.h"
 
-enum { MAX_BUFFERS = 4 };
+#include <string.h>
+
+enum { MAX_BUFFERS = 5 };
 
 struct call {
     const struct dsc_kernels *kernels;
@@ -19,6 +21,10 @@ struct call {
     bool first;
     struct dsc_adam adam;
     struct dsc_sgd sgd;
+    struct dsc_adagrad adagrad;
+    struct dsc_lion lion;
+    struct dsc_lamb lamb;
+    float step; /* lamb_step */
     /* what came back: a value, or a flag */
     double sum;
     bool finite;
@@ -57,6 +63,18 @@ static void run_adam(struct call *c) {
 static void run_sgd(struct call *c) {
     c->kernels->sgd(at(c, 0), at(c, 1), at(c, 2), c->n, &c->sgd);
 }
+static void run_adagrad(struct call *c) {
+    c->kernels->adagrad(at(c, 0), at(c, 1), at(c, 2), c->n, &c->adagrad);
+}
+static void run_lion(struct call *c) {
+    c->kernels->lion(at(c, 0), at(c, 1), at(c, 2), c->n, &c->lion);
+}
+static void run_lamb_moments(struct call *c) {
+    c->kernels->lamb_moments(at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(c, 4), c->n, &c->lamb);
+}
+static void run_lamb_step(struct call *c) {
+    c->kernels->lamb_step(at(c, 0), at(c, 1), at(c, 2), c->n, c->step, &c->lamb);
+}
 static void run_sum(struct call *c) {
     c->kernels->combine[c->dtype][DSC_SUM](at(c, 0), at(c, 1), c->n);
 }
@@ -85,6 +103,10 @@ static const struct operation {
     {"sum_squares", run_sum_squares, 1, {4}, 1, SUM},
     {"adam", run_adam, 4, {4, 4, 4, 4}, 1, NOTHING},
     {"sgd", run_sgd, 3, {4, 4, 4}, 1, NOTHING},
+    {"adagrad", run_adagrad, 3, {4, 4, 4}, 1, NOTHING},
+    {"lion", run_lion, 3, {4, 4, 4}, 1, NOTHING},
+    {"lamb_moments", run_lamb_moments, 5, {4, 4, 4, 4, 4}, 1, NOTHING},
+    {"lamb_step", run_lamb_step, 3, {4, 4, 4}, 1, NOTHING},
     {"sum", run_sum, 2, {OF_ACC, OF_DTYPE}, DSC_DTYPE_COUNT, NOTHING},
     {"min", run_min, 2, {OF_ACC, OF_DTYPE}, DSC_DTYPE_COUNT, NOTHING},
     {"max", run_max, 2, {OF_ACC, OF_DTYPE}, DSC_DTYPE_COUNT, NOTHING},
@@ -156,35 +178,97 @@ PyDoc_STRVAR(
     "tier: a name of kernel_tiers(). dtype: 'fp32', 'bf16', ...; half types are 2-byte items.\n"
     "buffers, by op: accumulate, to_f32 (fp32 out, in); from_f32 (out, fp32 in); copy_finite\n"
     "(out, in); is_finite (in); sum_squares (in); adam (p, m, v, grad); sgd (p, buf, grad);\n"
-    "sum, min, max, prod (accumulator, in; the accumulator is fp32 for half types).\n"
-    "hyper: first for accumulate; the fields of struct dsc_adam or struct dsc_sgd.\n"
+    "adagrad (p, sum, grad); lion (p, m, grad); lamb_moments (u, m, v, p, grad); lamb_step\n"
+    "(p, m, v); sum, min, max, prod (accumulator, in; the accumulator is fp32 for half types).\n"
+    "hyper: first for accumulate, step for lamb_step; the fields of struct dsc_<op>.\n"
     "Returns None, a bool (finite?) or a float (sum of squares). ValueError for a wrong name,\n"
     "count, length or item size.");
 
-static int parse_hyper(struct call *call, PyObject *kwargs) {
-    static char *names[] = {"first",    "grad_scale",      "step_size",           "beta1",
-                            "beta2",    "one_minus_beta1", "one_minus_beta2",     "inv_sqrt_c2",
-                            "eps",      "decay",           "decoupled",           "lr",
-                            "momentum", "weight_decay",    "one_minus_dampening", "nesterov",
-                            NULL};
-    struct dsc_adam *a = &call->adam;
-    struct dsc_sgd *s = &call->sgd;
-    int first = 0, decoupled = 0, nesterov = 0, done = 0;
-    PyObject *no_args = PyTuple_New(0);
-    if (!no_args)
+/* Keywords by name; one name may stand for fields of several operations. */
+static const struct field {
+    const char *name;
+    size_t offset;
+    bool is_flag;
+} fields[] = {
+#define FLOAT(op, name)                                                                            \
+    { #name, offsetof(struct call, op.name), false }
+#define FLAG(op, name)                                                                             \
+    { #name, offsetof(struct call, op.name), true }
+    {"first", offsetof(struct call, first), true},
+    {"step", offsetof(struct call, step), false},
+    FLOAT(adam, grad_scale),
+    FLOAT(adam, step_size),
+    FLOAT(adam, beta1),
+    FLOAT(adam, beta2),
+    FLOAT(adam, one_minus_beta1),
+    FLOAT(adam, one_minus_beta2),
+    FLOAT(adam, inv_sqrt_c2),
+    FLOAT(adam, eps),
+    FLOAT(adam, decay),
+    FLAG(adam, decoupled),
+    FLOAT(sgd, grad_scale),
+    FLOAT(sgd, lr),
+    FLOAT(sgd, momentum),
+    FLOAT(sgd, weight_decay),
+    FLOAT(sgd, one_minus_dampening),
+    FLAG(sgd, nesterov),
+    FLAG(sgd, first),
+    FLOAT(adagrad, grad_scale),
+    FLOAT(adagrad, step_size),
+    FLOAT(adagrad, weight_decay),
+    FLOAT(adagrad, eps),
+    FLAG(adagrad, raw_numerator),
+    FLOAT(lion, grad_scale),
+    FLOAT(lion, lr),
+    FLOAT(lion, beta1),
+    FLOAT(lion, beta2),
+    FLOAT(lion, one_minus_beta1),
+    FLOAT(lion, one_minus_beta2),
+    FLOAT(lion, decay),
+    FLOAT(lamb, grad_scale),
+    FLOAT(lamb, beta1),
+    FLOAT(lamb, beta2),
+    FLOAT(lamb, one_minus_beta1),
+    FLOAT(lamb, one_minus_beta2),
+    FLOAT(lamb, eps),
+    FLOAT(lamb, decay),
+    FLAG(lamb, eps_inside),
+#undef FLOAT
+#undef FLAG
+};
+
+/* Sets every field of that name; -1 with an exception. */
+static int set_fields(struct call *call, const char *name, PyObject *value) {
+    double number = PyFloat_AsDouble(value); /* True is 1.0 */
+    bool known = false;
+    if (number == -1.0 && PyErr_Occurred())
         return -1;
-    a->grad_scale = s->one_minus_dampening = 1.0f;
-    done = PyArg_ParseTupleAndKeywords(no_args, kwargs, "|pfffffffffpffffp:run_kernel", names,
-                                       &first, &a->grad_scale, &a->step_size, &a->beta1, &a->beta2,
-                                       &a->one_minus_beta1, &a->one_minus_beta2, &a->inv_sqrt_c2,
-                                       &a->eps, &a->decay, &decoupled, &s->lr, &s->momentum,
-                                       &s->weight_decay, &s->one_minus_dampening, &nesterov);
-    Py_DECREF(no_args);
-    s->grad_scale = a->grad_scale;
-    a->decoupled = decoupled;
-    s->nesterov = nesterov;
-    call->first = s->first = first;
-    return done ? 0 : -1;
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        if (strcmp(fields[i].name, name) != 0)
+            continue;
+        char *place = (char *)call + fields[i].offset;
+        if (fields[i].is_flag)
+            *(bool *)place = number != 0;
+        else
+            *(float *)(void *)place = (float)number;
+        known = true;
+    }
+    if (!known)
+        PyErr_Format(PyExc_TypeError, "run_kernel: '%s' is no keyword of a kernel", name);
+    return known ? 0 : -1;
+}
+
+static int parse_hyper(struct call *call, PyObject *kwargs) {
+    PyObject *key, *value; /* borrowed from kwargs */
+    Py_ssize_t at_item = 0;
+    call->adam.grad_scale = call->sgd.grad_scale = call->adagrad.grad_scale = 1.0f;
+    call->lion.grad_scale = call->lamb.grad_scale = call->sgd.one_minus_dampening = 1.0f;
+    while (kwargs && PyDict_Next(kwargs, &at_item, &key, &value)) {
+        const char *name = PyUnicode_AsUTF8(key);
+        if (!name || set_fields(call, name, value) < 0)
+            return -1;
+    }
+    return 0;
 }
 
 static PyObject *run_kernel(PyObject *module, PyObject *args, PyObject *kwargs) {

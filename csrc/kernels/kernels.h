@@ -32,6 +32,33 @@ struct dsc_sgd {
     bool nesterov, first;
 };
 
+/* One Adagrad step; step_size = lr / (1 + (t - 1) * lr_decay).
+ *   r = grad * grad_scale;  g = r + weight_decay * p;  sum += g * g
+ *   p -= step_size * (raw_numerator ? r : g) / (sqrt(sum) + eps)
+ * raw_numerator is DeepSpeedCPUAdagrad's rule; without it this is torch.optim.Adagrad's. */
+struct dsc_adagrad {
+    float grad_scale, step_size, weight_decay, eps;
+    bool raw_numerator;
+};
+
+/* One Lion step; decay = lr * weight_decay.
+ *   g = grad * grad_scale;  u = beta1 * m + (1 - beta1) * g
+ *   p -= lr * sign(u) + decay * p;  m = beta2 * m + (1 - beta2) * g */
+struct dsc_lion {
+    float grad_scale, lr, beta1, one_minus_beta1, beta2, one_minus_beta2, decay;
+};
+
+/* One LAMB step, in two passes over a whole parameter; decay = weight_decay.
+ *   lamb_moments: g = grad * grad_scale;  m = beta1 * m + (1 - beta1) * g
+ *                 v = beta2 * v + (1 - beta2) * g * g
+ *                 u = m / (eps_inside ? sqrt(v + eps) : sqrt(v) + eps) + decay * p
+ *   lamb_step:    p -= step * u, with u as above
+ * step = lr * sqrt(c2) / c1 * r with the trust ratio r = clamp(|p| / |u|) is made in between. */
+struct dsc_lamb {
+    float grad_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay;
+    bool eps_inside;
+};
+
 struct dsc_kernels {
     const char *name; /* "scalar", "avx2", "avx512", "neon" */
 
@@ -52,6 +79,13 @@ struct dsc_kernels {
                  const struct dsc_adam *h);
     /* buf may be NULL where momentum is 0 */
     void (*sgd)(float *p, float *buf, const float *grad, size_t n, const struct dsc_sgd *h);
+    void (*adagrad)(float *p, float *sum, const float *grad, size_t n, const struct dsc_adagrad *h);
+    void (*lion)(float *p, float *m, const float *grad, size_t n, const struct dsc_lion *h);
+    /* u receives the direction */
+    void (*lamb_moments)(float *u, float *m, float *v, const float *p, const float *grad, size_t n,
+                         const struct dsc_lamb *h);
+    void (*lamb_step)(float *p, const float *m, const float *v, size_t n, float step,
+                      const struct dsc_lamb *h);
 
     /* acc[i] = acc[i] op src[i] for collectives. acc is fp32 where the dtype is BF16 or F16, else
      * of the dtype itself. AVG adds (the caller divides). MIN and MAX propagate NaN. Integers wrap.

@@ -4,9 +4,12 @@
  * conversions that compilers do not vectorise: widen_f16(float *, const uint16_t *, n),
  * narrow_f16(uint16_t *, const float *, n). The loops are plain C over the maths of <op>.h; the
  * compiler makes the vectors. Invariant: nothing here depends on TIER but the speed. */
+#include "adagrad.h"
 #include "adam.h"
 #include "cast.h"
 #include "combine.h"
+#include "lamb.h"
+#include "lion.h"
 #include "norm.h"
 #include "sgd.h"
 
@@ -193,6 +196,50 @@ static void NAME(sgd)(float *p, float *buf, const float *grad, size_t n,
     }
 }
 
+/* A rule with and without its decay term: the choice stands outside the loop. */
+#define WITH_DECAY(decay, statement)                                                               \
+    if ((decay) != 0.0f) {                                                                         \
+        DSC_IVDEP                                                                                  \
+        for (size_t i = 0; i < n; i++)                                                             \
+            statement(true);                                                                       \
+    } else {                                                                                       \
+        DSC_IVDEP                                                                                  \
+        for (size_t i = 0; i < n; i++)                                                             \
+            statement(false);                                                                      \
+    }
+
+static void NAME(adagrad)(float *p, float *sum, const float *grad, size_t n,
+                          const struct dsc_adagrad *hyper) {
+    const struct dsc_adagrad h = *hyper;
+#define STEP(decays) dsc_adagrad_step(&p[i], &sum[i], grad[i], &h, decays)
+    WITH_DECAY(h.weight_decay, STEP)
+#undef STEP
+}
+
+static void NAME(lion)(float *p, float *m, const float *grad, size_t n,
+                       const struct dsc_lion *hyper) {
+    const struct dsc_lion h = *hyper;
+#define STEP(decays) dsc_lion_step(&p[i], &m[i], grad[i], &h, decays)
+    WITH_DECAY(h.decay, STEP)
+#undef STEP
+}
+
+static void NAME(lamb_moments)(float *u, float *m, float *v, const float *p, const float *grad,
+                               size_t n, const struct dsc_lamb *hyper) {
+    const struct dsc_lamb h = *hyper;
+#define STEP(decays) u[i] = dsc_lamb_moments(p[i], &m[i], &v[i], grad[i], &h, decays)
+    WITH_DECAY(h.decay, STEP)
+#undef STEP
+}
+
+static void NAME(lamb_step)(float *p, const float *m, const float *v, size_t n, float step,
+                            const struct dsc_lamb *hyper) {
+    const struct dsc_lamb h = *hyper;
+#define STEP(decays) dsc_lamb_step(&p[i], m[i], v[i], step, &h, decays)
+    WITH_DECAY(h.decay, STEP)
+#undef STEP
+}
+
 /* ---- the table ---- */
 
 #define TRAIN_ROW(op)                                                                              \
@@ -216,6 +263,10 @@ const struct dsc_kernels NAME(dsc__kernels) = {
     .sum_squares = NAME(sum_squares),
     .adam = NAME(adam),
     .sgd = NAME(sgd),
+    .adagrad = NAME(adagrad),
+    .lion = NAME(lion),
+    .lamb_moments = NAME(lamb_moments),
+    .lamb_step = NAME(lamb_step),
     .combine = {[DSC_F32] = OP_ROW(f32),
                 [DSC_BF16] = OP_ROW(bf16),
                 [DSC_F16] = OP_ROW(f16),

@@ -135,6 +135,40 @@ static uint64_t run_sgd(const struct dsc_kernels *k, struct arrays x, size_t n, 
     k->sgd(x.a, variant & 1 ? x.b : NULL, x.in, n, &h);
     return 0;
 }
+/* Bits of variant: weight decay, raw numerator (Adagrad) or eps inside the root (LAMB). */
+static uint64_t run_adagrad(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                            int variant) {
+    struct dsc_adagrad h = {0.37f, 0.01f, variant & 1 ? 0.003f : 0.0f, 1e-10f, variant & 2};
+    (void)dtype;
+    k->adagrad(x.a, x.b, x.in, n, &h);
+    return 0;
+}
+static uint64_t run_lion(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                         int variant) {
+    struct dsc_lion h = {0.37f, 0.01f, 0.9f, 0.1f, 0.99f, 0.01f, variant ? 0.003f : 0.0f};
+    (void)dtype;
+    k->lion(x.a, x.b, x.in, n, &h);
+    return 0;
+}
+static struct dsc_lamb lamb_hyper(int variant) {
+    return (struct dsc_lamb){
+        0.37f, 0.9f, 0.1f, 0.999f, 0.001f, 1e-6f, variant & 1 ? 0.01f : 0.0f, variant & 2};
+}
+/* The gradient is the parameter, too: five arrays in four. */
+static uint64_t run_lamb_moments(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                                 int variant) {
+    struct dsc_lamb h = lamb_hyper(variant);
+    (void)dtype;
+    k->lamb_moments(x.a, x.b, x.c, x.in, x.in, n, &h);
+    return 0;
+}
+static uint64_t run_lamb_step(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                              int variant) {
+    struct dsc_lamb h = lamb_hyper(variant);
+    (void)dtype;
+    k->lamb_step(x.a, x.in, x.c, n, 0.01f, &h);
+    return 0;
+}
 static uint64_t run_combine(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
                             int variant) {
     k->combine[dtype][variant](x.a, x.in, n);
@@ -155,6 +189,10 @@ static const struct operation {
     {"sum_squares", run_sum_squares, DSC_F32, DSC_F32, 1, 1},
     {"adam", run_adam, DSC_F32, DSC_F32, 1, 3},
     {"sgd", run_sgd, DSC_F32, DSC_F32, 1, 16},
+    {"adagrad", run_adagrad, DSC_F32, DSC_F32, 1, 4},
+    {"lion", run_lion, DSC_F32, DSC_F32, 1, 2},
+    {"lamb_moments", run_lamb_moments, DSC_F32, DSC_F32, 1, 4},
+    {"lamb_step", run_lamb_step, DSC_F32, DSC_F32, 1, 4},
     {"combine", run_combine, OF_ACC, OF_DTYPE, DSC_DTYPE_COUNT, DSC_OP_COUNT},
 };
 
@@ -437,10 +475,45 @@ static void sgd_follows_its_formula(void) {
     }
 }
 
+static void adagrad_and_lion_follow_their_formulas(void) {
+    for (int i = 0; i < 4000; i++) {
+        float p = (float)(int32_t)next_random() * 0x1p-31f, q = p;
+        float m = (float)(int32_t)next_random() * 0x1p-31f, sum = fabsf(m);
+        float x = i % 7 ? (float)(int32_t)next_random() * 0x1p-31f : 0.0f;
+        if (i % 7 == 0)
+            m = 0;
+        volatile float raw = x * 0.37f, t = 0.003f * p, u, g = i & 1 ? raw + t : raw;
+        t = g * g;
+        volatile float s = sum + t, root = sqrtf(s) + 1e-10f, step = 0.01f * (i & 2 ? raw : g);
+        step = step / root;
+        float p_adagrad = p - step;
+        t = 0.9f * m, u = 0.1f * raw;
+        t = t + u;
+        step = t > 0 ? 0.01f : t < 0 ? -0.01f : 0.0f;
+        u = 0.003f * q;
+        if (i & 1)
+            step = step + u;
+        float p_lion = q - step;
+        t = 0.99f * m, u = 0.01f * raw;
+        volatile float m_lion = t + u;
+        run_adagrad(dsc_kernels_tier("scalar"), (struct arrays){&p, &sum, NULL, &x}, 1, DSC_F32,
+                    i & 3);
+        run_lion(dsc_kernels_tier("scalar"), (struct arrays){&q, &m, NULL, &x}, 1, DSC_F32, i & 1);
+        CHECK(p == p_adagrad && sum == s && q == p_lion && m == m_lion);
+    }
+}
+
 static void infinite_parameters_without_decay_stay_infinite(void) {
     struct dsc_adam adam = adam_hyper(0);
     struct dsc_sgd sgd = {.grad_scale = 1, .lr = 0.1f};
+    struct dsc_lamb lamb = lamb_hyper(0);
     float p = INFINITY, m = 0, v = 0, g = 1;
+    run_adagrad(dsc_kernels(), (struct arrays){&p, &m, NULL, &g}, 1, DSC_F32, 0);
+    CHECK(p == INFINITY);
+    run_lion(dsc_kernels(), (struct arrays){&p, &m, NULL, &g}, 1, DSC_F32, 0);
+    CHECK(p == INFINITY);
+    dsc_kernels()->lamb_step(&p, &m, &v, 1, 0.1f, &lamb);
+    CHECK(p == INFINITY);
     dsc_kernels()->adam(&p, &m, &v, &g, 1, &adam);
     CHECK(p == INFINITY);
     dsc_kernels()->sgd(&p, NULL, &g, 1, &sgd);
@@ -575,6 +648,7 @@ static const struct test_case cases[] = {
     CASE(adam_is_within_ulps_of_double_arithmetic),
     CASE(optimizers_store_one_nan_whatever_came_in),
     CASE(sgd_follows_its_formula),
+    CASE(adagrad_and_lion_follow_their_formulas),
     CASE(infinite_parameters_without_decay_stay_infinite),
     CASE(combine_wraps_integers_and_propagates_nan),
     CASE(combine_of_halves_adds_in_fp32),

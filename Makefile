@@ -19,6 +19,7 @@ help:
 	@echo "demo      train the CIFAR-10 example on two ranks (sets everything up first)"
 	@echo "test      run the test suite (sets everything up first); test-long adds what takes minutes"
 	@echo "build     set up $(VENV) and build the extension in place"
+	@echo "compat    install the distribution that is called deepspeed into $(VENV)"
 	@echo "lint      check C and Python style; format: apply it"
 	@echo "asan      C tests and single-process Python tests under AddressSanitizer and UBSan"
 	@echo "tsan      C tests under ThreadSanitizer"
@@ -56,6 +57,14 @@ $(VENV)/.built: $(SOURCES) $(VENV)/.packages
 
 .PHONY: build
 build: $(VENV)/.built
+
+# deepspeed_c under the name `deepspeed`, in the environment.
+$(VENV)/.compat: $(wildcard compat/*.* compat/deepspeed/*.py) $(VENV)/.built
+	$(PIP) --no-build-isolation --no-deps ./compat
+	touch $@
+
+.PHONY: compat
+compat: $(VENV)/.compat
 
 .PHONY: compile-commands
 compile-commands: build

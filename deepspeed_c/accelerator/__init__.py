@@ -5,12 +5,15 @@ a CUDA context, so that a process may fork afterwards.
 """
 import os
 
+from deepspeed_c import _paths
 from deepspeed_c.accelerator.interface import DeepSpeedAccelerator
 
 __all__ = ["DeepSpeedAccelerator", "get_accelerator", "is_current_accelerator_supported", "set_accelerator"]
 
 _NAMES = ("cpu", "cuda")
 _current = None
+
+__getattr__, __dir__ = _paths.attributes(__name__)
 
 
 def get_accelerator():

@@ -26,9 +26,11 @@ from torch.distributed import (
     send,
 )
 
+from .. import _paths
 from ..accelerator import get_accelerator
 from ..distributed import destroy_process_group, init_distributed, opened_comm, world_comm
 
+__getattr__, __dir__ = _paths.attributes(__name__)
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64))
 _OPS = {ReduceOp.SUM: "sum", ReduceOp.AVG: "avg", ReduceOp.MIN: "min", ReduceOp.MAX: "max", ReduceOp.PRODUCT: "prod"}
 _SUM = ReduceOp.SUM

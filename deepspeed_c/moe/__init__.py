@@ -1,4 +1,4 @@
 """Mixture of experts: parameter groups in `utils`; the layer itself is not there yet."""
-from . import layer, utils
+from deepspeed_c import _paths
 
-__all__ = ["layer", "utils"]
+__getattr__, __dir__ = _paths.attributes(__name__)

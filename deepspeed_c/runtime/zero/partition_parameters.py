@@ -1,8 +1,11 @@
-"""deepspeed.zero: parameter sharding as scripts enter it.
+"""Parameter sharding as scripts enter it: zero.Init, zero.GatheredParameters.
 
 Stages 0 to 2 keep every parameter whole on every rank, so GatheredParameters has nothing to gather and
 does nothing on ordinary parameters; Init(enabled=False) does nothing. Stage 3 is not there yet.
 """
+from deepspeed_c import _paths
+
+__getattr__, __dir__ = _paths.attributes(__name__)
 
 
 class Init:

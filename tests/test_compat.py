@@ -1,0 +1,223 @@
+"""Import paths: every one that clients use, as statement and as attribute, by both names, leads to one object.
+
+The lists here are written from what clients import, not from the package's table. Each check runs in a process of its
+own, forked from one that has torch and nothing of ours, with the distribution of compat/ built and installed.
+"""
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# What is imported as a module. The last column of names: what clients take from it.
+MODULES = {
+    "accelerator": ["get_accelerator"],
+    "comm": ["barrier", "get_rank", "init_distributed", "is_initialized"],
+    "comm.comm": ["all_reduce", "init_distributed"],
+    "launcher.runner": ["main"],
+    "moe": [],
+    "moe.layer": ["MoE"],
+    "moe.utils": ["is_moe_param", "split_params_into_different_moe_groups_for_optimizer"],
+    "runtime": [],
+    "runtime.base_optimizer": ["DeepSpeedOptimizer"],
+    "runtime.engine": ["DeepSpeedEngine"],
+    "runtime.lr_schedules": ["LRRangeTest", "OneCycle", "VALID_LR_SCHEDULES", "WarmupCosineLR", "WarmupDecayLR",
+                             "WarmupLR"],
+    "runtime.zero": ["GatheredParameters", "Init", "register_external_parameter"],
+    "runtime.zero.partition_parameters": ["GatheredParameters", "Init", "register_external_parameter"],
+    "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
+    "utils": ["log_dist", "logger"],
+    "utils.logging": ["log_dist", "logger"],
+    "zero": ["GatheredParameters", "Init"],
+}
+# Paths that lead to what is not there: importable, and an error that says so at the name.
+NOT_YET = {
+    "moe.sharded_moe": ["TopKGate", "top1gating"],
+    "pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
+    "profiling.flops_profiler": ["FlopsProfiler", "get_model_profile"],
+    "runtime.sequence_parallel.ulysses_sp": ["UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter"],
+    "runtime.zero.muon.original_muon": ["MuonWithAuxAdam"],
+    "runtime.zero.partition_parameters": ["ZeroParamStatus", "zero_wrapper_for_fp_tensor_constructor"],
+    "runtime.zero.stage3": ["estimate_zero3_model_states_mem_needs_all_live"],
+    "runtime.zero.stage_1_and_2": ["estimate_zero2_model_states_mem_needs_all_cold"],
+    "sequence.layer": ["DistributedAttention"],
+    "utils.zero_to_fp32": ["get_fp32_state_dict_from_zero_checkpoint", "get_model_state_file", "get_optim_files",
+                           "load_state_dict_from_zero_checkpoint"],
+}
+# What is reached by dots after a bare `import deepspeed`.
+ATTRIBUTES = ["initialize", "init_distributed", "add_config_arguments", "tp_model_init", "init_inference",
+              "DeepSpeedEngine", "__version__", "zero.Init", "zero.GatheredParameters",
+              "zero.register_external_parameter", "comm.get_rank", "moe.layer.MoE", "moe.utils.is_moe_param",
+              *(f"{path}.{name}" for path, names in MODULES.items() for name in names)]
+
+# Reads {key: code}, writes {key: the code's error or ""}.
+RUN_EACH = """
+import json, os, sys, torch, torch.distributed, torch.optim
+results = {}
+for key, code in json.load(sys.stdin).items():
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        said = ""
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as text:
+        results[key] = text.read()
+    os.wait()
+json.dump(results, sys.stdout)
+"""
+
+
+def environment(*folders):
+    """This process's, with these folders and the tree first on the path of Python."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*folders, ROOT)))}
+
+
+def python(code, *folders, stdin=None, cwd=None):
+    """A fresh Python over folders and the tree: what it wrote to stdout."""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(*folders), input=stdin, cwd=cwd,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A folder with the distribution `deepspeed` installed from a wheel of compat/."""
+    folder = tmp_path_factory.mktemp("compat")
+    shutil.copytree(ROOT / "compat", folder / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index",
+                    "--target", folder / "site", folder / "source"], check=True, capture_output=True, text=True)
+    return folder / "site"
+
+
+def checks():
+    """{key: code} of all that is asked of the import system."""
+    found = {}
+    for path in {**MODULES, **NOT_YET}:
+        for one, other in (("deepspeed", "deepspeed_c"), ("deepspeed_c", "deepspeed")):
+            found[f"statement {one}.{path}"] = (
+                f"import {'deepspeed_c' if one == 'deepspeed_c' else 'deepspeed'}, importlib.util, sys\n"
+                f"assert importlib.util.find_spec('{one}.{path}') is not None\n"
+                f"import {one}.{path} as first\n"
+                f"assert first.__spec__ is not None and first.__spec__.name == first.__name__\n"
+                f"import deepspeed\n"
+                f"import {other}.{path} as second\n"
+                f"assert first is second is sys.modules['{one}.{path}'] is sys.modules['{other}.{path}']\n"
+                f"assert importlib.util.find_spec('{one}.{path}') is not None\n"
+                f"from {one} import {path.partition('.')[0]}\n")
+    for path, names in MODULES.items():
+        for name in names:
+            found[f"from {path} import {name}"] = (
+                f"from deepspeed.{path} import {name} as first\nfrom deepspeed_c.{path} import {name} as second\n"
+                "assert first is second\n")
+    for path in ATTRIBUTES:
+        for root in ("deepspeed", "deepspeed_c"):
+            found[f"attribute {root}.{path}"] = f"import {root}\nassert {root}.{path} is not None\n"
+    for path, names in NOT_YET.items():
+        for name in names:
+            found[f"not yet {path}.{name}"] = (
+                f"import deepspeed.{path} as module\nassert '{name}' in dir(module)\n"
+                f"try:\n    from deepspeed.{path} import {name}\n"
+                f"except NotImplementedError as error:\n    assert '{name} is not yet' in str(error), error\n"
+                f"else:\n    raise SystemExit('it is there')\n"
+                f"assert not hasattr(module, 'no_such_name')\n")
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(site):
+    return json.loads(python(RUN_EACH, site, stdin=json.dumps(checks())))
+
+
+@pytest.mark.parametrize("key", checks())
+def test_path(results, key):
+    assert results[key] == ""
+
+
+@pytest.mark.parametrize("first, second", [("deepspeed", "deepspeed_c"), ("deepspeed_c", "deepspeed")])
+def test_the_package_is_one_object_in_either_order(site, first, second):
+    assert python(f"import {first}, {second}, sys; assert deepspeed is deepspeed_c; "
+                  "assert sys.modules['deepspeed'] is deepspeed_c; "
+                  "assert deepspeed.__spec__.name == 'deepspeed_c'", site) == ""
+
+
+def test_what_clients_ask_of_the_metadata(site):
+    out = python("import importlib.metadata as m, importlib.util as u; print(u.find_spec('deepspeed') is not None, "
+                 "m.metadata('deepspeed')['Name'], m.version('deepspeed')); import deepspeed; "
+                 "print(u.find_spec('deepspeed') is not None, list(m.distribution('deepspeed').entry_points))", site)
+    assert re.fullmatch(r"True deepspeed 0\.19\.8\+deepspeed\.c\.[0-9.]+\nTrue \[\]\n", out)
+
+
+def test_the_versions_agree():
+    ours = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    text = (ROOT / "compat" / "pyproject.toml").read_text()
+    assert f'version = "0.19.8+deepspeed.c.{ours}"' in text
+    assert f'dependencies = ["deepspeed_c=={ours}"]' in text
+    assert f'__version__ = "{ours}"' in (ROOT / "deepspeed_c" / "__init__.py").read_text()
+
+
+def test_import_loads_no_torch_and_says_nothing(site):
+    assert python("import deepspeed, sys; assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules",
+                  site) == ""
+
+
+def test_a_path_that_nobody_has_is_not_found(site):
+    python("import deepspeed, importlib.util as u\n"
+           "assert u.find_spec('deepspeed.nothing') is None and u.find_spec('deepspeed.comm.nothing') is None\n"
+           "try:\n    import deepspeed.nothing\n"
+           "except ModuleNotFoundError as error:\n    assert error.name == 'deepspeed.nothing'\n"
+           "try:\n    deepspeed.nothing\nexcept AttributeError as error:\n    assert 'nothing' in str(error)\n", site)
+
+
+def test_replaced_names_work_across_both(site):
+    """mock.patch by dotted name, with the options that clients' own tests use, and module globals set by hand."""
+    python("""
+from unittest import mock
+import deepspeed, deepspeed_c
+with mock.patch("deepspeed.initialize") as fake:
+    assert deepspeed_c.initialize is fake
+assert deepspeed.initialize is deepspeed_c.api.initialize
+with mock.patch("deepspeed.init_distributed", autospec=True) as fake:
+    deepspeed.init_distributed("gloo", distributed_port=1)
+    fake.assert_called_once()
+with mock.patch("deepspeed.DeepSpeedEngine", autospec=True):
+    pass
+with mock.patch("deepspeed.zero.Init") as fake:
+    assert deepspeed_c.runtime.zero.Init is fake
+import deepspeed.runtime.zero.partition_parameters as parameters
+parameters.something = 5
+assert deepspeed_c.runtime.zero.partition_parameters.something == 5
+""", site)
+
+
+def test_pickles_and_classes_are_the_same_by_both_names(site):
+    python("""
+import copyreg, pickle
+import deepspeed, deepspeed_c, torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+assert DeepSpeedEngine is deepspeed_c.DeepSpeedEngine
+assert pickle.loads(pickle.dumps(deepspeed.runtime.lr_schedules.WarmupLR)) is deepspeed_c.runtime.lr_schedules.WarmupLR
+# What was pickled where DeepSpeed itself was installed.
+assert pickle.loads(b"cdeepspeed.runtime.lr_schedules\\nWarmupLR\\n.") is deepspeed_c.runtime.lr_schedules.WarmupLR
+model = torch.nn.Linear(2, 2)
+engine, *_ = deepspeed.initialize(model=model, config={"train_batch_size": 1})
+assert isinstance(engine, deepspeed.DeepSpeedEngine) and type(engine) == deepspeed_c.DeepSpeedEngine
+""", site)
+
+
+def test_files_of_real_deepspeed_in_the_same_folder_are_an_error(site, tmp_path):
+    shutil.copytree(site, tmp_path / "both")
+    (tmp_path / "both" / "deepspeed" / "runtime").mkdir()
+    out = python("try:\n    import deepspeed\nexcept ImportError as error:\n    print(error)", tmp_path / "both")
+    assert "holds files of another deepspeed (runtime)" in out and "pip uninstall deepspeed" in out

@@ -1,8 +1,8 @@
 /* Learning-rate schedules as pure functions of the step index.
  *
- * Decides: the rate of WarmupLR, WarmupDecayLR and WarmupCosineLR at index i (formulas: semantics
- * of DeepSpeed's lr_schedules). Invariant: no state, so resuming needs the index and nothing else.
- * Called by the engine at the boundary and by lr_schedules.py through the binding. */
+ * Decides: the rate of WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle and LRRangeTest at index i
+ * (formulas: semantics of DeepSpeed's lr_schedules). Invariant: no state, so resuming needs the
+ * index and nothing else. Called by runtime/lr_schedules.py through the binding. */
 #include "lr.h"
 
 #include <math.h>
@@ -81,4 +81,61 @@ double dsc_lr_at(const struct dsc_lr *schedule, int64_t i, double base) {
     if (cosine)
         return base * cosine_ratio(schedule, i);
     return schedule->min + (schedule->max - schedule->min) * warmup_share(schedule, i);
+}
+
+enum dsc_status dsc_lr_cycle_check(const struct dsc_lr_cycle *cycle) {
+    if (!(cycle->first > 0) || !isfinite(cycle->first))
+        return DSC_FAIL(DSC_EINVAL, "cycle_first_step_size must be positive and finite, got %g",
+                        cycle->first);
+    if (!(cycle->second >= 0) || !isfinite(cycle->second))
+        return DSC_FAIL(DSC_EINVAL,
+                        "cycle_second_step_size must be finite and not negative, got %g",
+                        cycle->second);
+    if (!(cycle->decay_step >= 0) || !isfinite(cycle->decay_step))
+        return DSC_FAIL(DSC_EINVAL, "decay_step_size must be finite and not negative, got %g",
+                        cycle->decay_step);
+    return DSC_OK;
+}
+
+/* Height in the cycle, 0 to 1 and back to 0. fmod is exact, so whole step sizes meet their stairs
+ * and ends exactly, in every cycle. */
+static double cycle_share(const struct dsc_lr_cycle *cycle, int64_t i) {
+    const double phase = fmod((double)i + 1.0, cycle->first + cycle->second);
+    const bool rising = phase <= cycle->first;
+    const double done = rising ? phase : cycle->first + cycle->second - phase;
+    const double length = rising ? cycle->first : cycle->second;
+    const int64_t n_stairs = rising ? cycle->first_stairs : cycle->second_stairs;
+    if (n_stairs > 0)
+        return floor(done * (double)n_stairs / length) / (double)n_stairs;
+    return done / length;
+}
+
+static bool in_cycle(const struct dsc_lr_cycle *cycle, int64_t i) {
+    return (double)i < cycle->first + cycle->second;
+}
+
+/* 1 + rate * d after the cycle, d the decay steps done; 1 without a decay. */
+static double decay_growth(const struct dsc_lr_cycle *cycle, double rate, int64_t i) {
+    if (cycle->decay_step == 0)
+        return 1.0;
+    return 1.0 + rate * ((double)i - (cycle->first + cycle->second) + 1.0) / cycle->decay_step;
+}
+
+double dsc_lr_cycle_at(const struct dsc_lr_cycle *cycle, double min, double max, double decay_rate,
+                       int64_t i) {
+    if (in_cycle(cycle, i))
+        return min + (max - min) * cycle_share(cycle, i);
+    return min / decay_growth(cycle, decay_rate, i);
+}
+
+double dsc_lr_cycle_mom_at(const struct dsc_lr_cycle *cycle, double min, double max,
+                           double decay_rate, int64_t i) {
+    if (in_cycle(cycle, i))
+        return max - (max - min) * cycle_share(cycle, i);
+    return max * decay_growth(cycle, decay_rate, i);
+}
+
+double dsc_lr_range_at(double min, int64_t n_step, double rate, bool staircase, int64_t i) {
+    const double done = ((double)i + 1.0) / (double)n_step;
+    return min * (1.0 + rate * (staircase ? floor(done) : done));
 }

@@ -14,6 +14,7 @@ from . import _core
 from . import model as model_setup
 from .distributed import world_comm
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer, check_groups, resolve
+from .runtime import lr_schedules
 from .utils.logging import log_dist, logger
 
 
@@ -130,16 +131,18 @@ class DeepSpeedEngine(torch.nn.Module):
 
     def _make_scheduler(self, given):
         if given is not None:
-            if isinstance(given, torch.optim.lr_scheduler.LRScheduler) or not callable(given):
+            if hasattr(given, "step") and not isinstance(given, type):
                 return given
+            if not callable(given):
+                raise TypeError(f"lr_scheduler is {type(given).__name__}; allowed: an object with step(), or a "
+                                "callable that makes one from an optimizer")
             if self.basic_optimizer is None:
                 raise ValueError("lr_scheduler is a callable and there is no optimizer to call it with")
             return given(self.basic_optimizer)
         name = self._config.get("scheduler.type")
         if name is None or self.optimizer is None:
             return None
-        from .runtime import lr_schedules
-        return lr_schedules.create(name, self.optimizer, self._config.subtree("scheduler.params") or {})
+        return lr_schedules.create(name, self.optimizer, self._config.subtree("scheduler.params"))
 
     def deepspeed_io(self, dataset, batch_size=None, route="train", pin_memory=True, data_sampler=None,
                      collate_fn=None, num_local_io_workers=None):
@@ -212,7 +215,8 @@ class DeepSpeedEngine(torch.nn.Module):
             self._inside_no_sync = False
 
     def step(self, lr_kwargs=None):
-        """At a boundary: optimizer step, then schedule. Elsewhere it only counts the micro-step."""
+        """At a boundary: optimizer step, then schedule, unless the step was skipped. Elsewhere it only counts the
+        micro-step. lr_kwargs: keywords of the schedule's step(), such as {"metrics": loss}."""
         self._needs_core("step")
         if self._inside_no_sync:
             raise RuntimeError("step() inside no_sync(): leave the context first")
@@ -220,7 +224,7 @@ class DeepSpeedEngine(torch.nn.Module):
         if self.is_gradient_accumulation_boundary():
             self._apply_gradients()
             if self.lr_scheduler is not None and not self._last_step_skipped:
-                self.lr_scheduler.step(**(lr_kwargs or {}))
+                lr_schedules.advance(self.lr_scheduler, lr_kwargs, self.train_batch_size())
             self._print_progress()
         self.micro_steps += 1
 

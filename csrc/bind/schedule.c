@@ -92,6 +92,48 @@ static PyObject *lr_table(PyObject *module, PyObject *args) {
     return array;
 }
 
+PyDoc_STRVAR(
+    one_cycle_doc,
+    "one_cycle(first, second, first_stairs, second_stairs, decay_step, min, max, decay_rate, i,\n"
+    "          momentum=False) -> float\n\n"
+    "The learning rate of OneCycle at step index i (-1: at construction), or with `momentum`\n"
+    "its momentum, of which min, max and decay_rate are then. ValueError names the parameter\n"
+    "that is out of range.");
+
+static PyObject *one_cycle(PyObject *module, PyObject *args) {
+    struct dsc_lr_cycle cycle;
+    long long first_stairs, second_stairs, i;
+    double min, max, decay_rate;
+    int is_momentum = 0;
+    if (!PyArg_ParseTuple(args, "ddLLddddL|p:one_cycle", &cycle.first, &cycle.second, &first_stairs,
+                          &second_stairs, &cycle.decay_step, &min, &max, &decay_rate, &i,
+                          &is_momentum))
+        return NULL;
+    cycle.first_stairs = first_stairs, cycle.second_stairs = second_stairs;
+    const enum dsc_status status = dsc_lr_cycle_check(&cycle);
+    if (status != DSC_OK)
+        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    return PyFloat_FromDouble(is_momentum ? dsc_lr_cycle_mom_at(&cycle, min, max, decay_rate, i)
+                                          : dsc_lr_cycle_at(&cycle, min, max, decay_rate, i));
+}
+
+PyDoc_STRVAR(range_test_doc,
+             "range_test(min, n_step, rate, staircase, i) -> float\n\n"
+             "The learning rate of LRRangeTest at step index i (-1: at construction); n_step must\n"
+             "be positive.");
+
+static PyObject *range_test(PyObject *module, PyObject *args) {
+    (void)module;
+    double min, rate;
+    long long n_step, i;
+    int is_staircase;
+    if (!PyArg_ParseTuple(args, "dLdpL:range_test", &min, &n_step, &rate, &is_staircase, &i))
+        return NULL;
+    if (n_step < 1)
+        return PyErr_Format(PyExc_ValueError, "n_step must be positive, got %lld", n_step);
+    return PyFloat_FromDouble(dsc_lr_range_at(min, n_step, rate, is_staircase, i));
+}
+
 PyDoc_STRVAR(shuffle_doc,
              "shuffle(seed, epoch, n, start, stride, count)\n\n"
              "Samples at positions start, start + stride, ... of the order of (seed, epoch) over\n"
@@ -172,6 +214,8 @@ static PyObject *scaler_trace(PyObject *module, PyObject *args, PyObject *kwargs
 static PyMethodDef methods[] = {
     {"lr_at", lr_at, METH_VARARGS, lr_at_doc},
     {"lr_table", lr_table, METH_VARARGS, lr_table_doc},
+    {"one_cycle", one_cycle, METH_VARARGS, one_cycle_doc},
+    {"range_test", range_test, METH_VARARGS, range_test_doc},
     {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
     {"scaler_trace", (PyCFunction)(void (*)(void))scaler_trace, METH_VARARGS | METH_KEYWORDS,
      scaler_trace_doc},

@@ -186,11 +186,8 @@ static void a_bool_clips_at_one_and_says_so(void) {
 
 static void names_are_equal_in_any_case_and_come_back_canonical(void) {
     struct dsc_config config =
-        accepted("{\"train_batch_size\": 1, \"optimizer\": {\"type\": \"adamW\"},"
-                 " \"scheduler\": {\"type\": \"warmuplr\"}}",
-                 1, NULL);
+        accepted("{\"train_batch_size\": 1, \"optimizer\": {\"type\": \"adamW\"}}", 1, NULL);
     CHECK(strcmp(config.optimizer_type, "AdamW") == 0);
-    CHECK(strcmp(config.scheduler_type, "WarmupLR") == 0);
 }
 
 static void what_is_not_there_says_not_yet(void) {
@@ -201,7 +198,6 @@ static void what_is_not_there_says_not_yet(void) {
         {"\"zero_optimization\": {\"cpu_offload\": true}", "cpu_offload"},
         {"\"optimizer\": {\"type\": \"Lamb\"}", "works now: \"Adam\", \"AdamW\", \"SGD\""},
         {"\"optimizer\": {\"type\": \"Adm\"}", "did you mean \"Adam\""},
-        {"\"scheduler\": {\"type\": \"OneCycle\"}", "scheduler.type is \"OneCycle\": not yet"},
         {"\"prescale_gradients\": true", "prescale_gradients is true: not yet"},
         {"\"gradient_predivide_factor\": 2", "gradient_predivide_factor is 2: not yet"},
         {"\"communication_data_type\": \"fp16\"", "not yet; works now: \"fp32\""},

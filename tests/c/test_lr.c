@@ -86,6 +86,55 @@ static void total_below_warmup_stays_finite(void) {
     }
 }
 
+static const struct dsc_lr_cycle cycle = {4, 2, 0, 0, 2};
+
+static void cycle_refused(struct dsc_lr_cycle wrong, const char *name) {
+    CHECK_EQ_INT(dsc_lr_cycle_check(&wrong), DSC_EINVAL);
+    CHECK(strstr(dsc_last_error(), name));
+}
+
+static void bad_cycles_are_named(void) {
+    CHECK_OK(dsc_lr_cycle_check(&cycle));
+    CHECK_OK(dsc_lr_cycle_check(&(struct dsc_lr_cycle){0.5, 0, -1, -1, 0}));
+    cycle_refused((struct dsc_lr_cycle){0, 2, 0, 0, 0}, "cycle_first_step_size");
+    cycle_refused((struct dsc_lr_cycle){NAN, 2, 0, 0, 0}, "cycle_first_step_size");
+    cycle_refused((struct dsc_lr_cycle){1, -1, 0, 0, 0}, "cycle_second_step_size");
+    cycle_refused((struct dsc_lr_cycle){1, INFINITY, 0, 0, 0}, "cycle_second_step_size");
+    cycle_refused((struct dsc_lr_cycle){1, 1, 0, 0, -1}, "decay_step_size");
+}
+
+static void cycle_rises_falls_and_decays(void) {
+    const double rate[] = {1, 2, 3, 4, 5, 3, 1, 1 / 1.25, 1 / 1.5};
+    const double mom[] = {0.9, 0.875, 0.85, 0.825, 0.8, 0.85, 0.9, 0.9 * 1.25, 0.9 * 1.5};
+    for (int k = 0; k < 9; k++) { /* index 6 is the first after the cycle */
+        near(dsc_lr_cycle_at(&cycle, 1, 5, 0.5, k - 1), rate[k]);
+        near(dsc_lr_cycle_mom_at(&cycle, 0.8, 0.9, 0.5, k - 1), mom[k]);
+    }
+}
+
+static void stairs_are_floors_of_each_half(void) {
+    const struct dsc_lr_cycle stairs = {6, 4, 2, 4, 0};
+    const double level[] = {0, 0, 0, 0.5, 0.5, 0.5, 1, 0.75, 0.5, 0.25, 0};
+    for (int k = 0; k < 11; k++)
+        near(dsc_lr_cycle_at(&stairs, 0, 1, 9, k - 1), level[k]);
+}
+
+static void without_a_second_half_or_a_decay_the_cycle_ends_at_once(void) {
+    const struct dsc_lr_cycle half = {4, 0, 0, 0, 0};
+    const double rate[] = {1, 2, 3, 4, 1, 1, 1};
+    for (int k = 0; k < 7; k++)
+        near(dsc_lr_cycle_at(&half, 1, 5, 0.5, k - 1), rate[k]);
+    CHECK(dsc_lr_cycle_mom_at(&half, 0.8, 0.9, 0.5, 1000) == 0.9);
+}
+
+static void range_test_grows_by_slope_or_stairs(void) {
+    const double slope[] = {1, 1.25, 1.5, 1.75, 2, 2.25}, stairs[] = {1, 1, 1.5, 1.5, 2, 2};
+    for (int k = 0; k < 6; k++) {
+        near(dsc_lr_range_at(1, 2, 0.5, false, k - 1), slope[k]);
+        near(dsc_lr_range_at(1, 2, 0.5, true, k - 1), stairs[k]);
+    }
+}
+
 static const struct test_case cases[] = {
     CASE(bad_parameters_are_named),
     CASE(log_warmup_starts_at_min_and_is_full_one_step_before_its_count),
@@ -94,5 +143,10 @@ static const struct test_case cases[] = {
     CASE(decay_reaches_zero_at_total_and_stays),
     CASE(cosine_multiplies_base_and_skips_its_peak),
     CASE(total_below_warmup_stays_finite),
+    CASE(bad_cycles_are_named),
+    CASE(cycle_rises_falls_and_decays),
+    CASE(stairs_are_floors_of_each_half),
+    CASE(without_a_second_half_or_a_decay_the_cycle_ends_at_once),
+    CASE(range_test_grows_by_slope_or_stairs),
 };
 RUN_CASES(cases)

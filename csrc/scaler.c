@@ -30,7 +30,7 @@ static enum dsc_status shrink(struct dsc_scaler *scaler) {
         scaler->hysteresis_left--;
         return DSC_OK;
     }
-    if (scaler->scale <= scaler->min_scale)
+    if (scaler->scale <= scaler->min_scale && !scaler->stays_at_min)
         return DSC_FAIL(
             DSC_ESTATE,
             "gradients overflow fp16 although the loss scale is already at its minimum "

@@ -12,6 +12,7 @@ struct dsc_scaler {
     double scale;
     bool dynamic;
     bool consecutive_hysteresis;
+    bool stays_at_min; /* where it would fail to shrink */
     double min_scale;
     int64_t window;
     int64_t hysteresis; /* as configured */

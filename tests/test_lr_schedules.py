@@ -487,19 +487,7 @@ def test_table_equals_rates_one_by_one():
     (lambda: _core.lr_table("WarmupLR", "log", 7, 0, 0, 1, 2**63 - 1, 5), "does not fit"),
     (lambda: _core.one_cycle(0, 1, 0, 0, 0, 0, 1, 0, 0), "cycle_first_step_size"),
     (lambda: _core.range_test(0.1, 0, 1, False, 0), "n_step must be positive"),
-    (lambda: _core.scaler_trace(b"", 0.0), "must be positive"),
-    (lambda: _core.scaler_trace(b"", 1.0, window=0), "must be positive"),
 ])
 def test_core_functions_refuse_bad_arguments(call, error):
     with pytest.raises(ValueError, match=error):
         call()
-
-
-def test_scale_halves_after_hysteresis_and_doubles_after_a_window():
-    assert _core.scaler_trace(b"\1\1\0\0\0\0", 16, window=2) == [16, 8, 8, 8, 16, 16]
-    assert _core.scaler_trace(b"\1\1\0\0", 16, dynamic=False) == [16] * 4
-
-
-def test_overflow_at_the_minimum_scale_says_what_to_do():
-    with pytest.raises(RuntimeError, match="minimum.*min_loss_scale"):
-        _core.scaler_trace(b"\1\1", 1.0, hysteresis=1)

@@ -1,4 +1,4 @@
-/* Learning rates, data order and loss-scale traces for Python.
+/* Learning rates, data order and loss scales for Python.
  *
  * Adds module functions only: the values behind them are plain structs that cost nothing to build
  * per call. */
@@ -162,53 +162,35 @@ static PyObject *shuffle(PyObject *module, PyObject *args) {
     return array;
 }
 
-PyDoc_STRVAR(scaler_trace_doc,
-             "scaler_trace(overflows, initial, min_scale=1.0, window=1000, hysteresis=2,\n"
-             "             consecutive_hysteresis=False, dynamic=True) -> list of float\n\n"
-             "The loss scale after each boundary step; overflows is bytes, one per step, non-zero\n"
-             "where the step overflowed. RuntimeError when the scale must shrink below min_scale.");
+PyDoc_STRVAR(
+    scaler_update_doc,
+    "scaler_update(overflow, scale, min_scale, window, hysteresis, consecutive_hysteresis,\n"
+    "              stays_at_min, hysteresis_left, iter, last_overflow)\n"
+    "    -> (scale, hysteresis_left, iter, last_overflow)\n\n"
+    "A dynamic loss scale after one more boundary step. RuntimeError when the scale must shrink\n"
+    "below min_scale, unless stays_at_min.");
 
-static PyObject *trace_scales(struct dsc_bind_state *state, struct dsc_scaler scaler,
-                              const char *overflows, Py_ssize_t n_steps) {
-    PyObject *scales = PyList_New(n_steps);
-    if (!scales)
+static PyObject *scaler_update(PyObject *module, PyObject *args) {
+    double scale, min_scale;
+    long long window, hysteresis, hysteresis_left, iter, last_overflow;
+    int overflow, consecutive, stays_at_min;
+    if (!PyArg_ParseTuple(args, "pddLLppLLL:scaler_update", &overflow, &scale, &min_scale, &window,
+                          &hysteresis, &consecutive, &stays_at_min, &hysteresis_left, &iter,
+                          &last_overflow))
         return NULL;
-    for (Py_ssize_t k = 0; k < n_steps; k++) {
-        const enum dsc_status status = dsc_scaler_update(&scaler, overflows[k] != 0);
-        PyObject *scale =
-            status == DSC_OK ? PyFloat_FromDouble(scaler.scale) : dsc_bind_raise(state, status);
-        if (!scale) {
-            Py_DECREF(scales);
-            return NULL;
-        }
-        PyList_SET_ITEM(scales, k, scale); /* takes the reference */
-    }
-    return scales;
-}
-
-static PyObject *scaler_trace(PyObject *module, PyObject *args, PyObject *kwargs) {
-    static char *names[] = {
-        "overflows", "initial", "min_scale", "window", "hysteresis", "consecutive_hysteresis",
-        "dynamic",   NULL,
-    };
-    const char *overflows;
-    Py_ssize_t n_steps;
-    double initial, min_scale = 1;
-    long long window = 1000, hysteresis = 2;
-    int consecutive = 0, is_dynamic = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y#d|dLLpp:scaler_trace", names, &overflows,
-                                     &n_steps, &initial, &min_scale, &window, &hysteresis,
-                                     &consecutive, &is_dynamic))
-        return NULL;
-    if (!(initial > 0) || !(min_scale > 0) || window < 1 || hysteresis < 1)
+    if (!(scale > 0) || !(min_scale > 0) || window < 1 || hysteresis < 1)
         return PyErr_Format(PyExc_ValueError,
-                            "initial, min_scale, window and hysteresis must be positive");
+                            "scale, min_scale, window and hysteresis must be positive");
     struct dsc_scaler scaler;
-    if (is_dynamic)
-        dsc_scaler_init_dynamic(&scaler, initial, min_scale, window, hysteresis, consecutive);
-    else
-        dsc_scaler_init_static(&scaler, initial);
-    return trace_scales(dsc_bind_module_state(module), scaler, overflows, n_steps);
+    dsc_scaler_init_dynamic(&scaler, scale, min_scale, window, hysteresis, consecutive);
+    scaler.stays_at_min = stays_at_min;
+    scaler.hysteresis_left = hysteresis_left;
+    scaler.iter = iter, scaler.last_overflow = last_overflow;
+    const enum dsc_status status = dsc_scaler_update(&scaler, overflow);
+    if (status != DSC_OK)
+        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    return Py_BuildValue("dLLL", scaler.scale, (long long)scaler.hysteresis_left,
+                         (long long)scaler.iter, (long long)scaler.last_overflow);
 }
 
 static PyMethodDef methods[] = {
@@ -217,8 +199,7 @@ static PyMethodDef methods[] = {
     {"one_cycle", one_cycle, METH_VARARGS, one_cycle_doc},
     {"range_test", range_test, METH_VARARGS, range_test_doc},
     {"shuffle", shuffle, METH_VARARGS, shuffle_doc},
-    {"scaler_trace", (PyCFunction)(void (*)(void))scaler_trace, METH_VARARGS | METH_KEYWORDS,
-     scaler_trace_doc},
+    {"scaler_update", scaler_update, METH_VARARGS, scaler_update_doc},
     {NULL, NULL, 0, NULL},
 };
 

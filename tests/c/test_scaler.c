@@ -40,6 +40,13 @@ static void overflow_at_minimum_is_allowed_while_hysteresis_lasts(void) {
     CHECK_EQ_INT(dsc_scaler_update(&scaler, true), DSC_ESTATE);
 }
 
+static void a_scale_that_may_stay_at_its_minimum_counts_on(void) {
+    struct dsc_scaler scaler = dynamic(1, 10, 1, false);
+    scaler.stays_at_min = true;
+    CHECK_OK(dsc_scaler_update(&scaler, true));
+    CHECK(scaler.scale == 1.0 && scaler.iter == 1 && scaler.last_overflow == 0);
+}
+
 static void minimum_bounds_the_halving(void) {
     struct dsc_scaler scaler;
     dsc_scaler_init_dynamic(&scaler, 10, 6, 10, 1, false);
@@ -90,6 +97,7 @@ static void growth_stops_before_infinity(void) {
 static const struct test_case cases[] = {
     CASE(overflow_at_minimum_is_an_error_that_changes_nothing),
     CASE(overflow_at_minimum_is_allowed_while_hysteresis_lasts),
+    CASE(a_scale_that_may_stay_at_its_minimum_counts_on),
     CASE(minimum_bounds_the_halving),
     CASE(static_scale_never_moves_and_never_fails),
     CASE(first_growth_needs_window_plus_one_clean_steps),

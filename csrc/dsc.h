@@ -59,7 +59,8 @@ enum dsc_status dsc__fail(enum dsc_status status, const char *file, int line, co
     X(DSC_F16, 2, "fp16")                                                                          \
     X(DSC_F64, 8, "fp64")                                                                          \
     X(DSC_I32, 4, "int32")                                                                         \
-    X(DSC_I64, 8, "int64")
+    X(DSC_I64, 8, "int64")                                                                         \
+    X(DSC_U8, 1, "bytes")
 
 enum dsc_dtype {
 #define X(name, bytes, text) name,
@@ -67,7 +68,8 @@ enum dsc_dtype {
 #undef X
         DSC_DTYPE_COUNT
 };
-enum { DSC_TRAIN_DTYPE_COUNT = DSC_F16 + 1 };
+/* Those before DSC_U8 can be combined; elements of any other type only move, as bytes. */
+enum { DSC_TRAIN_DTYPE_COUNT = DSC_F16 + 1, DSC_REDUCE_DTYPE_COUNT = DSC_I64 + 1 };
 
 /* Bytes of one element. */
 size_t dsc_dtype_size(enum dsc_dtype dtype);

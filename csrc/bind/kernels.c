@@ -107,10 +107,10 @@ static const struct operation {
     {"lion", run_lion, 3, {4, 4, 4}, 1, NOTHING},
     {"lamb_moments", run_lamb_moments, 5, {4, 4, 4, 4, 4}, 1, NOTHING},
     {"lamb_step", run_lamb_step, 3, {4, 4, 4}, 1, NOTHING},
-    {"sum", run_sum, 2, {OF_ACC, OF_DTYPE}, DSC_DTYPE_COUNT, NOTHING},
-    {"min", run_min, 2, {OF_ACC, OF_DTYPE}, DSC_DTYPE_COUNT, NOTHING},
-    {"max", run_max, 2, {OF_ACC, OF_DTYPE}, DSC_DTYPE_COUNT, NOTHING},
-    {"prod", run_prod, 2, {OF_ACC, OF_DTYPE}, DSC_DTYPE_COUNT, NOTHING},
+    {"sum", run_sum, 2, {OF_ACC, OF_DTYPE}, DSC_REDUCE_DTYPE_COUNT, NOTHING},
+    {"min", run_min, 2, {OF_ACC, OF_DTYPE}, DSC_REDUCE_DTYPE_COUNT, NOTHING},
+    {"max", run_max, 2, {OF_ACC, OF_DTYPE}, DSC_REDUCE_DTYPE_COUNT, NOTHING},
+    {"prod", run_prod, 2, {OF_ACC, OF_DTYPE}, DSC_REDUCE_DTYPE_COUNT, NOTHING},
 };
 
 static const struct operation *find_operation(const char *name) {

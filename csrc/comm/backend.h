@@ -22,10 +22,17 @@ struct dsc__print {
     char label[DSC__LABEL_MAX];
 };
 
+/* Lengths of an all_to_all with uneven parts, checked against all other ranks'. */
+struct dsc__parts {
+    const size_t *n_send, *n_recv; /* elements to and from each rank */
+    size_t n_max;                  /* the longest part between any two ranks; equal on all */
+};
+
 /* Everything below takes the back end's state first. A failed call ends the communicator. */
 struct dsc_comm_backend {
     const char *name;
-    size_t state_size; /* comm.c allocates and zeroes it */
+    size_t state_size;      /* comm.c allocates and zeroes it */
+    bool agrees_by_message; /* an agreement costs a round trip, and covered operations have none */
     void (*close)(void *state);
     /* In a forked child, from pthread_atfork: give up descriptors; nothing else is safe there. */
     void (*forked)(void *state);
@@ -42,6 +49,17 @@ struct dsc_comm_backend {
     enum dsc_status (*reduce_scatter)(void *state, const struct dsc_coll *coll);
     enum dsc_status (*all_gather)(void *state, const struct dsc_coll *coll);
     enum dsc_status (*broadcast)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*reduce)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*gather)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*scatter)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*all_to_all)(void *state, const struct dsc_coll *coll);
+    enum dsc_status (*all_to_all_v)(void *state, const struct dsc_coll *coll,
+                                    const struct dsc__parts *parts);
+    /* NULL where the back end has no messages between two ranks. */
+    enum dsc_status (*send)(void *state, const struct dsc_p2p *message);
+    enum dsc_status (*recv)(void *state, const struct dsc_p2p *message, int *from);
+
+    /* Windows and bells, present or absent (NULL) together. */
     enum dsc_status (*window_open)(void *state, size_t n_bytes, struct dsc_window **out);
     void (*window_close)(void *state, struct dsc_window *window);
 
@@ -60,6 +78,7 @@ struct dsc_comm {
     struct dsc_comm_options options;
     int rank, size;
     uint64_t sequence;
+    bool covered;           /* dsc_comm_cover */
     enum dsc_status broken; /* what every later call returns; DSC_OK while the world is whole */
     char reason[DSC__REASON_MAX];
     atomic_flag busy;   /* two threads in one communicator would diverge silently */
@@ -73,6 +92,19 @@ enum dsc_status dsc__comm_new(const struct dsc_comm_backend *backend,
                               struct dsc_comm **out);
 /* Frees what dsc__comm_new gave; the state's contents are the back end's to release before. */
 void dsc__comm_delete(struct dsc_comm *comm);
+
+/* comm.c: the steps of every operation. enter: usable, and by nobody else at the moment. agree: the
+ * next number, and the same fingerprint on every rank. leave: ends what enter began; a failure
+ * breaks the communicator and is told to the other ranks. */
+enum dsc_status dsc__enter(struct dsc_comm *comm);
+struct dsc__print dsc__print_of(const struct dsc_comm *comm, enum dsc_comm_op op,
+                                const char *label);
+enum dsc_status dsc__agree(struct dsc_comm *comm, struct dsc__print *mine, const void *payload,
+                           size_t n_payload);
+enum dsc_status dsc__leave(struct dsc_comm *comm, enum dsc_status status);
+/* A usable communicator and two buffers of these lengths that do not overlap. */
+enum dsc_status dsc__check_pair(const struct dsc_comm *comm, const char *call,
+                                const struct dsc_coll *coll, size_t n_src, size_t n_dst);
 
 /* fork.c: the list of live communicators that the fork handler walks. */
 enum dsc_status dsc__fork_register(struct dsc_comm *comm);

@@ -84,7 +84,7 @@ static enum dsc_status check_usable(const struct dsc_comm *comm) {
     return DSC_OK;
 }
 
-static enum dsc_status enter(struct dsc_comm *comm) {
+enum dsc_status dsc__enter(struct dsc_comm *comm) {
     DSC_TRY(check_usable(comm));
     if (atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire))
         return DSC_FAIL(DSC_ESTATE, "an operation of this communicator is already running in "
@@ -93,7 +93,7 @@ static enum dsc_status enter(struct dsc_comm *comm) {
 }
 
 /* Ends what enter began. A failure breaks the communicator and is told to the others. */
-static enum dsc_status leave(struct dsc_comm *comm, enum dsc_status status) {
+enum dsc_status dsc__leave(struct dsc_comm *comm, enum dsc_status status) {
     if (status != DSC_OK) {
         comm->broken = status;
         snprintf(comm->reason, sizeof comm->reason, "%s", dsc_last_error());
@@ -158,6 +158,8 @@ static enum dsc_status check_dtype(const char *call, enum dsc_dtype dtype) {
 }
 
 static enum dsc_status check_reduction(const char *call, const struct dsc_coll *coll) {
+    if (coll->dtype == DSC_U8)
+        return DSC_FAIL(DSC_ETYPE, "%s: bytes cannot be combined, only moved", call);
     if ((unsigned)coll->op >= DSC_OP_COUNT)
         return DSC_FAIL(DSC_EINVAL, "%s: %d is no reduction; sum, avg, min, max, prod are", call,
                         (int)coll->op);
@@ -165,6 +167,13 @@ static enum dsc_status check_reduction(const char *call, const struct dsc_coll *
         return DSC_FAIL(DSC_EINVAL,
                         "%s: avg of %s has no exact result; use sum and divide, or a float type",
                         call, dsc_dtype_name(coll->dtype));
+    return DSC_OK;
+}
+
+static enum dsc_status check_root(const struct dsc_comm *comm, const char *call, int root) {
+    if (root < 0 || root >= comm->size)
+        return DSC_FAIL(DSC_EINVAL, "%s: root is %d; a rank of 0 to %d is allowed", call, root,
+                        comm->size - 1);
     return DSC_OK;
 }
 
@@ -178,10 +187,21 @@ static enum dsc_status check_overlap(const char *call, const char *inner, size_t
     return DSC_FAIL(DSC_EINVAL, "%s: the two buffers overlap; %s", call, remedy);
 }
 
+enum dsc_status dsc__check_pair(const struct dsc_comm *comm, const char *call,
+                                const struct dsc_coll *coll, size_t n_src, size_t n_dst) {
+    size_t size = dsc_dtype_size(coll->dtype);
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype(call, coll->dtype));
+    DSC_TRY(check_buffer(call, n_dst > 0 ? "src" : "data", coll->src, n_src, 1, coll->dtype));
+    DSC_TRY(check_buffer(call, "dst", coll->dst, n_dst, 1, coll->dtype));
+    return check_overlap(call, coll->src, n_src * size, coll->dst, n_dst * size, NULL,
+                         "two buffers apart from each other are needed");
+}
+
 /* ---- agreement ---- */
 
-static struct dsc__print print_of_call(const struct dsc_comm *comm, enum dsc_comm_op op,
-                                       const char *label) {
+struct dsc__print dsc__print_of(const struct dsc_comm *comm, enum dsc_comm_op op,
+                                const char *label) {
     struct dsc__print print;
     memset(&print, 0, sizeof print);
     print.op = op;
@@ -191,31 +211,34 @@ static struct dsc__print print_of_call(const struct dsc_comm *comm, enum dsc_com
     return print;
 }
 
-static enum dsc_status agree(struct dsc_comm *comm, struct dsc__print *mine, const void *payload,
-                             size_t n_payload) {
+enum dsc_status dsc__agree(struct dsc_comm *comm, struct dsc__print *mine, const void *payload,
+                           size_t n_payload) {
     mine->sequence = ++comm->sequence;
+    if (comm->covered && comm->backend->agrees_by_message && mine->op != DSC_COMM_MEET)
+        return DSC_OK;
     DSC_TRY(comm->backend->agree(comm->state, mine, payload, n_payload));
     return dsc__print_compare(comm, mine);
 }
 
 typedef enum dsc_status (*move_fn)(void *state, const struct dsc_coll *coll);
 
-/* Agreement, then data: the body of the four collectives. */
+/* Agreement, then data: the body of the collectives with equal parts. */
 static enum dsc_status run(struct dsc_comm *comm, const struct dsc_coll *coll, enum dsc_comm_op op,
                            const void *payload, size_t n_payload, move_fn move) {
-    struct dsc__print mine = print_of_call(comm, op, coll->label);
+    struct dsc__print mine = dsc__print_of(comm, op, coll->label);
     mine.n_elems = coll->n_elems;
     mine.dtype = coll->dtype;
-    if (op == DSC_COMM_ALL_REDUCE || op == DSC_COMM_REDUCE_SCATTER)
+    if (op == DSC_COMM_ALL_REDUCE || op == DSC_COMM_REDUCE_SCATTER || op == DSC_COMM_REDUCE)
         mine.reduce = coll->op;
-    if (op == DSC_COMM_BROADCAST)
+    if (op == DSC_COMM_BROADCAST || op == DSC_COMM_REDUCE || op == DSC_COMM_GATHER ||
+        op == DSC_COMM_SCATTER)
         mine.root = (uint32_t)coll->root;
 
-    DSC_TRY(enter(comm));
-    enum dsc_status status = agree(comm, &mine, payload, n_payload);
+    DSC_TRY(dsc__enter(comm));
+    enum dsc_status status = dsc__agree(comm, &mine, payload, n_payload);
     if (status == DSC_OK && coll->n_elems > 0)
         status = move(comm->state, coll);
-    return leave(comm, status);
+    return dsc__leave(comm, status);
 }
 
 enum dsc_status dsc_comm_all_reduce(struct dsc_comm *comm, const struct dsc_coll *coll) {
@@ -261,19 +284,77 @@ enum dsc_status dsc_comm_all_gather(struct dsc_comm *comm, const struct dsc_coll
 enum dsc_status dsc_comm_broadcast(struct dsc_comm *comm, const struct dsc_coll *coll) {
     DSC_TRY(check_usable(comm));
     DSC_TRY(check_dtype("broadcast", coll->dtype));
-    if (coll->root < 0 || coll->root >= comm->size)
-        return DSC_FAIL(DSC_EINVAL, "broadcast: root is %d; a rank of 0 to %d is allowed",
-                        coll->root, comm->size - 1);
+    DSC_TRY(check_root(comm, "broadcast", coll->root));
     DSC_TRY(check_buffer("broadcast", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
     size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
     return run(comm, coll, DSC_COMM_BROADCAST, coll->dst, comm->rank == coll->root ? n_bytes : 0,
                comm->backend->broadcast);
 }
 
+enum dsc_status dsc_comm_reduce(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("reduce", coll->dtype));
+    DSC_TRY(check_reduction("reduce", coll));
+    DSC_TRY(check_root(comm, "reduce", coll->root));
+    DSC_TRY(check_buffer("reduce", "src", coll->src, coll->n_elems, 1, coll->dtype));
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    if (comm->rank == coll->root) {
+        DSC_TRY(check_buffer("reduce", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
+        DSC_TRY(check_overlap("reduce", coll->src, n_bytes, coll->dst, n_bytes, coll->dst,
+                              "pass the same buffer twice to reduce in place"));
+    }
+    return run(comm, coll, DSC_COMM_REDUCE, coll->src, n_bytes, comm->backend->reduce);
+}
+
+enum dsc_status dsc_comm_gather(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    size_t n_ranks = (size_t)comm->size;
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("gather", coll->dtype));
+    DSC_TRY(check_root(comm, "gather", coll->root));
+    DSC_TRY(check_buffer("gather", "src", coll->src, coll->n_elems, 1, coll->dtype));
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    if (comm->rank == coll->root) {
+        DSC_TRY(check_buffer("gather", "dst", coll->dst, coll->n_elems, n_ranks, coll->dtype));
+        const char *dst = coll->dst, *own = dst ? dst + (size_t)comm->rank * n_bytes : NULL;
+        DSC_TRY(check_overlap("gather", coll->src, n_bytes, dst, n_bytes * n_ranks, own,
+                              "only the root's own part of the output may also be its input"));
+    }
+    return run(comm, coll, DSC_COMM_GATHER, coll->src, n_bytes, comm->backend->gather);
+}
+
+enum dsc_status dsc_comm_scatter(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    size_t n_ranks = (size_t)comm->size, n_payload = 0;
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("scatter", coll->dtype));
+    DSC_TRY(check_root(comm, "scatter", coll->root));
+    DSC_TRY(check_buffer("scatter", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    if (comm->rank == coll->root) {
+        DSC_TRY(check_buffer("scatter", "src", coll->src, coll->n_elems, n_ranks, coll->dtype));
+        const char *src = coll->src, *own = src ? src + (size_t)comm->rank * n_bytes : NULL;
+        DSC_TRY(check_overlap("scatter", coll->dst, n_bytes, src, n_bytes * n_ranks, own,
+                              "only the root's own part of the input may also be its output"));
+        n_payload = n_bytes * n_ranks;
+    }
+    return run(comm, coll, DSC_COMM_SCATTER, coll->src, n_payload, comm->backend->scatter);
+}
+
+enum dsc_status dsc_comm_all_to_all(struct dsc_comm *comm, const struct dsc_coll *coll) {
+    size_t n_ranks = (size_t)comm->size;
+    DSC_TRY(check_usable(comm));
+    DSC_TRY(check_dtype("all_to_all", coll->dtype));
+    DSC_TRY(check_buffer("all_to_all", "src", coll->src, coll->n_elems, n_ranks, coll->dtype));
+    DSC_TRY(check_buffer("all_to_all", "dst", coll->dst, coll->n_elems, n_ranks, coll->dtype));
+    size_t n_bytes = coll->n_elems * n_ranks * dsc_dtype_size(coll->dtype);
+    DSC_TRY(check_overlap("all_to_all", coll->src, n_bytes, coll->dst, n_bytes, NULL,
+                          "two buffers apart from each other are needed"));
+    return run(comm, coll, DSC_COMM_ALL_TO_ALL, coll->src, n_bytes, comm->backend->all_to_all);
+}
+
 enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label) {
-    struct dsc__print mine = print_of_call(comm, DSC_COMM_BARRIER, label);
-    DSC_TRY(enter(comm));
-    return leave(comm, agree(comm, &mine, NULL, 0));
+    struct dsc__print mine = dsc__print_of(comm, DSC_COMM_BARRIER, label);
+    DSC_TRY(dsc__enter(comm));
+    return dsc__leave(comm, dsc__agree(comm, &mine, NULL, 0));
 }
 
 enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t tag,
@@ -284,16 +365,16 @@ enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t
                         (int)DSC_MEET_MAX);
     if (n_bytes > 0 && (!mine || !all))
         return DSC_FAIL(DSC_EINVAL, "meet: %s is NULL", mine ? "all" : "mine");
-    struct dsc__print print = print_of_call(comm, DSC_COMM_MEET, label);
+    struct dsc__print print = dsc__print_of(comm, DSC_COMM_MEET, label);
     print.tag = tag;
     print.n_elems = n_bytes;
 
-    DSC_TRY(enter(comm));
-    enum dsc_status status = agree(comm, &print, mine, n_bytes);
+    DSC_TRY(dsc__enter(comm));
+    enum dsc_status status = dsc__agree(comm, &print, mine, n_bytes);
     for (int r = 0; status == DSC_OK && n_bytes > 0 && r < comm->size; r++)
         memcpy((char *)all + (size_t)r * n_bytes, comm->backend->payload_of(comm->state, r),
                n_bytes);
-    return leave(comm, status);
+    return dsc__leave(comm, status);
 }
 
 /* ---- windows and bells ---- */
@@ -301,21 +382,32 @@ enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t
 enum dsc_status dsc_comm_window_open(struct dsc_comm *comm, size_t n_bytes, const char *label,
                                      struct dsc_window **out) {
     DSC_TRY(check_usable(comm));
+    if (!dsc_comm_has_windows(comm))
+        return DSC_FAIL(DSC_ENOTYET, "window: ranks of \"%s\" share no memory",
+                        comm->backend->name);
     if (n_bytes > PTRDIFF_MAX / 2)
         return DSC_FAIL(DSC_EINVAL, "window: %zu bytes exceed the address space", n_bytes);
-    struct dsc__print mine = print_of_call(comm, DSC_COMM_WINDOW, label);
+    struct dsc__print mine = dsc__print_of(comm, DSC_COMM_WINDOW, label);
     mine.n_elems = n_bytes;
 
-    DSC_TRY(enter(comm));
-    enum dsc_status status = agree(comm, &mine, NULL, 0);
+    DSC_TRY(dsc__enter(comm));
+    enum dsc_status status = dsc__agree(comm, &mine, NULL, 0);
     if (status == DSC_OK)
         status = comm->backend->window_open(comm->state, n_bytes, out);
-    return leave(comm, status);
+    return dsc__leave(comm, status);
 }
 
 void dsc_comm_window_close(struct dsc_comm *comm, struct dsc_window *window) {
     if (comm && window && !atomic_load(&comm->forked))
         comm->backend->window_close(comm->state, window);
+}
+
+bool dsc_comm_has_windows(const struct dsc_comm *comm) {
+    return comm->backend->window_open != NULL;
+}
+
+void dsc_comm_cover(struct dsc_comm *comm, bool covered) {
+    comm->covered = covered;
 }
 
 void dsc_comm_ring(struct dsc_comm *comm, int rank) {
@@ -338,12 +430,12 @@ uint32_t dsc_comm_bell(struct dsc_comm *comm) {
 
 enum dsc_status dsc_comm_wait_bell(struct dsc_comm *comm, uint32_t seen, const char *label,
                                    double since) {
-    DSC_TRY(enter(comm));
+    DSC_TRY(dsc__enter(comm));
     if (comm->size == 1 && comm->backend->bell(comm->state) == seen) {
         atomic_flag_clear_explicit(&comm->busy, memory_order_release);
         return DSC_FAIL(DSC_ESTATE, "the only rank waits for itself in %s: nobody can ring",
                         label ? label : "a bell wait");
     }
-    return leave(comm,
-                 comm->backend->wait_bell(comm->state, seen, label ? label : "a bell wait", since));
+    return dsc__leave(
+        comm, comm->backend->wait_bell(comm->state, seen, label ? label : "a bell wait", since));
 }

@@ -22,6 +22,13 @@ enum dsc_comm_op {
     DSC_COMM_REDUCE_SCATTER,
     DSC_COMM_ALL_GATHER,
     DSC_COMM_BROADCAST,
+    DSC_COMM_REDUCE,
+    DSC_COMM_GATHER,
+    DSC_COMM_SCATTER,
+    DSC_COMM_ALL_TO_ALL,
+    DSC_COMM_ALL_TO_ALL_V,
+    DSC_COMM_SEND,
+    DSC_COMM_RECV,
     DSC_COMM_BARRIER,
     DSC_COMM_WINDOW,
     DSC_COMM_MEET,
@@ -29,13 +36,13 @@ enum dsc_comm_op {
 };
 
 struct dsc_coll {
-    const void *src; /* all_reduce, reduce_scatter, all_gather; may equal dst for all_reduce */
-    void *dst;       /* all operations but barrier; broadcast reads it on root */
-    size_t n_elems; /* all_reduce, broadcast: of the buffer; reduce_scatter, all_gather: per rank */
-    enum dsc_dtype dtype;
-    enum dsc_op op;    /* all_reduce, reduce_scatter */
-    int root;          /* broadcast */
-    const char *label; /* NULL: the operation's own name */
+    const void *src;      /* all but broadcast; may equal dst for all_reduce and reduce */
+    void *dst;            /* all operations but barrier; broadcast reads it on root */
+    size_t n_elems;       /* all_reduce, reduce, broadcast: of the buffer; the others: per rank */
+    enum dsc_dtype dtype; /* DSC_U8 (bytes of any type) where nothing is combined */
+    enum dsc_op op;       /* all_reduce, reduce_scatter, reduce */
+    int root;             /* broadcast, reduce, gather, scatter */
+    const char *label;    /* NULL: the operation's own name */
 };
 
 /* Polled about every 100 ms in every wait, with no lock held; true means: give up (DSC_EINTR). */
@@ -100,10 +107,49 @@ enum dsc_status dsc_comm_reduce_scatter(struct dsc_comm *comm, const struct dsc_
 enum dsc_status dsc_comm_all_gather(struct dsc_comm *comm, const struct dsc_coll *coll);
 /* dst = rank root's dst. */
 enum dsc_status dsc_comm_broadcast(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* On root, dst = the reduction of all ranks' src; elsewhere dst is not looked at. */
+enum dsc_status dsc_comm_reduce(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* On root, dst (size * n_elems) = every rank's src (n_elems); elsewhere dst is not looked at. */
+enum dsc_status dsc_comm_gather(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* dst (n_elems) = part `rank` of root's src (size * n_elems); elsewhere src is not looked at. */
+enum dsc_status dsc_comm_scatter(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* Part r of dst = part `rank` of rank r's src; both have size * n_elems. */
+enum dsc_status dsc_comm_all_to_all(struct dsc_comm *comm, const struct dsc_coll *coll);
+/* The same with parts of any lengths, one after the other: n_send[r] elements for rank r, n_recv[r]
+ * from it (coll->n_elems counts for nothing). Ranks whose counts contradict each other all get
+ * DSC_EDIVERGED, before data moves. */
+enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_coll *coll,
+                                      const size_t *n_send, const size_t *n_recv);
 /* Returns when every rank has come. */
 enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label);
 
+/* ---- from one rank to another ---- */
+
+/* Messages of a pair of ranks with one tag arrive in order; they have no place in the sequence of
+ * the collectives. Ranks that disagree about type or length both fail with DSC_EDIVERGED. */
+struct dsc_p2p {
+    void *data; /* send only reads it */
+    size_t n_elems;
+    enum dsc_dtype dtype;
+    int peer;     /* recv: -1 takes the first that comes, from whichever rank */
+    uint64_t tag; /* any value; two communicators of the same ranks need different ones */
+    const char *label;
+};
+/* Returns when data may be overwritten: the receiver need not have it yet. DSC_ENOTYET where the
+ * back end has no messages. */
+enum dsc_status dsc_comm_send(struct dsc_comm *comm, const struct dsc_p2p *message);
+/* *from receives the sender's rank; may be NULL. */
+enum dsc_status dsc_comm_recv(struct dsc_comm *comm, const struct dsc_p2p *message, int *from);
+
 /* ---- what the engine builds on ---- */
+
+/* Whether windows and bells exist: all ranks share memory. */
+bool dsc_comm_has_windows(const struct dsc_comm *comm);
+
+/* Operations between cover(true) and cover(false) were agreed on as a whole by the caller (its plan
+ * was part of the last meet's tag), so that each needs no agreement of its own where that costs a
+ * round trip over a network. Back ends where it does not compare as ever. */
+void dsc_comm_cover(struct dsc_comm *comm, bool covered);
 
 /* Every rank brings n_bytes (<= DSC_MEET_MAX) and receives everyone's, in rank order, in `all`
  * (size * n_bytes). `label` and `tag` are fingerprinted: ranks that come with different ones all

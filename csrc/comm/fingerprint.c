@@ -13,6 +13,13 @@ static const char *const op_names[DSC_COMM_OP_COUNT] = {
     [DSC_COMM_REDUCE_SCATTER] = "reduce_scatter",
     [DSC_COMM_ALL_GATHER] = "all_gather",
     [DSC_COMM_BROADCAST] = "broadcast",
+    [DSC_COMM_REDUCE] = "reduce",
+    [DSC_COMM_GATHER] = "gather",
+    [DSC_COMM_SCATTER] = "scatter",
+    [DSC_COMM_ALL_TO_ALL] = "all_to_all",
+    [DSC_COMM_ALL_TO_ALL_V] = "all_to_all with splits",
+    [DSC_COMM_SEND] = "send",
+    [DSC_COMM_RECV] = "recv",
     [DSC_COMM_BARRIER] = "barrier",
     [DSC_COMM_WINDOW] = "window",
     [DSC_COMM_MEET] = "meet",
@@ -33,7 +40,26 @@ static void arguments(const struct dsc__print *p, char *text, size_t size) {
         snprintf(text, size, "%s x %llu per rank, %s", dtype, n, reduce);
         break;
     case DSC_COMM_ALL_GATHER:
+    case DSC_COMM_ALL_TO_ALL:
         snprintf(text, size, "%s x %llu per rank", dtype, n);
+        break;
+    case DSC_COMM_REDUCE:
+        snprintf(text, size, "%s x %llu, %s, root %u", dtype, n, reduce, (unsigned)p->root);
+        break;
+    case DSC_COMM_GATHER:
+    case DSC_COMM_SCATTER:
+        snprintf(text, size, "%s x %llu per rank, root %u", dtype, n, (unsigned)p->root);
+        break;
+    case DSC_COMM_ALL_TO_ALL_V:
+        snprintf(text, size, "%s", dtype);
+        break;
+    case DSC_COMM_SEND:
+        snprintf(text, size, "%s x %llu, to rank %u, tag %llu", dtype, n, (unsigned)p->root,
+                 (unsigned long long)p->tag);
+        break;
+    case DSC_COMM_RECV:
+        snprintf(text, size, "%s x %llu, from rank %d, tag %llu", dtype, n, (int)p->root,
+                 (unsigned long long)p->tag);
         break;
     case DSC_COMM_BROADCAST:
         snprintf(text, size, "%s x %llu, root %u", dtype, n, (unsigned)p->root);
@@ -50,7 +76,7 @@ static void arguments(const struct dsc__print *p, char *text, size_t size) {
 }
 
 void dsc__print_call(const struct dsc__print *p, char text[DSC__CALL_TEXT_MAX]) {
-    char args[64];
+    char args[96];
     const char *name = p->op < DSC_COMM_OP_COUNT ? op_names[p->op] : "?";
 
     arguments(p, args, sizeof args);

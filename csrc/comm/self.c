@@ -59,6 +59,13 @@ static enum dsc_status all_gather(void *state, const struct dsc_coll *coll) {
     return DSC_OK;
 }
 
+static enum dsc_status all_to_all_v(void *state, const struct dsc_coll *coll,
+                                    const struct dsc__parts *parts) {
+    (void)state;
+    memcpy(coll->dst, coll->src, parts->n_send[0] * dsc_dtype_size(coll->dtype));
+    return DSC_OK;
+}
+
 static enum dsc_status broadcast(void *state, const struct dsc_coll *coll) {
     (void)state;
     (void)coll;
@@ -136,6 +143,11 @@ static const struct dsc_comm_backend self_backend = {
     .reduce_scatter = reduce,
     .all_gather = all_gather,
     .broadcast = broadcast,
+    .reduce = reduce,
+    .gather = all_gather,
+    .scatter = all_gather,
+    .all_to_all = all_gather,
+    .all_to_all_v = all_to_all_v,
     .window_open = window_open,
     .window_close = window_close,
     .ring = ring,

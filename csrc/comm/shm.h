@@ -164,4 +164,12 @@ enum dsc_status dsc__shm_reduce_scatter(void *state, const struct dsc_coll *coll
 enum dsc_status dsc__shm_all_gather(void *state, const struct dsc_coll *coll);
 enum dsc_status dsc__shm_broadcast(void *state, const struct dsc_coll *coll);
 
+/* ---- shm_parts.c: algorithms of one root, and of all pairs ---- */
+enum dsc_status dsc__shm_reduce(void *state, const struct dsc_coll *coll);
+enum dsc_status dsc__shm_gather(void *state, const struct dsc_coll *coll);
+enum dsc_status dsc__shm_scatter(void *state, const struct dsc_coll *coll);
+enum dsc_status dsc__shm_all_to_all(void *state, const struct dsc_coll *coll);
+enum dsc_status dsc__shm_all_to_all_v(void *state, const struct dsc_coll *coll,
+                                      const struct dsc__parts *parts);
+
 #endif

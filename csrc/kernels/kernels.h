@@ -90,7 +90,7 @@ struct dsc_kernels {
     /* acc[i] = acc[i] op src[i] for collectives. acc is fp32 where the dtype is BF16 or F16, else
      * of the dtype itself. AVG adds (the caller divides). MIN and MAX propagate NaN. Integers wrap.
      */
-    void (*combine[DSC_DTYPE_COUNT][DSC_OP_COUNT])(void *acc, const void *src, size_t n);
+    void (*combine[DSC_REDUCE_DTYPE_COUNT][DSC_OP_COUNT])(void *acc, const void *src, size_t n);
 };
 
 /* DSC_EINVAL where the environment's DSC_ISA names no tier of this machine and build; the fastest

@@ -100,6 +100,9 @@ static void put(void *base, size_t i, enum dsc_dtype dtype, double x) {
     case DSC_I64:
         ((int64_t *)base)[i] = (int64_t)x;
         break;
+    case DSC_U8:
+        ((uint8_t *)base)[i] = (uint8_t)(int)x;
+        break;
     case DSC_DTYPE_COUNT:
         break;
     }
@@ -173,6 +176,104 @@ static void check_collectives(struct dsc_comm *comm, size_t n, enum dsc_dtype dt
     free(src - bytes), free(dst - bytes), free(want);
 }
 
+/* reduce, gather, scatter and both forms of all_to_all for one (n, dtype, op). `root` is the last
+ * rank; elsewhere its buffers are NULL, because nobody may look at them. */
+static void check_rooted(struct dsc_comm *comm, size_t n, enum dsc_dtype dtype, enum dsc_op op) {
+    int rank = dsc_comm_rank(comm), size = dsc_comm_size(comm), root = size - 1;
+    size_t bytes = dsc_dtype_size(dtype), total = n * (size_t)size;
+    char *src = malloc(total * bytes + 64), *dst = malloc(total * bytes + 64);
+    char *want = malloc(total * bytes + 64);
+    struct dsc_coll coll = {.src = src, .n_elems = n, .dtype = dtype, .op = op, .root = root};
+    coll.dst = rank == root ? dst : NULL;
+
+    for (size_t i = 0; i < n && dtype != DSC_U8; i++) {
+        put(src, i, dtype, value(rank, i, op));
+        put(want, i, dtype, expected(size, i, op, dtype));
+    }
+    if (dtype != DSC_U8) {
+        CHECK_OK(dsc_comm_reduce(comm, &coll));
+        check_equal(dst, want, rank == root ? n * bytes : 0, "reduce", n, dtype, op);
+    }
+    for (size_t i = 0; i < total; i++) { /* element i of src is for rank i / n */
+        put(src, i, dtype, value(rank, i, DSC_SUM));
+        put(want, i, dtype, value((int)(i / dsc_max(n, 1)), i % dsc_max(n, 1), DSC_SUM));
+    }
+    CHECK_OK(dsc_comm_gather(comm, &coll));
+    check_equal(dst, want, rank == root ? total * bytes : 0, "gather", n, dtype, op);
+    coll.dst = dst, coll.src = rank == root ? src : NULL;
+    CHECK_OK(dsc_comm_scatter(comm, &coll));
+    for (size_t i = 0; i < n; i++)
+        put(want, i, dtype, value(root, (size_t)rank * n + i, DSC_SUM));
+    check_equal(dst, want, n * bytes, "scatter", n, dtype, op);
+    coll.src = src;
+    CHECK_OK(dsc_comm_all_to_all(comm, &coll));
+    for (size_t i = 0; i < total; i++)
+        put(want, i, dtype, value((int)(i / n), (size_t)rank * n + i % n, DSC_SUM));
+    check_equal(dst, want, total * bytes, "all_to_all", n, dtype, op);
+    free(src), free(dst), free(want);
+}
+
+/* Rank a has (a + 2 b) n / 8 elements for rank b, so some parts are empty. */
+static size_t split(size_t n, int from, int to) {
+    return ((size_t)from + 2 * (size_t)to) * n / 8;
+}
+
+static void check_splits(struct dsc_comm *comm, size_t n, enum dsc_dtype dtype) {
+    int rank = dsc_comm_rank(comm), size = dsc_comm_size(comm);
+    size_t bytes = dsc_dtype_size(dtype), n_send[RANKS_MAX], n_recv[RANKS_MAX], k = 0;
+    size_t room = 2 * RANKS_MAX * (n + 1) * bytes;
+    char *src = malloc(room), *dst = malloc(room), *want = malloc(room);
+    struct dsc_coll coll = {.src = src, .dst = dst, .dtype = dtype};
+    for (int r = 0; r < size; r++) {
+        n_send[r] = split(n, rank, r);
+        n_recv[r] = split(n, r, rank);
+        for (size_t i = 0; i < n_send[r]; i++)
+            put(src, k++, dtype, value(10 * rank + r, i, DSC_SUM));
+    }
+    k = 0;
+    for (int r = 0; r < size; r++)
+        for (size_t i = 0; i < n_recv[r]; i++)
+            put(want, k++, dtype, value(10 * r + rank, i, DSC_SUM));
+    CHECK_OK(dsc_comm_all_to_all_v(comm, &coll, n_send, n_recv));
+    check_equal(dst, want, k * bytes, "all_to_all with splits", n, dtype, 0);
+    free(src), free(dst), free(want);
+}
+
+static void rooted_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const size_t sizes[] = {0, 1, 3, 17, 3000, 70000, 600001};
+    (void)rank, (void)arg;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int dtype = 0; dtype < DSC_DTYPE_COUNT; dtype++) {
+            if (sizes[i] > 3000 && dtype != DSC_F32 && dtype != DSC_U8)
+                continue;
+            check_rooted(comm, sizes[i], (enum dsc_dtype)dtype, i % 2 ? DSC_SUM : DSC_MAX);
+            check_splits(comm, sizes[i], (enum dsc_dtype)dtype);
+        }
+}
+
+static void roots_and_pairs_get_what_is_theirs(void) {
+    struct dsc_comm *self = NULL;
+    for (int size = 1; size <= RANKS_MAX; size++)
+        run_threads(size, 0, false, rooted_body, NULL);
+    CHECK_OK(dsc_comm_open_self(NULL, &self));
+    rooted_body(self, 0, NULL);
+    dsc_comm_close(self);
+}
+
+static void contradicting_body(struct dsc_comm *comm, int rank, void *arg) {
+    size_t n_send[3] = {1, 1, 1}, n_recv[3] = {1, 1, 1};
+    float x[3] = {0}, y[4] = {0};
+    struct dsc_coll coll = {.src = x, .dst = y, .dtype = DSC_F32};
+    (void)arg;
+    n_recv[0] += rank == 2;
+    CHECK(dsc_comm_all_to_all_v(comm, &coll, n_send, n_recv) == DSC_EDIVERGED);
+    CHECK_TEXT("rank 0 sends 1 elements to rank 2, which expects 2");
+}
+
+static void splits_that_contradict_each_other_are_named_on_every_rank(void) {
+    run_threads(3, 0, false, contradicting_body, NULL);
+}
+
 static bool allowed(enum dsc_dtype dtype, enum dsc_op op) {
     return !(op == DSC_AVG && (dtype == DSC_I32 || dtype == DSC_I64));
 }
@@ -180,7 +281,7 @@ static bool allowed(enum dsc_dtype dtype, enum dsc_op op) {
 static void all_types_body(struct dsc_comm *comm, int rank, void *arg) {
     static const size_t sizes[] = {0, 1, 2, 3, 17, 1000};
     (void)rank, (void)arg;
-    for (int dtype = 0; dtype < DSC_DTYPE_COUNT; dtype++)
+    for (int dtype = 0; dtype < DSC_REDUCE_DTYPE_COUNT; dtype++)
         for (int op = 0; op < DSC_OP_COUNT; op++)
             for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
                 if (allowed((enum dsc_dtype)dtype, (enum dsc_op)op))
@@ -1070,6 +1171,8 @@ static struct test_case cases[] = {
     CASE(chunk_boundaries_lose_nothing_on_3_ranks),
     CASE(chunk_boundaries_lose_nothing_on_4_ranks),
     CASE(streamed_results_lose_nothing),
+    CASE(roots_and_pairs_get_what_is_theirs),
+    CASE(splits_that_contradict_each_other_are_named_on_every_rank),
     CASE(sums_are_taken_in_rank_order),
     CASE(a_sum_of_negative_zeros_is_positive_zero),
     CASE(sixteen_bit_sums_round_once),

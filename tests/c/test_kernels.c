@@ -193,7 +193,7 @@ static const struct operation {
     {"lion", run_lion, DSC_F32, DSC_F32, 1, 2},
     {"lamb_moments", run_lamb_moments, DSC_F32, DSC_F32, 1, 4},
     {"lamb_step", run_lamb_step, DSC_F32, DSC_F32, 1, 4},
-    {"combine", run_combine, OF_ACC, OF_DTYPE, DSC_DTYPE_COUNT, DSC_OP_COUNT},
+    {"combine", run_combine, OF_ACC, OF_DTYPE, DSC_REDUCE_DTYPE_COUNT, DSC_OP_COUNT},
 };
 
 static enum dsc_dtype dtype_of(int kind, int dtype) {

@@ -1,0 +1,96 @@
+/* Operations whose lengths differ between ranks: all_to_all with splits, and messages.
+ *
+ * Decides: how lengths are compared. Splits: everybody gathers everybody's counts, so that all
+ * ranks find the same contradiction. Messages: the back end compares when the two ends meet.
+ * Invariant: as in comm.c, no data moves before the lengths agree. */
+#include "backend.h"
+
+#include "../alloc.h"
+
+#include <string.h>
+
+/* ---- all_to_all with splits ---- */
+
+/* counts: per rank, its n_send and then its n_recv. The first pair that disagrees, in rank order,
+ * so that every rank names the same one. */
+static enum dsc_status compare_counts(const uint64_t *counts, size_t size, size_t *n_max) {
+    size_t longest = 0;
+    for (size_t from = 0; from < size; from++)
+        for (size_t to = 0; to < size; to++) {
+            uint64_t sent = counts[2 * size * from + to];
+            uint64_t expected = counts[2 * size * to + size + from];
+            if (sent != expected)
+                return DSC_FAIL(DSC_EDIVERGED,
+                                "all_to_all with splits: rank %zu sends %llu elements to rank %zu, "
+                                "which expects %llu",
+                                from, (unsigned long long)sent, to, (unsigned long long)expected);
+            longest = dsc_max(longest, (size_t)sent);
+        }
+    *n_max = longest;
+    return DSC_OK;
+}
+
+/* Agreement, the ranks' counts, then the data. */
+static enum dsc_status exchange(struct dsc_comm *comm, const struct dsc_coll *coll,
+                                struct dsc__parts *parts, uint64_t *counts) {
+    size_t size = (size_t)comm->size;
+    uint64_t *mine = counts + 2 * size * size;
+    for (size_t r = 0; r < size; r++) {
+        mine[r] = parts->n_send[r];
+        mine[size + r] = parts->n_recv[r];
+    }
+    struct dsc_coll lengths = {
+        .src = mine, .dst = counts, .n_elems = 2 * size, .dtype = DSC_I64, .label = coll->label};
+    struct dsc__print print = dsc__print_of(comm, DSC_COMM_ALL_TO_ALL_V, coll->label);
+    print.dtype = coll->dtype;
+    DSC_TRY(dsc__agree(comm, &print, mine, 2 * size * sizeof *mine));
+    DSC_TRY(comm->backend->all_gather(comm->state, &lengths));
+    DSC_TRY(compare_counts(counts, size, &parts->n_max));
+    return parts->n_max > 0 ? comm->backend->all_to_all_v(comm->state, coll, parts) : DSC_OK;
+}
+
+enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_coll *coll,
+                                      const size_t *n_send, const size_t *n_recv) {
+    size_t size = (size_t)comm->size, n_in = 0, n_out = 0;
+    struct dsc__parts parts = {.n_send = n_send, .n_recv = n_recv};
+    void *counts = NULL;
+    for (size_t r = 0; r < size; r++) {
+        if (n_send[r] > PTRDIFF_MAX / 8 - n_in || n_recv[r] > PTRDIFF_MAX / 8 - n_out)
+            return DSC_FAIL(DSC_EINVAL, "all_to_all: the splits exceed the address space");
+        n_in += n_send[r];
+        n_out += n_recv[r];
+    }
+    DSC_TRY(dsc__check_pair(comm, "all_to_all", coll, n_in, n_out));
+    DSC_TRY(dsc_alloc(2 * size * (size + 1) * sizeof(uint64_t), &counts));
+    enum dsc_status status = dsc__enter(comm);
+    if (status == DSC_OK)
+        status = dsc__leave(comm, exchange(comm, coll, &parts, counts));
+    dsc_free(counts);
+    return status;
+}
+
+/* ---- messages ---- */
+
+static enum dsc_status check_message(const struct dsc_comm *comm, const char *call,
+                                     const struct dsc_p2p *message, int lowest) {
+    struct dsc_coll coll = {.src = message->data, .dtype = message->dtype};
+    if (message->peer < lowest || message->peer >= comm->size || message->peer == comm->rank)
+        return DSC_FAIL(DSC_EINVAL, "%s: the other rank is %d, this one %d of %d", call,
+                        message->peer, comm->rank, comm->size);
+    DSC_TRY(dsc__check_pair(comm, call, &coll, message->n_elems, 0));
+    if (!comm->backend->send)
+        return DSC_FAIL(DSC_ENOTYET, "%s: ranks of \"%s\" send no messages here", call,
+                        comm->backend->name);
+    return DSC_OK;
+}
+
+enum dsc_status dsc_comm_send(struct dsc_comm *comm, const struct dsc_p2p *message) {
+    DSC_TRY(check_message(comm, "send", message, 0));
+    return comm->backend->send(comm->state, message);
+}
+
+enum dsc_status dsc_comm_recv(struct dsc_comm *comm, const struct dsc_p2p *message, int *from) {
+    int sender = 0;
+    DSC_TRY(check_message(comm, "recv", message, -1));
+    return comm->backend->recv(comm->state, message, from ? from : &sender);
+}

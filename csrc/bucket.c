@@ -31,6 +31,11 @@ char *dsc__bucket_slot(const struct dsc_buckets *set, int rank, int32_t slot) {
            (size_t)slot * set->slot_elems * sizeof(float);
 }
 
+enum dsc_dtype dsc__bucket_slot_dtype(const struct dsc_buckets *set,
+                                      const struct dsc_source *source) {
+    return dsc_wire_dtype(&set->options.wire, source->local ? DSC_F32 : set->space->dtype);
+}
+
 uint64_t dsc__bucket_tag(int32_t slot, enum dsc_dtype dtype) {
     return ((uint64_t)slot + 1) << 8 | (uint64_t)dtype << 1;
 }
@@ -45,6 +50,12 @@ const float *dsc_buckets_sums(const struct dsc_buckets *set, int owner) {
     if (set->private_sums)
         return owner == set->rank ? set->private_sums : NULL;
     return (const float *)(const void *)(set->window->base[owner] + set->sums_offset);
+}
+
+float *dsc__bucket_own_sums(struct dsc_buckets *set) {
+    if (set->private_sums)
+        return set->private_sums;
+    return (float *)(void *)(set->window->base[set->rank] + set->sums_offset);
 }
 
 static float *sums_at(struct dsc_buckets *set, const struct dsc__bucket *bucket) {
@@ -130,14 +141,23 @@ static void add_contribution(const struct sum_job *job, int rank, struct dsc_ran
 }
 
 static void add_own(const struct sum_job *job, struct dsc_range range, float *dst) {
+    const struct dsc_wire *wire = &job->set->options.wire;
+    enum dsc_dtype to = dsc__bucket_slot_dtype(job->set, job->own);
     struct dsc_parts it = dsc_parts(job->set->space, range);
     while (dsc_parts_next(&it)) {
         enum dsc_dtype dtype;
         const void *src = dsc_source_at(job->own, it.segment, it.part.begin, &dtype);
         if (src)
-            dsc_kernels()->accumulate[dtype](dst + (it.part.begin - range.begin), src,
-                                             dsc_range_size(it.part), false);
+            dsc_wire_add(wire, dst + (it.part.begin - range.begin), to, src, dtype,
+                         dsc_range_size(it.part));
     }
+}
+
+/* What stays between rounds has the precision that data_types.grad_accum_dtype asks for. */
+static void round_sums(float *sums, enum dsc_dtype dtype, size_t n) {
+    uint16_t narrow[DSC_BLOCK];
+    dsc_kernels()->from_f32[dtype](narrow, sums, n);
+    dsc_kernels()->to_f32[dtype](sums, narrow, n);
 }
 
 /* Block by block, so that a block stays in the first-level cache while all ranks are added. */
@@ -150,6 +170,8 @@ static void sum_blocks(void *context, size_t first_block, size_t end_block) {
         float *dst = sums + k * DSC_BLOCK;
         if (job->first)
             memset(dst, 0, DSC_BLOCK * sizeof *dst);
+        else if (job->set->options.accum != DSC_F32)
+            round_sums(dst, job->set->options.accum, DSC_BLOCK);
         for (int rank = 0; rank < job->set->size; rank++) {
             if (job->own && rank == job->set->rank)
                 add_own(job, range, dst);
@@ -302,7 +324,7 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
     set->size = dsc_comm_size(comm);
     set->round = 1;
     set->step = 1;
-    set->slot_dtype = space->dtype;
+    set->slot_dtype = dsc_wire_dtype(&options->wire, space->dtype);
     set->reclaim_bell = dsc_comm_bell(comm) - 1;
     size_t cap = options->early ? EARLY_SLOT_ELEMS : BOUNDARY_SLOT_ELEMS;
     size_t share = dsc_range_size(dsc_partition_range(space->n_elems, set->size - 1, set->size));

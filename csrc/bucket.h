@@ -19,12 +19,16 @@
 #include "comm/comm.h"
 #include "pool.h"
 #include "source.h"
+#include "wire.h"
 
 struct dsc_bucket_options {
     bool early;          /* gradients settle during backward */
     bool shared_sums;    /* all ranks read the sums (stage 0) */
     size_t bucket_elems; /* reduce_bucket_size */
     struct dsc_pool *pool;
+    struct dsc_wire wire; /* how contributions travel */
+    /* What sums are rounded to between the rounds of a step; DSC_F32: nothing. */
+    enum dsc_dtype accum;
 };
 
 struct dsc_bucket_counters {
@@ -45,8 +49,9 @@ void dsc_buckets_close(struct dsc_buckets *buckets);
 enum dsc_status dsc_buckets_exchange(struct dsc_buckets *buckets, const struct dsc_source *source,
                                      struct dsc_norm *norm, const char *label);
 
-/* Early. The dtype of slots from the next round on: the model's, or fp32 where contributions are
- * sums over micro-steps. The same on all ranks or not: a tag says what a slot holds. */
+/* Early. What contributions are from the next round on: of the model's dtype, or fp32 where they
+ * are sums over micro-steps; they travel as options.wire says. The same on all ranks or not: a tag
+ * says what a slot holds. */
 void dsc_buckets_set_dtype(struct dsc_buckets *buckets, enum dsc_dtype dtype);
 /* Early. True when the segment has not arrived in the open round. */
 bool dsc_buckets_expects(const struct dsc_buckets *buckets, size_t segment);
@@ -58,6 +63,13 @@ enum dsc_status dsc_buckets_end_round(struct dsc_buckets *buckets, const struct 
 /* Waits until n_rounds rounds of this rank's buckets are settled; then the norm as above. */
 enum dsc_status dsc_buckets_finish(struct dsc_buckets *buckets, uint32_t n_rounds,
                                    struct dsc_norm *norm, const char *label);
+/* Waits as finish does, and takes no norm. */
+enum dsc_status dsc_buckets_wait_settled(struct dsc_buckets *buckets, uint32_t n_rounds,
+                                         const char *label);
+/* Replaces this rank's sums of a segment's part that it owns by `values` (of the segment's first
+ * element on) times factor. Settled sums only. */
+void dsc_buckets_put_sums(struct dsc_buckets *buckets, size_t segment, const float *values,
+                          float factor);
 /* Before a round is opened: waits while an earlier round of this rank still waits for a rank that
  * is in its own backward passes; a rank at the boundary is not waited for, since it waits for this
  * one. Keeps the staging to two rounds. */

@@ -4,8 +4,6 @@
  * buckets in the same order of k, so the one that is least far always can move. */
 #include "bucket_impl.h"
 
-#include "kernels/kernels.h"
-
 #include <string.h>
 
 /* Publishing order of the boundary: the k-th bucket of every other owner, then the next k; each
@@ -52,10 +50,9 @@ static void copy_blocks(void *context, size_t begin, size_t end) {
         memset(base + at * elem_size, 0, (it.part.begin - at) * elem_size);
         if (!src)
             memset(base + it.part.begin * elem_size, 0, n * elem_size);
-        else if (dtype == job->dtype)
-            memcpy(base + it.part.begin * elem_size, src, n * elem_size);
         else
-            dsc_kernels()->to_f32[dtype]((float *)(void *)base + it.part.begin, src, n);
+            dsc_wire_pack(&job->set->options.wire, base + it.part.begin * elem_size, job->dtype,
+                          src, dtype, n);
         at = it.part.end;
     }
     memset(base + at * elem_size, 0, (range.end - at) * elem_size);
@@ -82,7 +79,7 @@ static bool publish_from_source(struct dsc_buckets *set, size_t b,
         int32_t slot = dsc__bucket_take_slot(set, set->max_slots);
         if (slot < 0)
             return false;
-        enum dsc_dtype dtype = source->local ? DSC_F32 : set->space->dtype;
+        enum dsc_dtype dtype = dsc__bucket_slot_dtype(set, source);
         struct copy_job job = {set, source, bucket->range, dtype,
                                dsc__bucket_slot(set, set->rank, slot)};
         dsc_pool_run(set->options.pool, dsc_range_size(bucket->range) / DSC_BLOCK, 32, copy_blocks,

@@ -60,7 +60,7 @@ bool dsc_buckets_expects(const struct dsc_buckets *set, size_t segment) {
 }
 
 void dsc_buckets_set_dtype(struct dsc_buckets *set, enum dsc_dtype dtype) {
-    set->slot_dtype = dtype;
+    set->slot_dtype = dsc_wire_dtype(&set->options.wire, dtype);
 }
 
 static void zero_gaps(struct dsc_buckets *set, const struct dsc__bucket *bucket, char *slot) {
@@ -98,11 +98,11 @@ static enum dsc_status fill(struct dsc_buckets *set, size_t b, struct dsc_range 
                 (part.begin - bucket->range.begin) * elem_size;
     if (!src) {
         memset(dst, 0, n * elem_size);
-    } else if (dtype == set->slot_dtype) {
+    } else if (dtype == set->slot_dtype && set->options.wire.divisor == 0.0f) {
         *finite &= dsc_kernels()->copy_finite[dtype](dst, src, n);
     } else {
-        dsc_kernels()->to_f32[dtype]((float *)(void *)dst, src, n);
-        *finite &= dsc_kernels()->is_finite[DSC_F32](dst, n);
+        dsc_wire_pack(&set->options.wire, dst, set->slot_dtype, src, dtype, n);
+        *finite &= dsc_kernels()->is_finite[dtype](src, n);
     }
     bucket->n_missing -= (uint32_t)n;
     if (bucket->n_missing == 0)
@@ -114,7 +114,7 @@ enum dsc_status dsc_buckets_arrive(struct dsc_buckets *set, size_t segment, cons
                                    enum dsc_dtype dtype, bool *finite) {
     const struct dsc_segment *where = &set->space->segments[segment];
     struct dsc_range whole = dsc_segment_range(where);
-    if (dtype != set->slot_dtype && set->slot_dtype != DSC_F32)
+    if (dtype != set->slot_dtype && set->slot_dtype != DSC_F32 && !set->options.wire.narrow)
         return DSC_FAIL(DSC_ETYPE, "parameter %d is %s and its gradient %s", where->param,
                         dsc_dtype_name(set->space->dtype), dsc_dtype_name(dtype));
     *finite = true;
@@ -203,8 +203,9 @@ static void norm_of_bucket(struct dsc_buckets *set, size_t b, uint32_t n_rounds,
         dsc_norm_add(norm, set->squares[k]);
 }
 
-enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
-                                   struct dsc_norm *norm, const char *label) {
+/* norm NULL: only waits. */
+static enum dsc_status finish(struct dsc_buckets *set, uint32_t n_rounds, struct dsc_norm *norm,
+                              const char *label) {
     size_t at = set->first[set->rank], end = set->first[set->rank + 1];
     double since = dsc_comm_now();
     for (;;) {
@@ -215,7 +216,8 @@ enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
             dsc__bucket_try_settle(set, at);
             if (atomic_load(&dsc__bucket_record(set, at)->n_settled) < n_rounds)
                 break;
-            norm_of_bucket(set, at, n_rounds, norm);
+            if (norm)
+                norm_of_bucket(set, at, n_rounds, norm);
             at++;
         }
         if (at == end && set->n_backlog == 0)
@@ -225,6 +227,31 @@ enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
         DSC_TRY(dsc_comm_wait_bell(set->comm, bell, label, since));
     }
     return DSC_OK;
+}
+
+enum dsc_status dsc_buckets_finish(struct dsc_buckets *set, uint32_t n_rounds,
+                                   struct dsc_norm *norm, const char *label) {
+    return finish(set, n_rounds, norm, label);
+}
+
+enum dsc_status dsc_buckets_wait_settled(struct dsc_buckets *set, uint32_t n_rounds,
+                                         const char *label) {
+    return finish(set, n_rounds, NULL, label);
+}
+
+void dsc_buckets_put_sums(struct dsc_buckets *set, size_t segment, const float *values,
+                          float factor) {
+    const struct dsc_segment *where = &set->space->segments[segment];
+    struct dsc_range owned = set->owned[set->rank];
+    struct dsc_range part = dsc_range_cut(dsc_segment_range(where), owned);
+    float *sums = dsc__bucket_own_sums(set);
+    for (size_t i = part.begin; i < part.end; i++)
+        sums[i - owned.begin] = values[i - where->begin] * factor;
+    for (size_t at = part.begin; at < part.end;) { /* the norm that settlements took is stale */
+        size_t b = dsc__bucket_at(set, at);
+        dsc__bucket_record(set, b)->norm_round = 0;
+        at = set->bucket[b].range.end;
+    }
 }
 
 static struct dsc__header *header_of(const struct dsc_buckets *set, int rank) {

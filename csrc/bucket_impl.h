@@ -84,7 +84,12 @@ struct dsc_buckets {
 struct dsc__record *dsc__bucket_record(const struct dsc_buckets *set, size_t b);
 /* A slot's memory in any rank's window. */
 char *dsc__bucket_slot(const struct dsc_buckets *set, int rank, int32_t slot);
+/* The type in which a source's gradients travel. */
+enum dsc_dtype dsc__bucket_slot_dtype(const struct dsc_buckets *set,
+                                      const struct dsc_source *source);
 uint64_t dsc__bucket_tag(int32_t slot, enum dsc_dtype dtype);
+/* The sums of this rank's own range. */
+float *dsc__bucket_own_sums(struct dsc_buckets *set);
 /* The bucket that holds an element of the space. */
 size_t dsc__bucket_at(const struct dsc_buckets *set, size_t elem);
 /* A slot to fill, or -1 where `limit` slots are in use. */

@@ -82,11 +82,44 @@ static bool sizes_are_sound(const struct dsc_config *config,
             !is_given(reading, "gradient_accumulation_steps"));
 }
 
+/* "fp32" unless a mode is on. */
+static const char *model_dtype(const struct dsc_config *config) {
+    return config->fp16_enabled ? "fp16" : config->bf16_enabled ? "bf16" : "fp32";
+}
+
+static enum dsc_status type_rules(const struct dsc_config *config,
+                                  struct dsc_config_reading *reading) {
+    const char *model = model_dtype(config), *sums = config->grad_accum_dtype;
+    if (sums && strcmp(sums, "fp32") != 0 && strcmp(sums, model) != 0)
+        DSC_TRY(dsc__config_error(reading,
+                                  "data_types.grad_accum_dtype is \"%s\" and the model trains in "
+                                  "%s; allowed: \"fp32\" or the model's own type",
+                                  sums, model));
+    if (config->param_dtype && strcmp(config->param_dtype, model) != 0)
+        DSC_TRY(dsc__config_error(reading,
+                                  "data_types.param_dtype is \"%s\" and fp16.enabled and "
+                                  "bf16.enabled say %s; they must agree",
+                                  config->param_dtype, model));
+    if (config->fp16_master_weights_and_grads && !config->fp16_enabled)
+        DSC_TRY(dsc__config_error(
+            reading, "fp16.fp16_master_weights_and_grads is true and fp16.enabled is not"));
+    if (config->bf16_master_weights_and_grads && !config->bf16_enabled)
+        DSC_TRY(dsc__config_error(
+            reading, "bf16.bf16_master_weights_and_grads is true and bf16.enabled is not"));
+    if (config->torch_autocast_enabled && strcmp(model, "fp32") != 0)
+        DSC_TRY(dsc__config_error(reading,
+                                  "torch_autocast.enabled and %s.enabled are both true; autocast "
+                                  "is for a float32 model: allowed: one of them",
+                                  model));
+    return DSC_OK;
+}
+
 static enum dsc_status precision_rules(const struct dsc_config *config,
                                        struct dsc_config_reading *reading) {
     if (config->fp16_enabled && config->bf16_enabled)
         DSC_TRY(dsc__config_error(reading,
                                   "fp16.enabled and bf16.enabled are both true; allowed: one"));
+    DSC_TRY(type_rules(config, reading));
     double initial = ldexp(1.0, (int)config->fp16_initial_scale_power);
     if (config->fp16_enabled && config->fp16_loss_scale == 0 &&
         initial < (double)config->fp16_min_loss_scale)
@@ -101,9 +134,6 @@ static enum dsc_status precision_rules(const struct dsc_config *config,
 /* Keys that only print or write figures: training is the same without, so using one is no error,
  * but silence would be a lie. */
 #define DSC_FIGURES_MAP(X)                                                                         \
-    X(wall_clock_breakdown, "wall_clock_breakdown")                                                \
-    X(memory_breakdown, "memory_breakdown")                                                        \
-    X(dump_state, "dump_state")                                                                    \
     X(flops_profiler_enabled, "flops_profiler.enabled")                                            \
     X(comms_logger_enabled, "comms_logger.enabled")                                                \
     X(tensorboard_enabled, "tensorboard.enabled")                                                  \
@@ -132,9 +162,10 @@ enum dsc_status dsc__config_rules(int64_t world_size, struct dsc_config *config,
     if (is_given(reading, "scheduler.params") && !is_given(reading, "scheduler.type"))
         DSC_TRY(dsc__config_error(reading, "scheduler.params is given without scheduler.type"));
     DSC_TRY(warn_of_figures(config, reading));
-    if (!config->zero_ignore_unused_parameters)
-        DSC_TRY(dsc__config_warn(reading,
-                                 "zero_optimization.ignore_unused_parameters is false: not yet; "
-                                 "unused parameters are still allowed"));
+    if (config->data_parallel_size != DSC_CONFIG_NONE && config->data_parallel_size != world_size)
+        DSC_TRY(dsc__config_error(reading,
+                                  "data_parallel_size is %lld and the world size %lld: other kinds "
+                                  "of parallelism are not yet; allowed: the world size",
+                                  (long long)config->data_parallel_size, (long long)world_size));
     return DSC_OK;
 }

@@ -82,7 +82,7 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
     holding->stepped = all ? (struct dsc_range){0, space->n_elems}
                            : dsc_partition_range(space->n_elems, e->rank, e->size);
     size_t n_bytes = dsc_range_size(holding->stepped) * sizeof(float);
-    if (space->dtype != DSC_F32)
+    if (space->dtype != DSC_F32 && !e->options.no_masters)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->master));
     if (e->options.optim == DSC_OPTIM_ADAM)
         for (int i = 0; i < 2; i++)
@@ -94,11 +94,13 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
         .shared_sums = e->options.stage == 0,
         .bucket_elems = e->options.bucket_elems,
         .pool = e->pool,
+        .wire = e->options.wire,
+        .accum = e->options.narrow_sums ? space->dtype : DSC_F32,
     };
     return dsc_buckets_open(e->comm, space, &options, &holding->buckets);
 }
 
-static enum dsc_status need_local(struct dsc_engine *e, size_t s) {
+enum dsc_status dsc__engine_need_local(struct dsc_engine *e, size_t s) {
     if (e->local[s])
         return DSC_OK;
     return dsc_arena_alloc(e->spaces[s].n_elems * sizeof(float), (void **)&e->local[s]);
@@ -111,6 +113,7 @@ static enum dsc_status allocate(struct dsc_engine *e, const struct dsc_param *pa
     DSC_TRY(dsc_alloc(n * sizeof *e->param_space, (void **)&e->param_space));
     DSC_TRY(dsc_alloc(n * sizeof *e->param_segment, (void **)&e->param_segment));
     DSC_TRY(dsc_alloc(n * sizeof *e->folded, (void **)&e->folded));
+    DSC_TRY(dsc_alloc(n * sizeof *e->touched, (void **)&e->touched));
     DSC_TRY(dsc_alloc(n * sizeof *e->marked, (void **)&e->marked));
     DSC_TRY(dsc_alloc(n * sizeof *e->changed, (void **)&e->changed));
     DSC_TRY(dsc_alloc((size_t)e->n_groups * sizeof *e->args, (void **)&e->args));
@@ -129,8 +132,8 @@ static enum dsc_status hold_all(struct dsc_engine *e) {
         e->has_f32 |= is_f32;
         e->has_16bit |= !is_f32;
         DSC_TRY(hold_space(e, s));
-        if (!is_f32 && e->keeps && e->options.many_micro_steps)
-            DSC_TRY(need_local(e, s));
+        if (!is_f32 && e->keeps && e->folds && e->options.many_micro_steps)
+            DSC_TRY(dsc__engine_need_local(e, s));
     }
     if (e->size > 1 && e->options.stage > 0)
         DSC_TRY(dsc_spread_open(e->comm, &e->spread));
@@ -152,6 +155,7 @@ enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_o
     e->pid = getpid();
     e->early = e->size > 1 && (options->stage == 2 || options->overlap);
     e->keeps = e->size == 1 || options->stage < 2;
+    e->folds = !options->narrow_sums;
     e->n_params = n_params;
     e->n_groups = n_groups;
     e->scaler = options->scaler;
@@ -192,6 +196,7 @@ void dsc_engine_close(struct dsc_engine *e) {
     dsc_free(e->meeting);
     dsc_free(e->args);
     dsc_free(e->changed);
+    dsc_free(e->touched);
     dsc_free(e->marked);
     dsc_free(e->folded);
     dsc_free(e->param_segment);
@@ -246,7 +251,7 @@ enum dsc_status dsc_engine_begin_backward(struct dsc_engine *e, bool boundary, i
      * round. */
     if (e->round_open)
         DSC_TRY(dsc__engine_end_round(e, NULL));
-    for (size_t s = 0; !e->keeps && s < e->n_spaces; s++)
+    for (size_t s = 0; !e->keeps && !e->deferring && s < e->n_spaces; s++)
         DSC_TRY(dsc_buckets_wait_turn(e->holdings[s].buckets, "backward (others are behind)"));
     e->boundary = boundary;
     tell_buckets(e, true);
@@ -260,14 +265,15 @@ enum dsc_status dsc_engine_end_backward(struct dsc_engine *e, bool boundary, int
     if (status != DSC_OK)
         return status;
     e->n_micro++;
-    if (!e->keeps) {
+    bool folds = e->has_16bit && e->folds;
+    if (!e->keeps && !e->deferring) {
         status = dsc__engine_end_round(e, NULL);
-    } else if (boundary) {
-        e->pending_16bit = e->has_16bit;
+    } else if (boundary && !e->deferring) {
+        e->pending_16bit = folds;
     } else {
-        if (e->has_16bit)
+        if (folds)
             *need |= DSC_NEED_FOLD;
-        if (e->has_f32 && e->culprit.param < 0)
+        if ((e->has_f32 || !folds) && e->culprit.param < 0)
             *need |= DSC_NEED_CHECK;
     }
     tell_buckets(e, false);
@@ -294,14 +300,14 @@ static void accuse(struct dsc_engine *e, size_t param, const void *grad, enum ds
 enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t i, const void *grad,
                                      enum dsc_dtype dtype, uint64_t micro) {
     size_t s = (size_t)e->param_space[i];
-    DSC_TRY(need_local(e, s));
+    DSC_TRY(dsc__engine_need_local(e, s));
     size_t n = e->params[i].n_elems;
     if (!dsc_kernels()->is_finite[dtype](grad, n))
         accuse(e, i, grad, dtype, micro);
     dsc_kernels()->accumulate[dtype](e->local[s] + dsc__engine_segment(e, i)->begin, grad, n,
                                      !e->folded[i]);
     e->n_folded += !e->folded[i];
-    e->folded[i] = true;
+    e->folded[i] = e->touched[i] = true;
     return DSC_OK;
 }
 
@@ -350,7 +356,7 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     bool finite = true;
     *taken = false;
     /* In a forked child the gradient is the child's own and stays. */
-    if (!e->early || s < 0 || e->pid != getpid() || (e->keeps && !e->boundary))
+    if (!e->early || s < 0 || e->pid != getpid() || e->deferring || (e->keeps && !e->boundary))
         return DSC_OK;
     if (!e->round_open)
         dsc__engine_open_round(e);
@@ -375,7 +381,7 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     if (src != grad)
         e->folded[param] = false; /* n_folded stays: it says that this step's slots are fp32 */
     dsc_fp_leave(saved);
-    *taken = status == DSC_OK;
+    *taken = e->touched[param] = status == DSC_OK;
     return status;
 }
 
@@ -409,13 +415,38 @@ struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *e) {
     return sum;
 }
 
-const float *dsc_engine_state(const struct dsc_engine *e, size_t param, int which, size_t *begin,
-                              size_t *n) {
+int64_t dsc_engine_unused(const struct dsc_engine *e, const struct dsc_view *views) {
+    for (size_t i = 0; i < e->n_params; i++)
+        if (e->param_space[i] >= 0 && !e->touched[i] && !views[i].grad && !views[i].frozen)
+            return (int64_t)i;
+    return -1;
+}
+
+int dsc_engine_size(const struct dsc_engine *e) {
+    return e->size;
+}
+
+void dsc_engine_part(const struct dsc_engine *e, size_t param, int rank, size_t *begin, size_t *n) {
+    *begin = *n = 0;
+    if (e->param_space[param] < 0)
+        return;
+    const struct dsc_segment *segment = dsc__engine_segment(e, param);
+    size_t n_elems = e->spaces[e->param_space[param]].n_elems;
+    struct dsc_range stepped = {0, n_elems};
+    if (e->options.stage > 0)
+        stepped = dsc_partition_range(n_elems, rank, e->size);
+    struct dsc_range part = dsc_range_cut(dsc_segment_range(segment), stepped);
+    *begin = part.begin - segment->begin;
+    *n = dsc_range_size(part);
+}
+
+float *dsc_engine_state(const struct dsc_engine *e, size_t param, int which, size_t *begin,
+                        size_t *n) {
     if (e->param_space[param] < 0)
         return NULL;
     const struct dsc_holding *holding = &e->holdings[e->param_space[param]];
     const struct dsc_segment *segment = dsc__engine_segment(e, param);
-    const float *base = which < 0 ? holding->master : holding->state[which];
+    float *base = which < 0 ? holding->master : holding->state[which];
     struct dsc_range part = dsc_range_cut(dsc_segment_range(segment), holding->stepped);
     *begin = part.begin - segment->begin;
     *n = dsc_range_size(part);

@@ -14,6 +14,7 @@
 #include "optim.h"
 #include "scaler.h"
 #include "space.h"
+#include "wire.h"
 
 struct dsc_engine;
 
@@ -24,6 +25,10 @@ struct dsc_engine_options {
     double clip;           /* gradient_clipping; 0 turns it off */
     bool skip_nonfinite;   /* a step with a non-finite gradient is skipped, else reported only */
     bool many_micro_steps; /* gradient_accumulation_steps > 1: fp32 sums are there from the start */
+    bool narrow_sums; /* 16-bit gradients add up in their own type over micro-steps, not in fp32 */
+    bool no_masters;  /* 16-bit parameters are their own masters */
+    bool sum_only;    /* gradients of ranks are added, not averaged */
+    struct dsc_wire wire; /* how gradients travel between ranks */
     enum dsc_optim_kind optim;
     struct dsc_scaler scaler;
     int n_threads; /* of this rank */
@@ -80,7 +85,13 @@ enum dsc_status dsc_engine_fold(struct dsc_engine *engine, const struct dsc_view
 /* Forgets this rank's fp32 sums of the open step, as zero_grad means it. What has been published
  * (stage 2, overlap) is with its owner and stays. */
 void dsc_engine_drop_sums(struct dsc_engine *engine);
-/* Looks for the first non-finite element of fp32 gradients that stay where they are. */
+/* While deferring, backward passes only add up on this rank, at every stage. */
+enum dsc_status dsc_engine_begin_deferring(struct dsc_engine *engine);
+/* Ends it: what was added up is handed over where the stage hands gradients over inside backward
+ * (*taken: the caller drops all gradients); else it stays until the boundary. */
+enum dsc_status dsc_engine_end_deferring(struct dsc_engine *engine, struct dsc_view *views,
+                                         bool *taken);
+/* Looks for the first non-finite element of gradients that stay where they are. */
 void dsc_engine_check(struct dsc_engine *engine, const struct dsc_view *views);
 
 /* A gradient that autograd has just completed. *taken: the caller drops it; else it stays. */
@@ -91,6 +102,10 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *engine, size_t param, const
 enum dsc_status dsc_engine_step(struct dsc_engine *engine, struct dsc_view *views,
                                 const struct dsc_hyper *groups, struct dsc_step_report *report);
 
+/* The first parameter that is to be stepped and has got no gradient on this rank since the last
+ * step; -1 where there is none. */
+int64_t dsc_engine_unused(const struct dsc_engine *engine, const struct dsc_view *views);
+
 /* For a rank that fails before it can call step: takes part in the meeting, so that the others get
  * an error at once instead of waiting. */
 void dsc_engine_refuse_step(struct dsc_engine *engine);
@@ -99,10 +114,25 @@ void dsc_engine_refuse_step(struct dsc_engine *engine);
 double dsc_engine_scale(const struct dsc_engine *engine);
 struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *engine);
 
+/* The gradient that a step would use now, of one parameter, on every rank: averaged and unscaled,
+ * not clipped. Collective. grad: n_elems of the parameter, in storage order. *taken: the caller
+ * drops all gradients, since what lay in them has been handed over. */
+enum dsc_status dsc_engine_get_grad(struct dsc_engine *engine, size_t param, struct dsc_view *views,
+                                    float *grad, bool *taken);
+/* Replaces it. Collective, the same values on all ranks. An fp32 parameter of an engine that keeps
+ * gradients has it in .grad, scaled by what *into_grad says (0: done, nothing to store). */
+enum dsc_status dsc_engine_set_grad(struct dsc_engine *engine, size_t param, struct dsc_view *views,
+                                    const float *grad, bool *taken, double *into_grad);
+
+/* How many ranks share it. */
+int dsc_engine_size(const struct dsc_engine *engine);
+/* The part of a parameter that `rank` steps: elements [*begin, *begin + *n); at stage 0 all. */
+void dsc_engine_part(const struct dsc_engine *engine, size_t param, int rank, size_t *begin,
+                     size_t *n);
 /* fp32 values of a parameter that this rank holds: part of its elements [*begin, *begin + *n).
  * which: -1 the master (NULL where the model is fp32), else optimizer state 0, 1. NULL: none here.
  */
-const float *dsc_engine_state(const struct dsc_engine *engine, size_t param, int which,
-                              size_t *begin, size_t *n);
+float *dsc_engine_state(const struct dsc_engine *engine, size_t param, int which, size_t *begin,
+                        size_t *n);
 
 #endif

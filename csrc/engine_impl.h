@@ -33,6 +33,8 @@ struct dsc_engine {
     int rank, size;
     pid_t pid; /* that opened it: a forked child has no windows */
     bool early, keeps, has_16bit, has_f32;
+    bool folds;     /* 16-bit gradients add up in fp32 over micro-steps */
+    bool deferring; /* see dsc_engine_begin_deferring */
 
     size_t n_params;
     struct dsc_param *params;
@@ -43,6 +45,7 @@ struct dsc_engine {
     struct dsc_holding *holdings; /* per space */
     float **local;                /* per space: fp32 sums over micro-steps; NULL until needed */
     bool *folded;                 /* per parameter: in `local` for this step */
+    bool *touched;                /* per parameter: has got a gradient in the open step */
     bool *marked;                 /* per parameter: scratch of one call */
     atomic_bool *changed;         /* per parameter: written by somebody else, found in this step */
     struct dsc_source *sources;   /* per space: valid inside a step */
@@ -70,10 +73,23 @@ bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param);
 /* A parameter's gradient joins this rank's fp32 sums. */
 enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t param, const void *grad,
                                      enum dsc_dtype dtype, uint64_t micro);
+/* Memory for the fp32 sums of a space. */
+enum dsc_status dsc__engine_need_local(struct dsc_engine *e, size_t s);
 /* DSC_ESTATE in a forked child. */
 enum dsc_status dsc__engine_usable(const struct dsc_engine *e);
 /* Rounds of all spaces open and end together. sources: what did not arrive; NULL: nothing. */
 void dsc__engine_open_round(struct dsc_engine *e);
 enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources);
+
+/* Makes each space's source from the views; see engine_step.c. */
+enum dsc_status dsc__engine_make_sources(struct dsc_engine *e, struct dsc_view *views);
+/* Ends the open round with what did not arrive, and further rounds until nothing is left and all
+ * ranks have as many; `marked` parameters' views lose their gradients. Collective. */
+enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *views,
+                                       uint32_t *n_rounds);
+/* A round of its own for what the sources hold. */
+enum dsc_status dsc__engine_hand_over(struct dsc_engine *e, struct dsc_view *views);
+/* What the sum over ranks is divided by; wire.divisor is a part of it that is done already. */
+double dsc__engine_divisor(const struct dsc_engine *e);
 
 #endif

@@ -17,7 +17,8 @@
 struct dsc__plan {
     uint64_t hyper_hash;
     double first_lr;
-    uint32_t refused; /* this rank cannot step, and the others must not wait for it */
+    uint64_t frozen_hash; /* of the parameters that are not to be stepped */
+    uint32_t refused;     /* this rank cannot step, and the others must not wait for it */
 };
 
 static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *groups) {
@@ -32,9 +33,17 @@ static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *g
     return hash;
 }
 
-/* Makes each space's source; where sums over micro-steps exist, the last gradients join them. */
-static enum dsc_status make_sources(struct dsc_engine *e, struct dsc_view *views) {
-    for (size_t i = 0; e->keeps && e->n_folded && i < e->n_params; i++)
+static uint64_t frozen_hash(const struct dsc_engine *e, const struct dsc_view *views) {
+    uint64_t hash = DSC__HASH_START;
+    for (size_t i = 0; i < e->n_params; i++)
+        if (views[i].frozen)
+            hash = dsc__engine_hash(hash, &i, sizeof i);
+    return hash;
+}
+
+/* Where sums over micro-steps exist, the last gradients join them. */
+enum dsc_status dsc__engine_make_sources(struct dsc_engine *e, struct dsc_view *views) {
+    for (size_t i = 0; (e->keeps || e->deferring) && e->n_folded && i < e->n_params; i++)
         if (dsc__engine_is_16bit(e, i) && views[i].grad) {
             DSC_TRY(dsc__engine_fold_one(e, i, views[i].grad, views[i].grad_dtype,
                                          dsc_max(e->n_micro, 1)));
@@ -68,6 +77,11 @@ static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *m
                 "and %.9g on rank %d%s; every rank must use the same param_groups",
                 first.first_lr, other.first_lr, r,
                 first.first_lr == other.first_lr ? " (another key or group differs)" : "");
+        if (other.frozen_hash != first.frozen_hash && !mine->refused)
+            return DSC_FAIL(DSC_EINVAL,
+                            "requires_grad of parameters differs between rank 0 and rank %d; every "
+                            "rank must freeze the same ones",
+                            r);
     }
     return DSC_OK;
 }
@@ -114,20 +128,34 @@ static bool anything_left(const struct dsc_engine *e) {
     return false;
 }
 
+enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *views,
+                                       uint32_t *n_rounds) {
+    dsc_engine_check(e, views); /* usually nothing is left to look at */
+    DSC_TRY(end_last_round(e, views));
+    bool left = anything_left(e);
+    DSC_TRY(meet_rounds(e, e->n_rounds + left, n_rounds));
+    for (; e->n_rounds < *n_rounds; left = false) {
+        dsc__engine_open_round(e);
+        DSC_TRY(dsc__engine_end_round(e, left ? e->sources : NULL));
+    }
+    return DSC_OK;
+}
+
+enum dsc_status dsc__engine_hand_over(struct dsc_engine *e, struct dsc_view *views) {
+    DSC_TRY(dsc__engine_make_sources(e, views));
+    dsc__engine_open_round(e);
+    DSC_TRY(end_last_round(e, views));
+    e->n_folded = 0;
+    return DSC_OK;
+}
+
 /* Gradients become sums; the norm of this rank's part goes into *norm. */
 static enum dsc_status reduce_early(struct dsc_engine *e, struct dsc_view *views,
                                     struct dsc_norm *norm) {
     uint32_t n_rounds;
     for (size_t s = 0; s < e->n_spaces; s++)
         dsc_buckets_set_phase(e->holdings[s].buckets, false, true);
-    dsc_engine_check(e, views); /* usually nothing is left to look at */
-    DSC_TRY(end_last_round(e, views));
-    bool left = anything_left(e);
-    DSC_TRY(meet_rounds(e, e->n_rounds + left, &n_rounds));
-    for (; e->n_rounds < n_rounds; left = false) {
-        dsc__engine_open_round(e);
-        DSC_TRY(dsc__engine_end_round(e, left ? e->sources : NULL));
-    }
+    DSC_TRY(dsc__engine_end_rounds(e, views, &n_rounds));
     for (size_t s = 0; s < e->n_spaces; s++)
         DSC_TRY(dsc_buckets_finish(e->holdings[s].buckets, n_rounds, norm, e->label));
     return DSC_OK;
@@ -247,6 +275,7 @@ static void forget_step(struct dsc_engine *e) {
         if (e->holdings[s].buckets)
             dsc_buckets_reset(e->holdings[s].buckets);
     memset(e->folded, 0, e->n_params * sizeof *e->folded);
+    memset(e->touched, 0, e->n_params * sizeof *e->touched);
     e->n_folded = 0;
     e->n_micro = 0;
     e->n_rounds = 0;
@@ -264,10 +293,13 @@ static void count_changes(struct dsc_engine *e, struct dsc_step_report *report) 
 }
 
 /* The meeting that starts a step; `refused`: this rank will not. */
-static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_hyper *groups,
-                                  bool refused) {
-    struct dsc__plan plan = {.refused = refused};
+static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_view *views,
+                                  const struct dsc_hyper *groups, bool refused) {
+    struct dsc__plan plan;
+    memset(&plan, 0, sizeof plan);
+    plan.refused = refused;
     if (!refused) {
+        plan.frozen_hash = frozen_hash(e, views);
         plan.hyper_hash = hyper_hash(e, groups);
         plan.first_lr = groups[0].lr;
     }
@@ -281,15 +313,20 @@ static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_hyper *
     return status;
 }
 
+double dsc__engine_divisor(const struct dsc_engine *e) {
+    double done = e->size > 1 && e->options.wire.divisor != 0 ? e->options.wire.divisor : 1.0;
+    return e->options.sum_only ? 1.0 : e->size / done;
+}
+
 static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
                             const struct dsc_hyper *groups, struct dsc_step_report *report) {
     struct dsc_norm norm;
     memset(&norm, 0, sizeof norm);
-    DSC_TRY(begin_step(e, groups, false));
-    DSC_TRY(make_sources(e, views));
+    DSC_TRY(begin_step(e, views, groups, false));
+    DSC_TRY(dsc__engine_make_sources(e, views));
     DSC_TRY(reduce(e, views, &norm));
     DSC_TRY(meet_norm(e, &norm));
-    double inverse = 1.0 / (e->scaler.scale * e->size);
+    double inverse = 1.0 / (e->scaler.scale * dsc__engine_divisor(e));
     report->norm = sqrt(dsc_norm_sum(&norm)) * inverse;
     report->scale = e->scaler.scale;
     report->nonfinite = norm.n_nonfinite > 0;
@@ -308,7 +345,7 @@ static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
 
 void dsc_engine_refuse_step(struct dsc_engine *e) {
     if (dsc__engine_usable(e) == DSC_OK)
-        (void)begin_step(e, NULL, true);
+        (void)begin_step(e, NULL, NULL, true);
 }
 
 enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
@@ -317,7 +354,7 @@ enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
     DSC_TRY(dsc__engine_usable(e));
     for (int g = 0; g < e->n_groups; g++)
         if (dsc_optim_check(e->options.optim, &groups[g], g) != DSC_OK) {
-            (void)begin_step(e, NULL, true);
+            (void)begin_step(e, NULL, NULL, true);
             return dsc_optim_check(e->options.optim, &groups[g], g); /* its text, again */
         }
     uint64_t saved = dsc_fp_enter();

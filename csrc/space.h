@@ -22,6 +22,7 @@ struct dsc_view {
     void *data;
     const void *grad; /* NULL: none, counts as zero */
     enum dsc_dtype grad_dtype;
+    bool frozen; /* not to be stepped now: it requires no gradient */
 };
 
 struct dsc_segment {

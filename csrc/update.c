@@ -42,14 +42,20 @@ static void step_part(const struct job *job, const struct dsc_segment *segment,
     size_t at = part.begin - holding->stepped.begin;
     char *data =
         (char *)job->update->views[segment->param].data + (part.begin - segment->begin) * elem_size;
+    float wide[RUN];
     float *p = holding->master ? holding->master + at : (float *)(void *)data;
     float *state[DSC_OPTIM_MAX_STATES];
     for (int i = 0; i < DSC_OPTIM_MAX_STATES; i++)
         state[i] = holding->state[i] ? holding->state[i] + at : NULL;
-    if (holding->master)
+    if (holding->master) {
         adopt_changes(job, segment->param, p, data, n);
-    dsc_optim_apply(&job->update->args[segment->group], p, state, grad, n);
-    if (holding->master)
+    } else if (dtype != DSC_F32) { /* the parameter is its own master */
+        p = wide;
+        dsc_kernels()->to_f32[dtype](p, data, n);
+    }
+    if (!job->update->views[segment->param].frozen)
+        dsc_optim_apply(&job->update->args[segment->group], p, state, grad, n);
+    if (dtype != DSC_F32)
         dsc_kernels()->from_f32[dtype](data, p, n);
     if (job->out)
         memcpy(job->out + (part.begin - job->range.begin) * elem_size, data, n * elem_size);

@@ -16,7 +16,7 @@
 struct dsc_holding {
     const struct dsc_space *space;
     struct dsc_range stepped; /* elements that this rank steps: its own, or all of them (stage 0) */
-    float *master;            /* fp32 values of `stepped`; NULL where the model is fp32 itself */
+    float *master;            /* fp32 values of `stepped`; NULL where parameters are their own */
     float *state[DSC_OPTIM_MAX_STATES]; /* of `stepped` */
     struct dsc_buckets *buckets;        /* NULL in a world of one */
 };

@@ -3,7 +3,6 @@
 It runs the module, autograd and the caller's objects; every number between gradient and new parameter is
 the core's. Configuration accessors (``fp16_enabled()`` and so on) are derived from the core's table.
 """
-import math
 import os
 import weakref
 from contextlib import contextmanager
@@ -14,8 +13,10 @@ from . import _core
 from . import model as model_setup
 from .distributed import world_comm
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer, check_groups, resolve
+from .report import StepReport
 from .runtime import lr_schedules
 from .utils.logging import log_dist, logger
+from .utils.tensor_fragment import claim, release
 
 
 def _local_rank(args):
@@ -31,6 +32,29 @@ def _local_rank(args):
             raise ValueError(f"args.{name} is {given} and LOCAL_RANK is {env}; they must be equal")
         return given
     return int(env) if env is not None else 0
+
+
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+def _autocast_of(config):
+    """The dtype that torch.autocast casts to around forward, None where it is off."""
+    if not config.get("torch_autocast.enabled"):
+        return None
+    return getattr(torch, config.get("torch_autocast.dtype").removeprefix("torch."))
+
+
+def _cast_inputs(value, dtype):
+    """`value` with the floating tensors in it, also inside lists, tuples and dicts, as dtype."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)((key, _cast_inputs(item, dtype)) for key, item in value.items())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cast_inputs(item, dtype) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_cast_inputs(item, dtype) for item in value)
+    return value
 
 
 # The hook of each parameter that an early engine trains, by id: a parameter itself must stay picklable.
@@ -65,16 +89,24 @@ class DeepSpeedEngine(torch.nn.Module):
         self.local_rank = _local_rank(args)
         self._config = _core.Config(config, self.world_size)
         self.config = self._config.source
+        self._sizes = [self._config.get(key) for key in _SIZES]
+        self._managed = self._config.get("managed_gradient_accumulation")
+        self._autocast = _autocast_of(self._config)
+        self._casts_inputs = self._config.get("fp16.auto_cast") and self._config.get("fp16.enabled")
+        self._scales = self._config.get("fp16.enabled") or self._autocast is torch.float16
         for line in self._config.warnings if self.global_rank == 0 else ():
             logger.warning("configuration: %s", line)
         self.device = torch.device("cpu")
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self._micro_origin = 0  # the micro-step from which boundaries are counted
         self._boundary_override = None
-        self._inside_no_sync = self._last_step_skipped = self._step_applied = self._said_changed = False
+        self._inside_no_sync = self._coalescing = False
+        self._last_step_skipped = self._step_applied = self._said_changed = False
         self._scaled = False  # since the last step, a loss was scaled by backward() or scale()
         self._grad_norm = None
         self._handles = []
         self._finalizer = weakref.finalize(self, _remove_hooks, self._handles)
+        self._places = {}
         self.optimizer = self.basic_optimizer = self._core = None
         self.module = model
         self.lr_scheduler = self.training_dataloader = None
@@ -87,6 +119,7 @@ class DeepSpeedEngine(torch.nn.Module):
         except BaseException:
             self.destroy()
             raise
+        self._report = StepReport(self)
         log_dist(f"DeepSpeed info: version=deepspeed_c, world_size={self.world_size}, "
                  f"stage={self.zero_optimization_stage()}", ranks=[0])
 
@@ -106,6 +139,9 @@ class DeepSpeedEngine(torch.nn.Module):
             if not parameters.tensors:
                 raise ValueError("there is nothing to train: no parameter in model_parameters requires a gradient")
         self._params = parameters.tensors if parameters else []
+        trained = {id(p) for p in self._params}
+        self._frozen = {name: p for name, p in self.module.named_parameters()
+                        if not p.requires_grad and id(p) not in trained}
         model_setup.check_storages(self.module, self._params)
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
         model_setup.cast(self.module, dtype)
@@ -113,13 +149,14 @@ class DeepSpeedEngine(torch.nn.Module):
         model_setup.broadcast(self._comm, self.module, self._params)
         if parameters is None:
             return
-        self._names = parameters.names
+        self._names, self._kind = parameters.names, kind
         self._core = model_setup.open_core(self._comm, self._config, parameters, kind)
         self._core.load_masters()
         self.basic_optimizer = CoreOptimizer(parameters.groups, defaults, self)
         self.optimizer = DeepSpeedOptimizer(parameters.groups, defaults, self)
 
     def _install_hooks(self):
+        self._places = claim(self, self._params)
         for i, p in enumerate(self._params):
             # An earlier engine over the same parameter stops taking its gradients.
             earlier = _HOOKS.pop(id(p), None)
@@ -161,7 +198,13 @@ class DeepSpeedEngine(torch.nn.Module):
     # ---- a step ----
 
     def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
+        with self._report.timed("forward"):
+            if self._casts_inputs:
+                args, kwargs = _cast_inputs(args, torch.float16), _cast_inputs(kwargs, torch.float16)
+            if self._autocast is None:
+                return self.module(*args, **kwargs)
+            with torch.autocast(self.device.type, self._autocast):
+                return self.module(*args, **kwargs)
 
     def backward(self, loss, retain_graph=False, scale_wrt_gas=True):
         """Runs autograd from `loss`, scaled by the loss scale and, with scale_wrt_gas, divided by
@@ -173,14 +216,25 @@ class DeepSpeedEngine(torch.nn.Module):
         if not loss.requires_grad:
             raise ValueError("backward needs a loss that depends on parameters that require a gradient; got one "
                              "without grad_fn")
-        divisor = self.gradient_accumulation_steps() if scale_wrt_gas else 1
+        self._refuse_unfrozen()
+        divisor = self.gradient_accumulation_steps() if scale_wrt_gas and self._managed else 1
         factor = core.scale / divisor
         self._scaled = True
         boundary = self.is_gradient_accumulation_boundary()
-        core.begin_backward(boundary)
-        loss.backward(None if factor == 1.0 else torch.full_like(loss, factor), retain_graph=retain_graph)
-        core.end_backward(boundary)
+        with self._report.timed("backward"):
+            core.begin_backward(boundary)
+            with self._report.timed("backward_inner"):
+                loss.backward(None if factor == 1.0 else torch.full_like(loss, factor), retain_graph=retain_graph)
+            core.end_backward(boundary)
         return loss if divisor == 1 else loss / divisor
+
+    def _refuse_unfrozen(self):
+        """A parameter that was frozen at initialize has no place in the core: training it would do nothing."""
+        if any(p.requires_grad for p in self._frozen.values()):
+            names = [name for name, p in self._frozen.items() if p.requires_grad]
+            raise ValueError(f"parameter {names[0]} requires a gradient now and did not at initialize, so the engine "
+                             f"does not train it ({len(names)} such parameters); let it require one before "
+                             "initialize and freeze it afterwards, or call initialize again")
 
     def scale(self, loss):
         """The loss times the loss scale, for a ``.backward()`` of one's own before step()."""
@@ -194,7 +248,7 @@ class DeepSpeedEngine(torch.nn.Module):
             return False
         if self._boundary_override is not None:
             return self._boundary_override
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+        return not self._managed or (self.micro_steps - self._micro_origin + 1) % self._sizes[2] == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary):
         """Decides is_gradient_accumulation_boundary() from now on, instead of counting."""
@@ -214,19 +268,38 @@ class DeepSpeedEngine(torch.nn.Module):
         finally:
             self._inside_no_sync = False
 
+    @contextmanager
+    def coalesce_grad_reduction(self):
+        """Backward passes inside add up on this rank only; what they gave is reduced once, at the end of the block
+        (stage 2, or else at the boundary). step() is not allowed inside."""
+        core = self._needs_core("coalesce_grad_reduction")
+        if self._coalescing or self._inside_no_sync:
+            raise RuntimeError("coalesce_grad_reduction: already inside "
+                               f"{'coalesce_grad_reduction' if self._coalescing else 'no_sync'}")
+        core.begin_deferring()
+        self._coalescing = True
+        try:
+            yield
+        finally:
+            self._coalescing = False
+            core.end_deferring()
+
     def step(self, lr_kwargs=None):
         """At a boundary: optimizer step, then schedule, unless the step was skipped. Elsewhere it only counts the
         micro-step. lr_kwargs: keywords of the schedule's step(), such as {"metrics": loss}."""
         self._needs_core("step")
-        if self._inside_no_sync:
-            raise RuntimeError("step() inside no_sync(): leave the context first")
+        if self._inside_no_sync or self._coalescing:
+            raise RuntimeError(f"step() inside {'no_sync' if self._inside_no_sync else 'coalesce_grad_reduction'}(): "
+                               "leave the context first")
         self._step_applied = False
-        if self.is_gradient_accumulation_boundary():
-            self._apply_gradients()
-            if self.lr_scheduler is not None and not self._last_step_skipped:
-                lr_schedules.advance(self.lr_scheduler, lr_kwargs, self.train_batch_size())
-            self._print_progress()
+        boundary = self.is_gradient_accumulation_boundary()
+        with self._report.timed("step"):
+            if boundary:
+                self._apply_gradients()
+                if self.lr_scheduler is not None and not self._last_step_skipped:
+                    lr_schedules.advance(self.lr_scheduler, lr_kwargs, self.train_batch_size())
         self.micro_steps += 1
+        self._report.after_step(boundary)
 
     def _apply_gradients(self):
         """The boundary in the core, then counters and what has to be said about it."""
@@ -263,17 +336,14 @@ class DeepSpeedEngine(torch.nn.Module):
                      f"{report['bad_rank']}, in backward pass {report['bad_micro']} of the step")
         what = "skipped: non-finite gradient" if self._last_step_skipped else "used a non-finite gradient"
         scale = ""
-        if self.fp16_enabled():
+        if self._scales:
             scale = f"; loss scale {report['scale']:g}, next {report['next_scale']:g}"
         logger.warning("step %d %s; %s%s (%d skipped so far)", self.global_steps, what, where, scale,
                        self.skipped_steps)
 
-    def _print_progress(self):
-        every = self._config.get("steps_per_print")
-        if not every or not math.isfinite(every) or self.global_steps % int(every):
-            return
-        log_dist(f"step={self.global_steps}, skipped={self.skipped_steps}, lr={self.get_lr()}, mom={self.get_mom()}",
-                 ranks=[0])
+    def get_wall_clock_timers(self):
+        """{name: milliseconds} of the last step's timers; empty without wall_clock_breakdown."""
+        return self._report.snapshot()
 
     def was_step_applied(self):
         """Whether the last step() changed parameters: False off a boundary and for a skipped step."""
@@ -307,7 +377,44 @@ class DeepSpeedEngine(torch.nn.Module):
 
     def get_batch_info(self):
         """(train_batch_size, micro batch size per rank, gradient_accumulation_steps) as numbers."""
-        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+        return tuple(self._sizes)
+
+    def train_batch_size(self):
+        """Samples per optimizer step on all ranks."""
+        return self._sizes[0]
+
+    def train_micro_batch_size_per_gpu(self):
+        """Samples per forward pass on one rank."""
+        return self._sizes[1]
+
+    def gradient_accumulation_steps(self):
+        """Micro-steps per optimizer step."""
+        return self._sizes[2]
+
+    def set_train_batch_size(self, train_batch_size):
+        """Changes the samples per optimizer step by changing gradient_accumulation_steps. Between steps only; the
+        same on all ranks."""
+        share = self._sizes[1] * self.dp_world_size
+        if not isinstance(train_batch_size, int) or train_batch_size < 1 or train_batch_size % share:
+            raise ValueError(f"Train batch size must be divisible by micro-batch data parallelism: train_batch_size is "
+                             f"{train_batch_size!r}; allowed: multiples of {share} (micro batch {self._sizes[1]} * "
+                             f"{self.dp_world_size} ranks)")
+        self._change_sizes(self._sizes[1], train_batch_size // share)
+
+    def set_train_micro_batch_size(self, micro_batch_size):
+        """Changes the samples per forward pass, and with it train_batch_size; gradient_accumulation_steps stays.
+        A loader that exists keeps its batches. Between steps only; the same on all ranks."""
+        if not isinstance(micro_batch_size, int) or micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size is {micro_batch_size!r}; allowed: an integer >= 1")
+        self._change_sizes(micro_batch_size, self._sizes[2])
+
+    def _change_sizes(self, micro, accumulation):
+        done = (self.micro_steps - self._micro_origin) % self._sizes[2]
+        if done:
+            raise RuntimeError(f"batch sizes can change between optimizer steps only; {done} of {self._sizes[2]} "
+                               "micro-steps are done")
+        self._sizes = [micro * accumulation * self.dp_world_size, micro, accumulation]
+        self._micro_origin = self.micro_steps
 
     def optimizer_name(self):
         """``optimizer.type`` of the configuration, or None."""
@@ -317,9 +424,13 @@ class DeepSpeedEngine(torch.nn.Module):
         """``scheduler.type`` of the configuration, or None."""
         return self._config.get("scheduler.type")
 
+    def torch_autocast_dtype(self):
+        """The dtype that torch.autocast casts to around forward; None where it is off."""
+        return self._autocast
+
     def dynamic_loss_scale(self):
         """Whether the loss scale changes by itself."""
-        return bool(self.fp16_enabled() and self._config.get("fp16.loss_scale") == 0)
+        return bool(self._scales and self._config.get("fp16.loss_scale") == 0)
 
     def loss_scale(self):
         """The loss scale of the next backward pass; 1.0 unless fp16."""
@@ -345,6 +456,7 @@ class DeepSpeedEngine(torch.nn.Module):
         """Frees masters, optimizer states and shared memory, and takes the hooks off. The module stays usable,
         its parameters in ordinary private storage. Idempotent."""
         self._finalizer()
+        release(self._places)
         if self._core is not None:
             self._core.close()
             self._core = None
@@ -358,10 +470,9 @@ class DeepSpeedEngine(torch.nn.Module):
 
     # The rest of the documented surface: an error that says so, never silence.
     for _name in ("save_checkpoint", "load_checkpoint", "save_16bit_model", "save_fp16_model", "module_state_dict",
-                  "load_module_state_dict", "offload_states", "reload_states", "coalesce_grad_reduction",
-                  "set_train_batch_size", "set_train_micro_batch_size", "compile", "allreduce_gradients",
+                  "load_module_state_dict", "offload_states", "reload_states", "compile", "allreduce_gradients",
                   "get_sequence_parallel_group", "random_ltd_initialize", "empty_partition_cache",
-                  "set_data_post_process_func", "set_custom_curriculum_learning_schedule", "get_wall_clock_timers"):
+                  "set_data_post_process_func", "set_custom_curriculum_learning_schedule"):
         locals()[_name] = _not_yet(_name)
     del _name, _not_yet
 

@@ -133,6 +133,11 @@ class DeepSpeedOptimizer(CoreOptimizer):
         return self._engine.basic_optimizer
 
     @property
+    def state_names(self):
+        """torch's names of the states that the core keeps, in its order."""
+        return ("exp_avg", "exp_avg_sq") if self._engine._kind == "adam" else ("momentum_buffer",)
+
+    @property
     def overflow(self):
         """Whether the last step was skipped because of a non-finite gradient."""
         return self._engine._last_step_skipped

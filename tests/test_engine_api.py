@@ -56,7 +56,7 @@ def test_without_or_with_two_configurations_the_error_says_so(tmp_path):
     ({"zero_optimization": {"stage": 3}}, "not yet"),
     ({"zero_optimization": {"stagee": 1}}, "zero_optimization.stage"),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16"),
-    ({"prescale_gradients": True}, "prescale_gradients"),
+    ({"sparse_gradients": True}, "sparse_gradients"),
 ])
 def test_a_wrong_configuration_names_the_key(change, text):
     with pytest.raises((deepspeed.DeepSpeedConfigError, NotImplementedError), match=text):

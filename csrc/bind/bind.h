@@ -34,7 +34,7 @@ struct dsc_bind_state {
     PyObject *config_error; /* deepspeed_c.DeepSpeedConfigError, a ValueError */
     PyObject *comm_error;   /* deepspeed_c.CommError, a RuntimeError */
     PyTypeObject *config_type, *comm_type, *engine_type, *hook_type;
-    PyObject *str_grad, *str_dlpack; /* interned names */
+    PyObject *str_grad, *str_requires_grad, *str_dlpack; /* interned names */
     /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */
     PyTypeObject *exchange_type[4];
     const DLPackExchangeAPI *exchange[4];

@@ -29,7 +29,7 @@ typedef struct {
     struct dsc_view *views;
     PyObject **grads; /* held during a call */
     struct dsc_hyper *hypers;
-    bool busy;
+    bool busy, all_used;
 } EngineObject;
 
 static struct dsc_bind_state *state_of(EngineObject *self) {
@@ -138,7 +138,13 @@ static int view_all(EngineObject *self) {
     for (Py_ssize_t i = 0; i < self->n_params; i++) {
         if (view_param(self, i) < 0)
             return -1;
-        PyObject *grad = PyObject_GetAttr(PyList_GET_ITEM(self->params, i), state->str_grad);
+        PyObject *param = PyList_GET_ITEM(self->params, i); /* borrowed from the list */
+        PyObject *trains = PyObject_GetAttr(param, state->str_requires_grad);
+        if (!trains)
+            return -1;
+        self->views[i].frozen = trains == Py_False;
+        Py_DECREF(trains);
+        PyObject *grad = PyObject_GetAttr(param, state->str_grad);
         if (!grad)
             return -1;
         if (grad == Py_None) {
@@ -169,15 +175,44 @@ static int forget_grads(EngineObject *self, bool only_16bit) {
 
 /* ---- construction ---- */
 
+/* Then the loss needs a scale, as in fp16 mode. */
+static bool autocasts_to_f16(const struct dsc_config *config) {
+    return config->torch_autocast_enabled && strstr(config->torch_autocast_dtype, "bfloat") == NULL;
+}
+
 static bool skips_nonfinite(const struct dsc_config *config) {
-    if (config->fp16_enabled)
+    if (config->fp16_enabled || autocasts_to_f16(config))
         return true;
     return config->bf16_enabled ? config->bf16_check_grad_overflow
                                 : config->fp32_check_grad_overflow;
 }
 
+/* The type that a key names; DSC_F32 where it names none. */
+static enum dsc_dtype dtype_of(const char *name) {
+    if (name && strcmp(name, "bf16") == 0)
+        return DSC_BF16;
+    if (name && strcmp(name, "bfp16") == 0) /* upstream's other spelling */
+        return DSC_BF16;
+    return name && strcmp(name, "fp16") == 0 ? DSC_F16 : DSC_F32;
+}
+
+/* Sums of gradients are fp32, so only a type with 16 bits changes what travels. */
+static struct dsc_wire wire_of(const struct dsc_config *config, int n_ranks) {
+    struct dsc_wire wire = {.dtype = dtype_of(config->communication_data_type)};
+    wire.narrow = wire.dtype != DSC_F32;
+    if (strcmp(config->gradient_allreduce_op, "sum") == 0)
+        return wire;
+    if (config->prescale_gradients)
+        wire.divisor = (float)n_ranks;
+    else if (config->gradient_predivide_factor != 1.0)
+        wire.divisor = (float)config->gradient_predivide_factor;
+    return wire;
+}
+
 static struct dsc_engine_options options_of(const struct dsc_config *config, const char *optimizer,
-                                            int n_threads, uint64_t names_hash) {
+                                            int n_threads, uint64_t names_hash, int n_ranks) {
+    bool no_masters =
+        config->fp16_master_weights_and_grads || config->bf16_master_weights_and_grads;
     struct dsc_engine_options options = {
         .stage = (int)config->zero_stage,
         .overlap = config->zero_overlap_comm == 1,
@@ -185,17 +220,21 @@ static struct dsc_engine_options options_of(const struct dsc_config *config, con
         .clip = config->gradient_clipping,
         .skip_nonfinite = skips_nonfinite(config),
         .many_micro_steps = config->gradient_accumulation_steps > 1,
+        .narrow_sums = no_masters || dtype_of(config->grad_accum_dtype) != DSC_F32,
+        .no_masters = no_masters,
+        .sum_only = strcmp(config->gradient_allreduce_op, "sum") == 0,
+        .wire = wire_of(config, n_ranks),
         .optim = strcmp(optimizer, "sgd") == 0 ? DSC_OPTIM_SGD : DSC_OPTIM_ADAM,
         .n_threads = n_threads,
         .names_hash = names_hash,
     };
-    if (config->fp16_enabled && config->fp16_loss_scale == 0)
+    bool scales = config->fp16_enabled || autocasts_to_f16(config);
+    if (scales && config->fp16_loss_scale == 0)
         dsc_scaler_init_dynamic(&options.scaler, ldexp(1.0, (int)config->fp16_initial_scale_power),
                                 (double)config->fp16_min_loss_scale, config->fp16_loss_scale_window,
                                 config->fp16_hysteresis, config->fp16_consecutive_hysteresis);
     else
-        dsc_scaler_init_static(&options.scaler,
-                               config->fp16_enabled ? config->fp16_loss_scale : 1.0);
+        dsc_scaler_init_static(&options.scaler, scales ? config->fp16_loss_scale : 1.0);
     return options;
 }
 
@@ -279,9 +318,11 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->increment = Py_NewRef(increment);
     self->n_params = PyList_GET_SIZE(params);
     self->n_groups = n_groups;
+    self->all_used = !core_config->zero_ignore_unused_parameters;
     if (allocate(self) < 0 || describe_params(self, groups) < 0)
         goto error;
-    struct dsc_engine_options options = options_of(core_config, optimizer, n_threads, names_hash);
+    struct dsc_engine_options options =
+        options_of(core_config, optimizer, n_threads, names_hash, dsc_comm_size(core_comm));
     enum dsc_status status;
     WITHOUT_GIL(status, dsc_engine_open(core_comm, &options, self->shapes, (size_t)self->n_params,
                                         n_groups, &self->core));
@@ -488,6 +529,98 @@ static PyObject *engine_hook(EngineObject *self, PyObject *index) {
     return (PyObject *)hook;
 }
 
+/* ---- gradients between backward and step ---- */
+
+static PyObject *engine_begin_deferring(EngineObject *self, PyObject *unused) {
+    enum dsc_status status;
+    (void)unused;
+    if (enter(self, "coalesce_grad_reduction") < 0)
+        return NULL;
+    WITHOUT_GIL(status, dsc_engine_begin_deferring(self->core));
+    self->busy = false;
+    return status == DSC_OK ? Py_NewRef(Py_None) : dsc_bind_raise(state_of(self), status);
+}
+
+static PyObject *engine_end_deferring(EngineObject *self, PyObject *unused) {
+    enum dsc_status status;
+    bool taken = false;
+    (void)unused;
+    if (enter(self, "coalesce_grad_reduction") < 0)
+        return NULL;
+    int failed = view_all(self);
+    if (!failed) {
+        WITHOUT_GIL(status, dsc_engine_end_deferring(self->core, self->views, &taken));
+        if (status != DSC_OK) {
+            dsc_bind_raise(state_of(self), status);
+            failed = -1;
+        }
+    }
+    if (!failed && taken)
+        failed = forget_grads(self, false);
+    drop_grads(self);
+    self->busy = false;
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
+/* A float32 CPU tensor with as many elements as parameter i. */
+static int borrow_values(EngineObject *self, Py_ssize_t i, PyObject *tensor, size_t n_elems,
+                         struct dsc_borrowed *out) {
+    if (i < 0 || i >= self->n_params) {
+        PyErr_Format(PyExc_IndexError, "parameter %zd of %zd", i, self->n_params);
+        return -1;
+    }
+    if (dsc_bind_borrow(state_of(self), tensor, "values", out) < 0)
+        return -1;
+    if (out->on_cpu && out->contiguous && out->dtype == DSC_F32 &&
+        out->n_elems == (n_elems == SIZE_MAX ? self->shapes[i].n_elems : n_elems))
+        return 0;
+    PyErr_Format(PyExc_ValueError,
+                 "values of %s must be a contiguous float32 CPU tensor of %zu "
+                 "elements",
+                 name_of(self, i), n_elems == SIZE_MAX ? self->shapes[i].n_elems : n_elems);
+    return -1;
+}
+
+/* get_grad(i, out), set_grad(i, values) -> factor for .grad, 0 where the core has taken them. */
+static PyObject *full_grad(EngineObject *self, PyObject *args, bool get) {
+    PyObject *tensor;
+    Py_ssize_t i;
+    struct dsc_borrowed t;
+    bool taken = false;
+    double into_grad = 0;
+    enum dsc_status status;
+    if (!PyArg_ParseTuple(args, "nO:full_grad", &i, &tensor) ||
+        borrow_values(self, i, tensor, SIZE_MAX, &t) < 0 ||
+        enter(self, get ? "safe_get_full_grad" : "safe_set_full_grad") < 0)
+        return NULL;
+    int failed = view_all(self);
+    if (!failed) {
+        if (get)
+            WITHOUT_GIL(status,
+                        dsc_engine_get_grad(self->core, (size_t)i, self->views, t.data, &taken));
+        else
+            WITHOUT_GIL(status, dsc_engine_set_grad(self->core, (size_t)i, self->views, t.data,
+                                                    &taken, &into_grad));
+        if (status != DSC_OK) {
+            dsc_bind_raise(state_of(self), status);
+            failed = -1;
+        }
+    }
+    if (!failed && taken)
+        failed = forget_grads(self, false);
+    drop_grads(self);
+    self->busy = false;
+    return failed ? NULL : PyFloat_FromDouble(into_grad);
+}
+
+static PyObject *engine_get_grad(EngineObject *self, PyObject *args) {
+    return full_grad(self, args, true);
+}
+
+static PyObject *engine_set_grad(EngineObject *self, PyObject *args) {
+    return full_grad(self, args, false);
+}
+
 /* ---- the boundary ---- */
 
 static int read_groups(EngineObject *self, PyObject *groups) {
@@ -531,6 +664,18 @@ static void refuse_step(EngineObject *self) {
     Py_END_ALLOW_THREADS PyErr_Restore(type, value, trace);
 }
 
+/* zero_optimization.ignore_unused_parameters: false */
+static int check_used(EngineObject *self) {
+    int64_t unused = self->all_used ? dsc_engine_unused(self->core, self->views) : -1;
+    if (unused >= 0)
+        PyErr_Format(PyExc_ValueError,
+                     "parameter %s got no gradient since the last step, and "
+                     "zero_optimization.ignore_unused_parameters is false; leave it true where a "
+                     "step may leave parameters out",
+                     name_of(self, (Py_ssize_t)unused));
+    return unused >= 0 ? -1 : 0;
+}
+
 /* step(param_groups) -> report dict. A loss scale that cannot shrink any more is raised after the
  * gradients are dropped, since the step is over by then. */
 static PyObject *engine_step(EngineObject *self, PyObject *groups) {
@@ -538,7 +683,7 @@ static PyObject *engine_step(EngineObject *self, PyObject *groups) {
     PyObject *result = NULL;
     if (enter(self, "step") < 0)
         return NULL;
-    if (read_groups(self, groups) == 0 && view_all(self) == 0) {
+    if (read_groups(self, groups) == 0 && view_all(self) == 0 && check_used(self) == 0) {
         enum dsc_status status;
         WITHOUT_GIL(status, dsc_engine_step(self->core, self->views, self->hypers, &report));
         int failed = report.over ? after_step(self, report.stepped) : 0;
@@ -603,6 +748,53 @@ static PyObject *engine_state(EngineObject *self, PyObject *args) {
     return result;
 }
 
+/* part(index, rank) -> (begin, n) of the elements that `rank` steps. */
+static PyObject *engine_part(EngineObject *self, PyObject *args) {
+    Py_ssize_t index;
+    int rank;
+    if (!PyArg_ParseTuple(args, "ni:part", &index, &rank) || enter(self, "part") < 0)
+        return NULL;
+    self->busy = false;
+    int n_ranks = dsc_engine_size(self->core);
+    if (index < 0 || index >= self->n_params || rank < 0 || rank >= n_ranks) {
+        PyErr_Format(PyExc_IndexError, "part(%zd, %d): allowed: 0 to %zd, 0 to %d", index, rank,
+                     self->n_params - 1, n_ranks - 1);
+        return NULL;
+    }
+    size_t begin, n;
+    dsc_engine_part(self->core, (size_t)index, rank, &begin, &n);
+    return Py_BuildValue("(nn)", (Py_ssize_t)begin, (Py_ssize_t)n);
+}
+
+/* set_state(index, which, values): the part that this rank holds. */
+static PyObject *engine_set_state(EngineObject *self, PyObject *args) {
+    Py_ssize_t index;
+    int which;
+    PyObject *tensor;
+    struct dsc_borrowed t;
+    size_t begin, n;
+    if (!PyArg_ParseTuple(args, "niO:set_state", &index, &which, &tensor))
+        return NULL;
+    if (index < 0 || index >= self->n_params || which < -1 || which >= DSC_OPTIM_MAX_STATES) {
+        PyErr_Format(PyExc_IndexError, "set_state(%zd, %d): allowed: 0 to %zd, -1 to %d", index,
+                     which, self->n_params - 1, DSC_OPTIM_MAX_STATES - 1);
+        return NULL;
+    }
+    if (enter(self, "set_state") < 0)
+        return NULL;
+    self->busy = false;
+    float *values = dsc_engine_state(self->core, (size_t)index, which, &begin, &n);
+    if (!values) {
+        PyErr_Format(PyExc_ValueError, "set_state: this rank holds no such values of %s",
+                     name_of(self, index));
+        return NULL;
+    }
+    if (borrow_values(self, index, tensor, n, &t) < 0)
+        return NULL;
+    memcpy(values, t.data, n * sizeof *values);
+    Py_RETURN_NONE;
+}
+
 static PyObject *engine_get_early(EngineObject *self, void *unused) {
     (void)unused;
     return PyBool_FromLong(self->core && dsc_engine_early(self->core));
@@ -627,6 +819,20 @@ static PyMethodDef engine_methods[] = {
      "Forgets gradients that were added up over micro-steps on this rank."},
     {"hook", (PyCFunction)engine_hook, METH_O,
      "The post-accumulate-grad hook of parameter i (only where `early`)."},
+    {"begin_deferring", (PyCFunction)engine_begin_deferring, METH_NOARGS,
+     "From here on backward passes only add up on this rank."},
+    {"end_deferring", (PyCFunction)engine_end_deferring, METH_NOARGS,
+     "What was added up is handed over, where the stage does that inside backward."},
+    {"get_grad", (PyCFunction)engine_get_grad, METH_VARARGS,
+     "get_grad(i, out): the full averaged, unscaled gradient into a float32 tensor. Collective."},
+    {"set_grad", (PyCFunction)engine_set_grad, METH_VARARGS,
+     "set_grad(i, values) -> factor: replaces it, the same on all ranks. Where the factor is not "
+     "0,\n"
+     "the caller stores values * factor in .grad. Collective."},
+    {"part", (PyCFunction)engine_part, METH_VARARGS,
+     "part(i, rank) -> (begin, n): the elements of parameter i that a rank steps."},
+    {"set_state", (PyCFunction)engine_set_state, METH_VARARGS,
+     "set_state(i, which, values): replaces what state(i, which) shows, by a float32 tensor."},
     {"step", (PyCFunction)engine_step, METH_O, "The boundary; returns a report as a dict."},
     {"counters", (PyCFunction)engine_counters, METH_NOARGS, "Counters as a dict."},
     {"state", (PyCFunction)engine_state, METH_VARARGS,

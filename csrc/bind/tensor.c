@@ -170,6 +170,7 @@ int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *
 int dsc_bind_add_tensor(PyObject *module) {
     struct dsc_bind_state *state = dsc_bind_module_state(module);
     state->str_grad = PyUnicode_InternFromString("grad");
+    state->str_requires_grad = PyUnicode_InternFromString("requires_grad");
     state->str_dlpack = PyUnicode_InternFromString("__dlpack__");
-    return state->str_grad && state->str_dlpack ? 0 : -1;
+    return state->str_grad && state->str_requires_grad && state->str_dlpack ? 0 : -1;
 }

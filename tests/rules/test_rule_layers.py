@@ -10,7 +10,7 @@ from tree import c_files, read
 LAYERS = [
     ("base", ["dsc", "status", "alloc", "log"]),
     ("kernels and pure arithmetic", [
-        "kernels/", "fpenv", "pool", "arena", "lr", "scaler", "clip", "shuffle", "partition", "space", "source",
+        "kernels/", "fpenv", "pool", "arena", "lr", "scaler", "clip", "shuffle", "partition", "space", "source", "wire",
         "topo", "tensor", "optim", "config", "config_*",
     ]),
     ("communication", ["comm/"]),

@@ -1,0 +1,253 @@
+"""safe_get_* and safe_set_*: masters, gradients and optimizer states by parameter, whatever the ZeRO stage.
+
+"full" is the whole parameter in its own shape, the same on all ranks; those that read are collective, because ranks
+hold parts. "local" is the part that this rank steps, one dimension, None where it has none. fp32 always. A parameter
+that no engine trains gives None, or ValueError where something is to be set.
+"""
+import weakref
+
+import torch
+
+from ..model import flat
+
+__all__ = ["safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_optimizer_state",
+           "safe_get_local_fp32_param", "safe_get_local_grad", "safe_get_local_optimizer_state",
+           "safe_set_full_fp32_param", "safe_set_full_grad", "safe_set_full_optimizer_state",
+           "safe_set_local_fp32_param", "safe_set_local_grad", "safe_set_local_optimizer_state",
+           "safe_update_full_grad_vectorized"]
+
+_MASTER = -1  # where others are numbers of optimizer states
+
+# Which engine trains a parameter, by id: a parameter itself must stay picklable.
+_PLACES = {}
+
+
+def claim(engine, params):
+    """Says that `engine` trains params; an earlier engine over the same ones no longer does. Returns what
+    release() takes."""
+    owner = weakref.ref(engine)
+    places = {id(p): (owner, weakref.ref(p), i) for i, p in enumerate(params)}
+    _PLACES.update(places)
+    return places
+
+
+def release(places):
+    """Undoes claim()."""
+    for key, place in places.items():
+        if _PLACES.get(key) is place:
+            del _PLACES[key]
+    places.clear()
+
+
+def _place(param):
+    """(engine, index), or None."""
+    owner, same, index = _PLACES.get(id(param), (None, None, None))
+    engine = owner() if owner is not None and same() is param else None
+    return None if engine is None or engine._core is None else (engine, index)
+
+
+def _must(param, call):
+    place = _place(param)
+    if place is None:
+        raise ValueError(f"{call}: no engine trains this parameter {tuple(param.shape)}")
+    return place
+
+
+def _shaped(param, values):
+    """Flat values, in storage order, in the parameter's shape and order."""
+    out = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+    flat(out).copy_(values)
+    return out
+
+
+def _flat(param, value, call, shape=None):
+    """A value as contiguous fp32 in storage order."""
+    shape = param.shape if shape is None else shape
+    value = torch.as_tensor(value).detach()
+    if value.shape != shape:
+        raise ValueError(f"{call}: value has shape {tuple(value.shape)}; allowed: {tuple(shape)}")
+    if len(shape) == 1:
+        return value.to(torch.float32).contiguous()
+    laid = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(value)
+    return flat(laid)
+
+
+def _which(engine, key, call):
+    names = engine.optimizer.state_names
+    if key not in names:
+        raise ValueError(f"{call}: optim_state_key is {key!r}; allowed: {', '.join(names) or 'none'}")
+    return names.index(key)
+
+
+# ---- parts ----
+
+
+def _get_part(engine, index, which):
+    """This rank's part as a fresh flat tensor, None where it has none."""
+    held = engine._core.state(index, which)
+    if held is not None:
+        return torch.from_numpy(held[1])
+    begin, n = engine._core.part(index, engine.global_rank)
+    if n == 0 or which != _MASTER:
+        return None
+    return flat(engine._params[index])[begin:begin + n].to(torch.float32, copy=True)
+
+
+def _set_part(engine, index, which, values):
+    begin, n = engine._core.part(index, engine.global_rank)
+    if engine._core.state(index, which) is not None:
+        engine._core.set_state(index, which, values)
+    elif which != _MASTER:
+        raise ValueError("the optimizer has no state yet: it is made in the first step")
+    if which == _MASTER:
+        with torch.no_grad():
+            flat(engine._params[index])[begin:begin + n].copy_(values)
+
+
+def _get_full(param, which):
+    """All ranks' parts together. Collective."""
+    engine, index = _place(param)
+    core, comm = engine._core, engine._comm
+    whole = torch.zeros(param.numel(), dtype=torch.float32)
+    mine = _get_part(engine, index, which)
+    begin, n = core.part(index, engine.global_rank)
+    if mine is not None:
+        whole[begin:begin + n] = mine
+    if comm.size > 1 and engine.zero_optimization_stage() > 0:
+        for rank in range(comm.size):
+            begin, n = core.part(index, rank)
+            if n:
+                comm.broadcast(whole[begin:begin + n], rank, "safe_get")
+    return _shaped(param, whole)
+
+
+def _set_full(param, which, value, call):
+    engine, index = _must(param, call)
+    values = _flat(param, value, call)
+    begin, n = engine._core.part(index, engine.global_rank)
+    if n:
+        _set_part(engine, index, which, values[begin:begin + n])
+    if which == _MASTER:
+        with torch.no_grad():
+            flat(param).copy_(values)
+
+
+def _set_local(param, which, value, call):
+    engine, index = _must(param, call)
+    n = engine._core.part(index, engine.global_rank)[1]
+    if n == 0:
+        raise ValueError(f"{call}: this rank steps no element of this parameter")
+    _set_part(engine, index, which, _flat(param, value, call, (n,)))
+
+
+# ---- the interface ----
+
+
+def safe_get_full_fp32_param(param):
+    """The fp32 values of a parameter, in its shape. Collective; None where no engine trains it."""
+    return None if _place(param) is None else _get_full(param, _MASTER)
+
+
+def safe_set_full_fp32_param(param, value):
+    """Replaces the parameter and its fp32 master on this rank; call it on all ranks with the same value."""
+    _set_full(param, _MASTER, value, "safe_set_full_fp32_param")
+
+
+def safe_get_full_optimizer_state(param, optim_state_key):
+    """An optimizer state ("exp_avg", ...) in the parameter's shape. Collective; None where no engine trains it."""
+    place = _place(param)
+    if place is None:
+        return None
+    return _get_full(param, _which(place[0], optim_state_key, "safe_get_full_optimizer_state"))
+
+
+def safe_set_full_optimizer_state(param, value, optim_state_key):
+    """Replaces an optimizer state; call it on all ranks with the same value."""
+    call = "safe_set_full_optimizer_state"
+    _set_full(param, _which(_must(param, call)[0], optim_state_key, call), value, call)
+
+
+def safe_get_full_grad(param):
+    """The gradient that a step would use now: averaged over the ranks, unscaled, before clipping; in the
+    parameter's shape. Collective; None where no engine trains it."""
+    place = _place(param)
+    if place is None:
+        return None
+    engine, index = place
+    values = torch.zeros(param.numel(), dtype=torch.float32)
+    engine._core.get_grad(index, values)
+    return _shaped(param, values)
+
+
+def safe_set_full_grad(param, value):
+    """Replaces that gradient. Collective, the same value on all ranks."""
+    engine, index = _must(param, "safe_set_full_grad")
+    values = _flat(param, value, "safe_set_full_grad")
+    factor = engine._core.set_grad(index, values)
+    if factor:
+        param.grad = _shaped(param, values * factor).to(param.dtype)
+    elif param.grad is not None:
+        param.grad = None
+    engine._scaled = True
+
+
+def safe_get_local_fp32_param(param):
+    """This rank's part of the fp32 values, one dimension."""
+    place = _place(param)
+    return None if place is None else _get_part(*place, _MASTER)
+
+
+def safe_set_local_fp32_param(param, value):
+    """Replaces this rank's part; other ranks see it in their parameter after the next step."""
+    _set_local(param, _MASTER, value, "safe_set_local_fp32_param")
+
+
+def safe_get_local_optimizer_state(param, optim_state_key):
+    """This rank's part of an optimizer state, one dimension; None before the state exists."""
+    place = _place(param)
+    if place is None:
+        return None
+    return _get_part(*place, _which(place[0], optim_state_key, "safe_get_local_optimizer_state"))
+
+
+def safe_set_local_optimizer_state(param, value, optim_state_key):
+    """Replaces this rank's part of an optimizer state."""
+    call = "safe_set_local_optimizer_state"
+    _set_local(param, _which(_must(param, call)[0], optim_state_key, call), value, call)
+
+
+def safe_get_local_grad(param):
+    """This rank's part of safe_get_full_grad, one dimension. Collective."""
+    place = _place(param)
+    if place is None:
+        return None
+    engine, index = place
+    begin, n = engine._core.part(index, engine.global_rank)
+    full = _flat(param, safe_get_full_grad(param), "safe_get_local_grad")
+    return full[begin:begin + n].clone() if n else None
+
+
+def safe_set_local_grad(param, value):
+    """Replaces this rank's part of the gradient; the others keep theirs. Collective: a rank without a part passes
+    None."""
+    engine, index = _must(param, "safe_set_local_grad")
+    begin, n = engine._core.part(index, engine.global_rank)
+    if n:
+        value = _flat(param, value, "safe_set_local_grad", (n,))
+    whole = _flat(param, safe_get_full_grad(param), "safe_set_local_grad").contiguous()
+    if n:
+        whole[begin:begin + n] = value
+    if engine._comm.size > 1 and engine.zero_optimization_stage() > 0:
+        for rank in range(engine._comm.size):
+            first, count = engine._core.part(index, rank)
+            if count:
+                engine._comm.broadcast(whole[first:first + count], rank, "safe_set_local_grad")
+    safe_set_full_grad(param, _shaped(param, whole))
+
+
+def safe_update_full_grad_vectorized(param_list, update_func):
+    """For each parameter, replaces its full gradient g by update_func(g, parameter). Collective."""
+    for param in param_list:
+        grad = safe_get_full_grad(param)
+        if grad is not None:
+            safe_set_full_grad(param, update_func(grad, param))

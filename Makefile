@@ -1,4 +1,4 @@
-# `make demo` and `make test` each do all of their own set-up; everything lives in .venv/ and build/.
+# `make demo`, `make test` and `make test-clients` each do all of their own set-up; everything lives in .venv/ and build/.
 # A step that fails leaves no stamp, so that the next call tries it again. `make help` lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
@@ -18,6 +18,7 @@ PIP = $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 help:
 	@echo "demo      train the CIFAR-10 example on two ranks (sets everything up first)"
 	@echo "test      run the test suite (sets everything up first); test-long adds what takes minutes"
+	@echo "test-clients  Transformers and Accelerate, unmodified, and a script for DeepSpeed, over the name deepspeed"
 	@echo "build     set up $(VENV) and build the extension in place"
 	@echo "compat    install the distribution that is called deepspeed into $(VENV)"
 	@echo "lint      check C and Python style; format: apply it"
@@ -85,6 +86,14 @@ test: build
 
 test-long: build
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+$(VENV)/.clients: constraints.txt pyproject.toml $(VENV)/.compat
+	$(PIP) $$($(PY) tools/requirements.py project.optional-dependencies.clients)
+	touch $@
+
+.PHONY: test-clients
+test-clients: $(VENV)/.clients
+	$(PY) -m pytest tests/clients $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: build

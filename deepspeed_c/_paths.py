@@ -88,6 +88,7 @@ NAMES = {
         "DeepSpeedConfigError": "_core.DeepSpeedConfigError",
         "DeepSpeedEngine": "engine.DeepSpeedEngine",
         "DeepSpeedOptimizer": "optimizer.DeepSpeedOptimizer",
+        "OnDevice": "utils.init_on_device.OnDevice",
         "add_config_arguments": "api.add_config_arguments",
         "get_accelerator": "accelerator.get_accelerator",
         "init_distributed": "distributed.init_distributed",
@@ -116,11 +117,20 @@ NAMES = {
                  "estimate_zero2_model_states_mem_needs_all_live"),
     },
     "sequence.layer": _later("sequence parallelism", "DistributedAttention"),
-    "utils": {name: f"utils.tensor_fragment.{name}" for name in (
-        "safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_optimizer_state", "safe_get_local_fp32_param",
-        "safe_get_local_grad", "safe_get_local_optimizer_state", "safe_set_full_fp32_param", "safe_set_full_grad",
-        "safe_set_full_optimizer_state", "safe_set_local_fp32_param", "safe_set_local_grad",
-        "safe_set_local_optimizer_state", "safe_update_full_grad_vectorized")},
+    "utils": {
+        "OnDevice": "utils.init_on_device.OnDevice",
+        "RepeatingLoader": "dataloader.RepeatingLoader",
+        "instrument_w_nvtx": "utils.nvtx.instrument_w_nvtx",
+        **{name: f"utils.leaf_modules.{name}" for name in (
+            "get_z3_leaf_modules", "set_z3_leaf_module", "set_z3_leaf_modules", "set_z3_leaf_modules_by_name",
+            "set_z3_leaf_modules_by_suffix", "unset_z3_leaf_modules", "z3_leaf_module", "z3_leaf_parameter")},
+        **{name: f"utils.tensor_fragment.{name}" for name in (
+            "safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_optimizer_state",
+            "safe_get_local_fp32_param", "safe_get_local_grad", "safe_get_local_optimizer_state",
+            "safe_set_full_fp32_param", "safe_set_full_grad", "safe_set_full_optimizer_state",
+            "safe_set_local_fp32_param", "safe_set_local_grad", "safe_set_local_optimizer_state",
+            "safe_update_full_grad_vectorized")},
+    },
     "utils.parallel_state": _later("parallelism other than over data", "ParallelState"),
     "utils.parallel_state_deepspeed": _later("parallelism other than over data", "get_parallel_state",
                                              "initialize_parallel_state_from_config"),

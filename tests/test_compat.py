@@ -18,6 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # What is imported as a module. The last column of names: what clients take from it.
 MODULES = {
     "accelerator": ["get_accelerator"],
+    "checkpoint.utils": ["clone_tensors_for_torch_save"],
+    "checkpointing": ["checkpoint", "configure", "is_configured", "reset"],
     "comm": ["barrier", "get_rank", "init_distributed", "is_initialized"],
     "comm.comm": ["all_reduce", "init_distributed"],
     "launcher.runner": ["main"],
@@ -25,14 +27,19 @@ MODULES = {
     "moe.layer": ["MoE"],
     "moe.utils": ["is_moe_param", "split_params_into_different_moe_groups_for_optimizer"],
     "runtime": [],
+    "runtime.activation_checkpointing.checkpointing": ["checkpoint", "configure"],
     "runtime.base_optimizer": ["DeepSpeedOptimizer"],
     "runtime.engine": ["DeepSpeedEngine"],
+    "runtime.fp16.loss_scaler": ["CreateLossScaler", "DynamicLossScaler", "LossScaler"],
     "runtime.lr_schedules": ["LRRangeTest", "OneCycle", "VALID_LR_SCHEDULES", "WarmupCosineLR", "WarmupDecayLR",
                              "WarmupLR"],
+    "runtime.utils": ["clip_grad_norm_", "get_global_norm", "move_to_device", "see_memory_usage"],
     "runtime.zero": ["GatheredParameters", "Init", "register_external_parameter"],
     "runtime.zero.partition_parameters": ["GatheredParameters", "Init", "register_external_parameter"],
     "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
-    "utils": ["log_dist", "logger"],
+    "utils": ["OnDevice", "RepeatingLoader", "get_z3_leaf_modules", "groups", "instrument_w_nvtx", "log_dist",
+              "log_dist_once", "logger", "set_z3_leaf_modules", "z3_leaf_module"],
+    "utils.groups": ["_get_data_parallel_group", "_get_sequence_parallel_rank", "_get_sequence_parallel_world_size"],
     "utils.logging": ["log_dist", "logger"],
     "zero": ["GatheredParameters", "Init"],
 }
@@ -52,7 +59,7 @@ NOT_YET = {
 }
 # What is reached by dots after a bare `import deepspeed`.
 ATTRIBUTES = ["initialize", "init_distributed", "add_config_arguments", "tp_model_init", "init_inference",
-              "DeepSpeedEngine", "__version__", "zero.Init", "zero.GatheredParameters",
+              "DeepSpeedEngine", "OnDevice", "__version__", "zero.Init", "zero.GatheredParameters",
               "zero.register_external_parameter", "comm.get_rank", "moe.layer.MoE", "moe.utils.is_moe_param",
               *(f"{path}.{name}" for path, names in MODULES.items() for name in names)]
 

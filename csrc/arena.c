@@ -1,10 +1,12 @@
-/* Private arena memory: anonymous mappings, huge pages advised, populated at once. */
+/* Private arena memory: anonymous mappings, huge pages advised, populated at once. The last bytes
+ * of a mapping count the owners beyond the first. */
 #define _GNU_SOURCE
 #include "arena.h"
 
 #include "alloc.h"
 
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -16,7 +18,12 @@
 enum { HUGE = 2 << 20 };
 
 static size_t mapped_size(size_t n_bytes) {
+    n_bytes += sizeof(atomic_int);
     return dsc_round_up(n_bytes, n_bytes >= HUGE ? HUGE : 4096);
+}
+
+static atomic_int *more_owners(void *block, size_t n_bytes) {
+    return (atomic_int *)(void *)((char *)block + mapped_size(n_bytes)) - 1;
 }
 
 void dsc_arena_populate(void *begin, size_t n_bytes) {
@@ -43,8 +50,12 @@ enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
     return DSC_OK;
 }
 
+void dsc_arena_retain(void *block, size_t n_bytes) {
+    atomic_fetch_add(more_owners(block, n_bytes), 1);
+}
+
 void dsc_arena_free(void *block, size_t n_bytes) {
-    if (!block)
+    if (!block || atomic_fetch_sub(more_owners(block, n_bytes), 1) > 0)
         return;
     (void)munmap(block, mapped_size(n_bytes));
     dsc__alloc_count(-1, -(int64_t)n_bytes);

@@ -16,7 +16,10 @@ enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out);
  * window too, in this rank's mapping. Advice: where the kernel cannot, pages come on first touch.
  */
 void dsc_arena_populate(void *begin, size_t n_bytes);
-/* `n_bytes` as asked for; NULL is fine. */
+/* One owner more; each ends with dsc_arena_free, from any thread. For tensors that are lent out and
+ * may outlive the engine. */
+void dsc_arena_retain(void *block, size_t n_bytes);
+/* `n_bytes` as asked for; NULL is fine. The memory goes with its last owner. */
 void dsc_arena_free(void *block, size_t n_bytes);
 
 #endif

@@ -59,7 +59,7 @@ float *dsc__bucket_own_sums(struct dsc_buckets *set) {
 }
 
 static float *sums_at(struct dsc_buckets *set, const struct dsc__bucket *bucket) {
-    size_t offset = bucket->range.begin - set->owned[bucket->owner].begin;
+    size_t offset = bucket->range.begin - dsc_space_owned(set->space, bucket->owner).begin;
     if (set->private_sums)
         return set->private_sums + offset;
     return (float *)(void *)(set->window->base[bucket->owner] + set->sums_offset) + offset;
@@ -69,12 +69,12 @@ size_t dsc__bucket_at(const struct dsc_buckets *set, size_t elem) {
     int low = 0, high = set->size - 1;
     while (low < high) {
         int middle = low + (high - low) / 2;
-        if (set->owned[middle].end > elem)
+        if (dsc_space_owned(set->space, middle).end > elem)
             high = middle;
         else
             low = middle + 1;
     }
-    return set->first[low] + (elem - set->owned[low].begin) / set->slot_elems;
+    return set->first[low] + (elem - dsc_space_owned(set->space, low).begin) / set->slot_elems;
 }
 
 /* ---- slots ---- */
@@ -244,19 +244,20 @@ void dsc__bucket_post(struct dsc_buckets *set, size_t b, uint64_t tag) {
 
 static enum dsc_status lay_buckets(struct dsc_buckets *set) {
     size_t n = 0;
-    DSC_TRY(dsc_alloc((size_t)set->size * sizeof *set->owned, (void **)&set->owned));
     DSC_TRY(dsc_alloc(((size_t)set->size + 1) * sizeof *set->first, (void **)&set->first));
     for (int r = 0; r < set->size; r++) {
-        set->owned[r] = dsc_partition_range(set->space->n_elems, r, set->size);
         set->first[r] = n;
-        n += (dsc_range_size(set->owned[r]) + set->slot_elems - 1) / set->slot_elems;
+        n += (dsc_range_size(dsc_space_owned(set->space, r)) + set->slot_elems - 1) /
+             set->slot_elems;
     }
     set->first[set->size] = n;
     DSC_TRY(dsc_alloc(n * sizeof *set->bucket, (void **)&set->bucket));
     for (int r = 0; r < set->size; r++)
         for (size_t b = set->first[r]; b < set->first[r + 1]; b++) {
-            size_t begin = set->owned[r].begin + (b - set->first[r]) * set->slot_elems;
-            struct dsc_range range = {begin, dsc_min(begin + set->slot_elems, set->owned[r].end)};
+            size_t begin =
+                dsc_space_owned(set->space, r).begin + (b - set->first[r]) * set->slot_elems;
+            struct dsc_range range = {
+                begin, dsc_min(begin + set->slot_elems, dsc_space_owned(set->space, r).end)};
             struct dsc_parts it = dsc_parts(set->space, range);
             set->bucket[b] = (struct dsc__bucket){.range = range, .owner = r, .slot = -1};
             while (dsc_parts_next(&it))
@@ -281,7 +282,7 @@ static enum dsc_status open_window(struct dsc_buckets *set) {
     size_t most_buckets = 0, most_elems = 0;
     for (int r = 0; r < set->size; r++) {
         most_buckets = dsc_max(most_buckets, set->first[r + 1] - set->first[r]);
-        most_elems = dsc_max(most_elems, dsc_range_size(set->owned[r]));
+        most_elems = dsc_max(most_elems, dsc_range_size(dsc_space_owned(set->space, r)));
     }
     bool shared = set->options.early || set->options.shared_sums;
     set->record_stride =
@@ -291,8 +292,9 @@ static enum dsc_status open_window(struct dsc_buckets *set) {
         dsc_round_up(set->sums_offset + (shared ? most_elems * sizeof(float) : 0), 4096);
     size_t n_bytes = set->slots_offset + (size_t)set->max_slots * set->slot_elems * sizeof(float);
     if (!shared)
-        DSC_TRY(dsc_arena_alloc(dsc_range_size(set->owned[set->rank]) * sizeof(float),
-                                (void **)&set->private_sums));
+        DSC_TRY(
+            dsc_arena_alloc(dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float),
+                            (void **)&set->private_sums));
     return dsc_comm_window_open(set->comm, n_bytes, "engine: gradient buckets", &set->window);
 }
 
@@ -307,7 +309,7 @@ static void populate(struct dsc_buckets *set) {
         dsc_arena_populate(set->window->base[r], set->sums_offset);
         if (!set->private_sums)
             dsc_arena_populate(set->window->base[r] + set->sums_offset,
-                               dsc_range_size(set->owned[r]) * sizeof(float));
+                               dsc_range_size(dsc_space_owned(set->space, r)) * sizeof(float));
         dsc_arena_populate(set->window->base[r] + set->slots_offset, n_slot_bytes);
     }
 }
@@ -327,7 +329,7 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
     set->slot_dtype = dsc_wire_dtype(&options->wire, space->dtype);
     set->reclaim_bell = dsc_comm_bell(comm) - 1;
     size_t cap = options->early ? EARLY_SLOT_ELEMS : BOUNDARY_SLOT_ELEMS;
-    size_t share = dsc_range_size(dsc_partition_range(space->n_elems, set->size - 1, set->size));
+    size_t share = dsc_space_most_owned(space);
     set->slot_elems = dsc_max(dsc_min(options->bucket_elems, dsc_min(cap, share)), 1);
     set->slot_elems = dsc_round_up(set->slot_elems, DSC_BLOCK);
     enum dsc_status status =
@@ -353,14 +355,14 @@ void dsc_buckets_close(struct dsc_buckets *set) {
     if (set->window)
         dsc_comm_window_close(set->comm, set->window);
     if (set->private_sums)
-        dsc_arena_free(set->private_sums, dsc_range_size(set->owned[set->rank]) * sizeof(float));
+        dsc_arena_free(set->private_sums,
+                       dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float));
     dsc_free(set->squares);
     dsc_free(set->backlog);
     dsc_free(set->outstanding);
     dsc_free(set->free_slots);
     dsc_free(set->bucket);
     dsc_free(set->first);
-    dsc_free(set->owned);
     dsc_free(set->arrived);
     dsc_free(set);
 }
@@ -370,10 +372,14 @@ struct dsc_bucket_counters dsc_buckets_counters(const struct dsc_buckets *set) {
 }
 
 size_t dsc_buckets_private_bytes(const struct dsc_buckets *set) {
-    return set->private_sums ? dsc_range_size(set->owned[set->rank]) * sizeof(float) : 0;
+    return set->private_sums
+               ? dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float)
+               : 0;
 }
 
 size_t dsc_buckets_shared_bytes(const struct dsc_buckets *set) {
-    size_t sums = set->private_sums ? 0 : dsc_range_size(set->owned[set->rank]) * sizeof(float);
+    size_t sums = set->private_sums
+                      ? 0
+                      : dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float);
     return sums + (size_t)set->n_slots * set->slot_elems * sizeof(float);
 }

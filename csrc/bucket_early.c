@@ -197,7 +197,8 @@ static void norm_of_bucket(struct dsc_buckets *set, size_t b, uint32_t n_rounds,
         return;
     }
     const float *sums = dsc_buckets_sums(set, set->rank);
-    struct norm_job job = {sums + (range.begin - set->owned[set->rank].begin), set->squares};
+    struct norm_job job = {sums + (range.begin - dsc_space_owned(set->space, set->rank).begin),
+                           set->squares};
     dsc_pool_run(set->options.pool, n_blocks, 64, norm_blocks, &job);
     for (size_t k = 0; k < n_blocks; k++)
         dsc_norm_add(norm, set->squares[k]);
@@ -242,7 +243,7 @@ enum dsc_status dsc_buckets_wait_settled(struct dsc_buckets *set, uint32_t n_rou
 void dsc_buckets_put_sums(struct dsc_buckets *set, size_t segment, const float *values,
                           float factor) {
     const struct dsc_segment *where = &set->space->segments[segment];
-    struct dsc_range owned = set->owned[set->rank];
+    struct dsc_range owned = dsc_space_owned(set->space, set->rank);
     struct dsc_range part = dsc_range_cut(dsc_segment_range(where), owned);
     float *sums = dsc__bucket_own_sums(set);
     for (size_t i = part.begin; i < part.end; i++)

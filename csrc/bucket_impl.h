@@ -55,8 +55,7 @@ struct dsc_buckets {
     const struct dsc_space *space;
     struct dsc_bucket_options options;
     int rank, size;
-    struct dsc_range *owned; /* per rank */
-    size_t *first;           /* per rank: its first bucket; first[size] is the count */
+    size_t *first; /* per rank: its first bucket; first[size] is the count */
     struct dsc__bucket *bucket;
     uint32_t *arrived; /* per segment: the round in which it last arrived, counted from 1 */
     uint32_t round;    /* the open round */

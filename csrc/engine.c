@@ -21,7 +21,7 @@ uint64_t dsc__engine_hash(uint64_t hash, const void *data, size_t n) {
 
 struct identity {
     uint64_t hash, n_params, n_elems;
-    int32_t stage, overlap, optim, n_groups, skip_nonfinite, many_micro_steps;
+    int32_t stage, overlap, optim, whole, n_groups, skip_nonfinite, many_micro_steps;
     uint64_t bucket_elems;
     double clip, scale;
 };
@@ -34,6 +34,7 @@ static struct identity identity_of(const struct dsc_engine *e) {
     id.stage = e->options.stage;
     id.overlap = e->options.overlap;
     id.optim = (int32_t)e->options.optim;
+    id.whole = e->options.whole;
     id.n_groups = e->n_groups;
     id.bucket_elems = e->options.bucket_elems;
     id.clip = e->options.clip;
@@ -79,14 +80,16 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
     struct dsc_holding *holding = &e->holdings[s];
     bool all = e->options.stage == 0 || e->size == 1;
     holding->space = space;
-    holding->stepped = all ? (struct dsc_range){0, space->n_elems}
-                           : dsc_partition_range(space->n_elems, e->rank, e->size);
+    holding->stepped =
+        all ? (struct dsc_range){0, space->n_elems} : dsc_space_owned(space, e->rank);
     size_t n_bytes = dsc_range_size(holding->stepped) * sizeof(float);
     if (space->dtype != DSC_F32 && !e->options.no_masters)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->master));
-    if (e->options.optim == DSC_OPTIM_ADAM)
-        for (int i = 0; i < 2; i++)
-            DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->state[i]));
+    int n_states = dsc_optim_info(e->options.optim)->n_states;
+    for (int i = 0; e->options.optim != DSC_OPTIM_SGD && i < n_states; i++)
+        DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->state[i]));
+    if (e->options.optim == DSC_OPTIM_FOREIGN)
+        DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->grads));
     if (e->size == 1)
         return DSC_OK;
     struct dsc_bucket_options options = {
@@ -98,6 +101,16 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
         .accum = e->options.narrow_sums ? space->dtype : DSC_F32,
     };
     return dsc_buckets_open(e->comm, space, &options, &holding->buckets);
+}
+
+enum dsc_status dsc_engine_hold_momentum(struct dsc_engine *e) {
+    for (size_t s = 0; e->options.optim == DSC_OPTIM_SGD && s < e->n_spaces; s++) {
+        struct dsc_holding *holding = &e->holdings[s];
+        if (!holding->state[0])
+            DSC_TRY(dsc_arena_alloc(dsc_range_size(holding->stepped) * sizeof(float),
+                                    (void **)&holding->state[0]));
+    }
+    return DSC_OK;
 }
 
 enum dsc_status dsc__engine_need_local(struct dsc_engine *e, size_t s) {
@@ -118,9 +131,11 @@ static enum dsc_status allocate(struct dsc_engine *e, const struct dsc_param *pa
     DSC_TRY(dsc_alloc(n * sizeof *e->changed, (void **)&e->changed));
     DSC_TRY(dsc_alloc((size_t)e->n_groups * sizeof *e->args, (void **)&e->args));
     DSC_TRY(dsc_alloc((size_t)e->size * DSC_MEET_MAX, (void **)&e->meeting));
-    DSC_TRY(dsc_alloc(DSC__ENGINE_RUN * sizeof *e->squares, (void **)&e->squares));
+    DSC_TRY(dsc_alloc(2 * DSC__ENGINE_RUN * sizeof *e->squares, (void **)&e->squares));
+    DSC_TRY(dsc_arena_alloc((size_t)e->n_groups * sizeof *e->steps, (void **)&e->steps));
     DSC_TRY(dsc_pool_open(e->options.n_threads, &e->pool));
-    return dsc_space_build(params, n, &e->spaces, &e->n_spaces, e->param_space, e->param_segment);
+    return dsc_space_build(params, n, e->size, e->options.whole, &e->spaces, &e->n_spaces,
+                           e->param_space, e->param_segment);
 }
 
 static enum dsc_status hold_all(struct dsc_engine *e) {
@@ -147,9 +162,16 @@ enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_o
     if (options->stage < 0 || options->stage > 2)
         return DSC_FAIL(DSC_ENOTYET, "zero_optimization.stage is %d: not yet; allowed: 0, 1, 2",
                         options->stage);
+    if (options->no_masters &&
+        (options->optim == DSC_OPTIM_LAMB || options->optim == DSC_OPTIM_FOREIGN))
+        return DSC_FAIL(DSC_ENOTYET,
+                        "fp16_master_weights_and_grads and bf16_master_weights_and_grads "
+                        "with LAMB, or with an optimizer that torch runs: not yet; allowed: Adam, "
+                        "AdamW, SGD, Adagrad, Lion");
     DSC_TRY(dsc_alloc(sizeof *e, (void **)&e));
     e->comm = comm;
     e->options = *options;
+    e->options.whole |= dsc_optim_info(options->optim)->whole;
     e->rank = dsc_comm_rank(comm);
     e->size = dsc_comm_size(comm);
     e->pid = getpid();
@@ -183,6 +205,7 @@ void dsc_engine_close(struct dsc_engine *e) {
         dsc_arena_free(holding->master, n_bytes);
         for (int i = 0; i < DSC_OPTIM_MAX_STATES; i++)
             dsc_arena_free(holding->state[i], n_bytes);
+        dsc_arena_free(holding->grads, n_bytes);
         if (e->local)
             dsc_arena_free(e->local[s], e->spaces[s].n_elems * sizeof(float));
     }
@@ -192,6 +215,7 @@ void dsc_engine_close(struct dsc_engine *e) {
     dsc_free(e->sources);
     dsc_free(e->local);
     dsc_free(e->holdings);
+    dsc_arena_free(e->steps, (size_t)e->n_groups * sizeof *e->steps);
     dsc_free(e->squares);
     dsc_free(e->meeting);
     dsc_free(e->args);
@@ -399,6 +423,7 @@ struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *e) {
         sum.owned_elems += n_stepped;
         sum.padded_elems += e->spaces[s].n_elems - e->spaces[s].n_used;
         sum.private_bytes += (holding->master ? 4 : 0) * n_stepped;
+        sum.private_bytes += (holding->grads ? 4 : 0) * n_stepped;
         for (int i = 0; i < DSC_OPTIM_MAX_STATES; i++)
             sum.private_bytes += (holding->state[i] ? 4 : 0) * n_stepped;
         sum.private_bytes += (e->local[s] ? 4 : 0) * e->spaces[s].n_elems;
@@ -431,24 +456,44 @@ void dsc_engine_part(const struct dsc_engine *e, size_t param, int rank, size_t 
     if (e->param_space[param] < 0)
         return;
     const struct dsc_segment *segment = dsc__engine_segment(e, param);
-    size_t n_elems = e->spaces[e->param_space[param]].n_elems;
-    struct dsc_range stepped = {0, n_elems};
+    const struct dsc_space *space = &e->spaces[e->param_space[param]];
+    struct dsc_range stepped = {0, space->n_elems};
     if (e->options.stage > 0)
-        stepped = dsc_partition_range(n_elems, rank, e->size);
+        stepped = dsc_space_owned(space, rank);
     struct dsc_range part = dsc_range_cut(dsc_segment_range(segment), stepped);
     *begin = part.begin - segment->begin;
     *n = dsc_range_size(part);
 }
 
-float *dsc_engine_state(const struct dsc_engine *e, size_t param, int which, size_t *begin,
-                        size_t *n) {
+struct dsc_held dsc_engine_held(const struct dsc_engine *e, size_t param, int which) {
+    struct dsc_held held = {NULL, 0, 0, NULL, 0};
     if (e->param_space[param] < 0)
-        return NULL;
+        return held;
     const struct dsc_holding *holding = &e->holdings[e->param_space[param]];
     const struct dsc_segment *segment = dsc__engine_segment(e, param);
-    float *base = which < 0 ? holding->master : holding->state[which];
+    float *base = which == DSC_HELD_GRADIENT ? holding->grads
+                  : which == DSC_HELD_MASTER ? holding->master
+                                             : holding->state[which];
     struct dsc_range part = dsc_range_cut(dsc_segment_range(segment), holding->stepped);
-    *begin = part.begin - segment->begin;
-    *n = dsc_range_size(part);
-    return base && *n ? base + (part.begin - holding->stepped.begin) : NULL;
+    held.begin = part.begin - segment->begin;
+    held.n = dsc_range_size(part);
+    if (!base || held.n == 0)
+        return held;
+    held.values = base + (part.begin - holding->stepped.begin);
+    held.block = base;
+    held.block_bytes = dsc_range_size(holding->stepped) * sizeof(float);
+    return held;
+}
+
+struct dsc_held dsc_engine_steps(const struct dsc_engine *e) {
+    return (struct dsc_held){e->steps, 0, (size_t)e->n_groups, e->steps,
+                             (size_t)e->n_groups * sizeof *e->steps};
+}
+
+struct dsc_scaler dsc_engine_scaler(const struct dsc_engine *e) {
+    return e->scaler;
+}
+
+void dsc_engine_set_scaler(struct dsc_engine *e, const struct dsc_scaler *scaler) {
+    e->scaler = *scaler;
 }

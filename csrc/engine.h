@@ -30,6 +30,7 @@ struct dsc_engine_options {
     bool sum_only;    /* gradients of ranks are added, not averaged */
     struct dsc_wire wire; /* how gradients travel between ranks */
     enum dsc_optim_kind optim;
+    bool whole; /* cut between parameters, for a foreign optimizer that needs them whole */
     struct dsc_scaler scaler;
     int n_threads; /* of this rank */
     uint64_t
@@ -98,9 +99,15 @@ void dsc_engine_check(struct dsc_engine *engine, const struct dsc_view *views);
 enum dsc_status dsc_engine_arrive(struct dsc_engine *engine, size_t param, const void *grad,
                                   enum dsc_dtype dtype, bool *taken);
 
-/* The boundary. Collective. `views` may be written to. The caller drops all gradients after. */
+/* The boundary. Collective. `views` may be written to. The caller drops all gradients after.
+ * With a foreign optimizer this is the first half: where it says stepped and not over, gradients
+ * are ready to be lent, and after the optimizer has run the second half follows. */
 enum dsc_status dsc_engine_step(struct dsc_engine *engine, struct dsc_view *views,
                                 const struct dsc_hyper *groups, struct dsc_step_report *report);
+/* The second half. Collective. failed: this rank's optimizer raised; then every rank gets an error.
+ */
+enum dsc_status dsc_engine_end_step(struct dsc_engine *engine, struct dsc_view *views, bool failed,
+                                    struct dsc_step_report *report);
 
 /* The first parameter that is to be stepped and has got no gradient on this rank since the last
  * step; -1 where there is none. */
@@ -129,10 +136,24 @@ int dsc_engine_size(const struct dsc_engine *engine);
 /* The part of a parameter that `rank` steps: elements [*begin, *begin + *n); at stage 0 all. */
 void dsc_engine_part(const struct dsc_engine *engine, size_t param, int rank, size_t *begin,
                      size_t *n);
-/* fp32 values of a parameter that this rank holds: part of its elements [*begin, *begin + *n).
- * which: -1 the master (NULL where the model is fp32), else optimizer state 0, 1. NULL: none here.
- */
-float *dsc_engine_state(const struct dsc_engine *engine, size_t param, int which, size_t *begin,
-                        size_t *n);
+/* fp32 memory of a parameter that this rank holds: elements [begin, begin + n) of it. */
+struct dsc_held {
+    float *values;
+    size_t begin, n;
+    void *block; /* that it lies in, of block_bytes; for dsc_arena_retain */
+    size_t block_bytes;
+};
+enum { DSC_HELD_GRADIENT = -2, DSC_HELD_MASTER = -1 };
+/* which: the gradient of a foreign optimizer's step, the master (none where the model is fp32), or
+ * optimizer state 0, 1. values NULL: not held here. */
+struct dsc_held dsc_engine_held(const struct dsc_engine *engine, size_t param, int which);
+/* Steps that each group has taken (SGD: with momentum), as fp32 numbers that may be written to. */
+struct dsc_held dsc_engine_steps(const struct dsc_engine *engine);
+/* SGD's momentum is held from the first step that has it; this makes it so now. */
+enum dsc_status dsc_engine_hold_momentum(struct dsc_engine *engine);
+
+/* The loss scale with its history: for saving and loading. */
+struct dsc_scaler dsc_engine_scaler(const struct dsc_engine *engine);
+void dsc_engine_set_scaler(struct dsc_engine *engine, const struct dsc_scaler *scaler);
 
 #endif

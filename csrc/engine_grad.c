@@ -59,7 +59,7 @@ static enum dsc_status gather_sums(struct dsc_engine *e, size_t param, float *gr
     const struct dsc_segment *segment = dsc__engine_segment(e, param);
     const float *mine = dsc_buckets_sums(e->holdings[e->param_space[param]].buckets, e->rank);
     for (int r = 0; r < e->size; r++) {
-        struct dsc_range owned = dsc_partition_range(space->n_elems, r, e->size);
+        struct dsc_range owned = dsc_space_owned(space, r);
         struct dsc_range part = dsc_range_cut(dsc_segment_range(segment), owned);
         size_t n = dsc_range_size(part);
         float *dst = grad + (part.begin - segment->begin);

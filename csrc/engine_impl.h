@@ -19,6 +19,7 @@
 #define DSC__HASH_START ((uint64_t)0xcbf29ce484222325u)
 
 enum { DSC__ENGINE_RUN = 4 * DSC_BLOCK };
+_Static_assert((int)DSC__ENGINE_RUN >= (int)DSC_LAMB_RUN, "squares serve both");
 
 /* Where the first non-finite element of a step was seen on this rank. */
 struct dsc__culprit {
@@ -53,14 +54,15 @@ struct dsc_engine {
     struct dsc_spread *spread;
     int n_groups;
     struct dsc_optim_args *args;
-    double *squares; /* per block of one DSC__ENGINE_RUN batch, world of one */
+    float *steps;    /* per group: steps taken; SGD counts those with momentum */
+    double *squares; /* two per block of one DSC__ENGINE_RUN batch: the norm's, LAMB's */
     char *meeting;   /* size * DSC_MEET_MAX */
 
     struct dsc_scaler scaler;
-    uint64_t n_steps, n_boundaries, n_micro; /* micro-steps of the open step */
-    uint64_t first_momentum_step;
-    bool pending_16bit; /* 16-bit gradients lie in .grad */
-    bool boundary;      /* of the backward pass that runs or ran last */
+    uint64_t n_boundaries, n_micro; /* micro-steps of the open step */
+    bool between;                   /* the halves of a foreign optimizer's step */
+    bool pending_16bit;             /* 16-bit gradients lie in .grad */
+    bool boundary;                  /* of the backward pass that runs or ran last */
     bool round_open;
     uint32_t n_rounds; /* ended in this step */
     struct dsc__culprit culprit;

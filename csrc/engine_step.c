@@ -25,9 +25,10 @@ static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *g
     uint64_t hash = DSC__HASH_START;
     for (int g = 0; g < e->n_groups; g++) {
         const struct dsc_hyper *h = &groups[g];
-        double row[] = {
-            h->lr,       h->weight_decay, h->beta1,     h->beta2,           h->eps,
-            h->momentum, h->dampening,    h->decoupled, h->bias_correction, h->nesterov};
+        double row[] = {h->lr,        h->weight_decay,  h->beta1,      h->beta2,
+                        h->eps,       h->momentum,      h->dampening,  h->lr_decay,
+                        h->min_coeff, h->max_coeff,     h->decoupled,  h->bias_correction,
+                        h->nesterov,  h->raw_numerator, h->eps_inside, e->steps[g]};
         hash = dsc__engine_hash(hash, row, sizeof row);
     }
     return hash;
@@ -241,32 +242,42 @@ static enum dsc_status find_culprit(struct dsc_engine *e, const struct dsc_view 
 
 static enum dsc_status prepare_args(struct dsc_engine *e, const struct dsc_hyper *groups,
                                     double grad_scale) {
-    uint64_t step = e->n_steps + 1;
-    bool momentum = false;
-    for (int g = 0; g < e->n_groups; g++)
-        momentum |= e->options.optim == DSC_OPTIM_SGD && groups[g].momentum != 0;
-    if (momentum && e->first_momentum_step == 0) {
-        e->first_momentum_step = step;
-        for (size_t s = 0; s < e->n_spaces; s++)
-            DSC_TRY(dsc_arena_alloc(dsc_range_size(e->holdings[s].stepped) * sizeof(float),
-                                    (void **)&e->holdings[s].state[0]));
+    enum dsc_optim_kind kind = e->options.optim;
+    for (int g = 0; g < e->n_groups; g++) {
+        bool counts = kind != DSC_OPTIM_SGD || groups[g].momentum != 0;
+        if (counts && kind == DSC_OPTIM_SGD)
+            DSC_TRY(dsc_engine_hold_momentum(e));
+        e->steps[g] += counts;
+        dsc_optim_prepare(kind, &groups[g], (uint64_t)e->steps[g], grad_scale, &e->args[g]);
     }
-    if (momentum)
-        step = step - e->first_momentum_step + 1;
-    for (int g = 0; g < e->n_groups; g++)
-        dsc_optim_prepare(e->options.optim, &groups[g], step, grad_scale, &e->args[g]);
     return DSC_OK;
+}
+
+static struct dsc_update update_of(struct dsc_engine *e, struct dsc_view *views, size_t s,
+                                   double grad_scale) {
+    return (struct dsc_update){.comm = e->comm,
+                               .pool = e->pool,
+                               .spread = e->spread,
+                               .views = views,
+                               .source = &e->sources[s],
+                               .args = e->args,
+                               .grad_scale = grad_scale,
+                               .squares = e->squares,
+                               .label = e->label,
+                               .changed = e->changed};
 }
 
 static enum dsc_status update(struct dsc_engine *e, struct dsc_view *views,
                               const struct dsc_hyper *groups, double grad_scale) {
     DSC_TRY(prepare_args(e, groups, grad_scale));
     for (size_t s = 0; s < e->n_spaces; s++) {
-        struct dsc_update update = {e->comm,        e->pool, e->spread, views,
-                                    &e->sources[s], e->args, e->label,  e->changed};
-        DSC_TRY(dsc_update_run(&update, &e->holdings[s]));
+        struct dsc_update update = update_of(e, views, s, grad_scale);
+        if (e->options.optim == DSC_OPTIM_FOREIGN)
+            dsc_update_gradients(&update, &e->holdings[s]);
+        else
+            DSC_TRY(dsc_update_run(&update, &e->holdings[s]));
     }
-    e->n_steps++;
+    e->between = e->options.optim == DSC_OPTIM_FOREIGN;
     return DSC_OK;
 }
 
@@ -318,6 +329,15 @@ double dsc__engine_divisor(const struct dsc_engine *e) {
     return e->options.sum_only ? 1.0 : e->size / done;
 }
 
+static enum dsc_status end_step(struct dsc_engine *e, struct dsc_step_report *report) {
+    count_changes(e, report);
+    forget_step(e);
+    report->over = true;
+    enum dsc_status status = dsc_scaler_update(&e->scaler, !report->stepped);
+    report->next_scale = e->scaler.scale;
+    return status;
+}
+
 static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
                             const struct dsc_hyper *groups, struct dsc_step_report *report) {
     struct dsc_norm norm;
@@ -335,12 +355,7 @@ static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
     report->stepped = !(report->nonfinite && e->options.skip_nonfinite);
     if (report->stepped)
         DSC_TRY(update(e, views, groups, inverse * dsc_clip_factor(report->norm, e->options.clip)));
-    count_changes(e, report);
-    forget_step(e);
-    report->over = true;
-    enum dsc_status status = dsc_scaler_update(&e->scaler, !report->stepped);
-    report->next_scale = e->scaler.scale;
-    return status;
+    return e->between ? DSC_OK : end_step(e, report);
 }
 
 void dsc_engine_refuse_step(struct dsc_engine *e) {
@@ -361,4 +376,36 @@ enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
     enum dsc_status status = step(e, views, groups, report);
     dsc_fp_leave(saved);
     return status;
+}
+
+/* Whether every rank's foreign optimizer has run; all meet before values change hands. */
+static enum dsc_status meet_optimizers(struct dsc_engine *e, bool failed) {
+    uint32_t mine = failed;
+    if (e->size > 1)
+        DSC_TRY(dsc_comm_meet(e->comm, e->label, 5, &mine, sizeof mine, e->meeting));
+    for (int r = 0; e->size > 1 && r < e->size; r++) {
+        memcpy(&mine, e->meeting + (size_t)r * sizeof mine, sizeof mine);
+        if (mine)
+            return DSC_FAIL(DSC_ESTATE,
+                            "the optimizer raised on rank %d (its own error says why); this step "
+                            "has reached no parameter of another rank",
+                            r);
+    }
+    return DSC_OK;
+}
+
+enum dsc_status dsc_engine_end_step(struct dsc_engine *e, struct dsc_view *views, bool failed,
+                                    struct dsc_step_report *report) {
+    if (!e->between)
+        return DSC_FAIL(DSC_ESTATE, "there is no step to end");
+    e->between = false;
+    uint64_t saved = dsc_fp_enter();
+    enum dsc_status status = meet_optimizers(e, failed);
+    for (size_t s = 0; status == DSC_OK && !failed && s < e->n_spaces; s++) {
+        struct dsc_update update = update_of(e, views, s, 0);
+        status = dsc_update_values(&update, &e->holdings[s]);
+    }
+    enum dsc_status end = end_step(e, report);
+    dsc_fp_leave(saved);
+    return status != DSC_OK ? status : end;
 }

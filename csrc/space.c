@@ -1,14 +1,45 @@
-/* Lays parameters out in their spaces, in model order. */
+/* Lays parameters out in their spaces, in model order, and cuts spaces into ranks' parts. */
 #include "space.h"
 
 #include "alloc.h"
 
-static int find_or_add(struct dsc_space *spaces, size_t *n_spaces, enum dsc_dtype dtype) {
-    for (size_t i = 0; i < *n_spaces; i++)
+static int find(const struct dsc_space *spaces, size_t n_spaces, enum dsc_dtype dtype) {
+    for (size_t i = 0; i < n_spaces; i++)
         if (spaces[i].dtype == dtype)
             return (int)i;
-    spaces[*n_spaces].dtype = dtype;
-    return (int)(*n_spaces)++;
+    return -1;
+}
+
+static enum dsc_status add(struct dsc_space *spaces, size_t *n_spaces, enum dsc_dtype dtype,
+                           size_t n_params, int n_ranks) {
+    struct dsc_space *space = &spaces[*n_spaces];
+    space->dtype = dtype;
+    space->n_ranks = n_ranks;
+    (*n_spaces)++; /* from here on dsc_space_free knows it */
+    DSC_TRY(dsc_alloc(n_params * sizeof *space->segments, (void **)&space->segments));
+    return dsc_alloc(((size_t)n_ranks + 1) * sizeof *space->cuts, (void **)&space->cuts);
+}
+
+/* Where parameters stay whole: how far the cuts of one space have come. */
+struct cutter {
+    size_t total; /* elements with the padding of parameters, without that of cuts */
+    size_t done;  /* of them, placed */
+    int rank;     /* whose part is being filled */
+};
+
+/* Begins the next rank's part where the border before the next parameter (of n elements) is at
+ * least as near to the equal share as the border behind it. */
+static void cut_before(struct dsc_space *space, struct cutter *cutter, size_t n) {
+    size_t before = cutter->done, behind = before + n;
+    while (cutter->rank + 1 < space->n_ranks) {
+        size_t target = cutter->total / (size_t)space->n_ranks * ((size_t)cutter->rank + 1) +
+                        cutter->total % (size_t)space->n_ranks * ((size_t)cutter->rank + 1) /
+                            (size_t)space->n_ranks;
+        if (target > before && target - before > (behind > target ? behind - target : 0))
+            return;
+        space->n_elems = dsc_round_up(space->n_elems, DSC_BLOCK);
+        space->cuts[++cutter->rank] = space->n_elems;
+    }
 }
 
 static void place(struct dsc_space *space, const struct dsc_param *param, int index) {
@@ -18,41 +49,67 @@ static void place(struct dsc_space *space, const struct dsc_param *param, int in
     space->n_used += param->n_elems;
 }
 
-enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params,
-                                struct dsc_space **out, size_t *n_spaces, int *param_space,
-                                size_t *param_segment) {
+/* What is left to cut once every parameter has its place. */
+static void finish(struct dsc_space *space, bool whole, const struct cutter *cutter) {
+    space->n_elems = dsc_round_up(space->n_elems, DSC_BLOCK);
+    for (int r = whole ? cutter->rank + 1 : 1; r <= space->n_ranks; r++)
+        space->cuts[r] =
+            whole ? space->n_elems : dsc_partition_range(space->n_elems, r - 1, space->n_ranks).end;
+}
+
+enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params, int n_ranks,
+                                bool whole, struct dsc_space **out, size_t *n_spaces,
+                                int *param_space, size_t *param_segment) {
     struct dsc_space *spaces = NULL;
+    struct cutter cutters[DSC_TRAIN_DTYPE_COUNT] = {{0}};
     size_t n = 0;
     DSC_TRY(dsc_alloc(DSC_TRAIN_DTYPE_COUNT * sizeof *spaces, (void **)&spaces));
     for (size_t i = 0; i < n_params; i++) {
-        param_space[i] = -1;
-        param_segment[i] = 0;
-        if (params[i].n_elems == 0)
-            continue;
-        int s = find_or_add(spaces, &n, params[i].dtype);
-        if (!spaces[s].segments) {
-            enum dsc_status status =
-                dsc_alloc(n_params * sizeof *spaces[s].segments, (void **)&spaces[s].segments);
-            if (status != DSC_OK) {
-                dsc_space_free(spaces, n);
-                return status;
-            }
+        enum dsc_status status = DSC_OK;
+        if (params[i].n_elems > 0 && find(spaces, n, params[i].dtype) < 0)
+            status = add(spaces, &n, params[i].dtype, n_params, n_ranks);
+        if (status != DSC_OK) {
+            dsc_space_free(spaces, n);
+            return status;
         }
-        param_space[i] = s;
-        param_segment[i] = spaces[s].n_segments;
-        place(&spaces[s], &params[i], (int)i);
+        if (params[i].n_elems > 0)
+            cutters[find(spaces, n, params[i].dtype)].total +=
+                dsc_round_up(params[i].n_elems, DSC_PARAM_ALIGN);
+    }
+    for (size_t i = 0; i < n_params; i++) {
+        param_space[i] = params[i].n_elems ? find(spaces, n, params[i].dtype) : -1;
+        param_segment[i] = 0;
+        if (param_space[i] < 0)
+            continue;
+        struct dsc_space *space = &spaces[param_space[i]];
+        struct cutter *cutter = &cutters[param_space[i]];
+        size_t n_elems = dsc_round_up(params[i].n_elems, DSC_PARAM_ALIGN);
+        if (whole)
+            cut_before(space, cutter, n_elems);
+        cutter->done += n_elems;
+        param_segment[i] = space->n_segments;
+        place(space, &params[i], (int)i);
     }
     for (size_t s = 0; s < n; s++)
-        spaces[s].n_elems = dsc_round_up(spaces[s].n_elems, DSC_BLOCK);
+        finish(&spaces[s], whole, &cutters[s]);
     *out = spaces;
     *n_spaces = n;
     return DSC_OK;
 }
 
 void dsc_space_free(struct dsc_space *spaces, size_t n_spaces) {
-    for (size_t s = 0; s < n_spaces; s++)
+    for (size_t s = 0; s < n_spaces; s++) {
         dsc_free(spaces[s].segments);
+        dsc_free(spaces[s].cuts);
+    }
     dsc_free(spaces);
+}
+
+size_t dsc_space_most_owned(const struct dsc_space *space) {
+    size_t most = 0;
+    for (int r = 0; r < space->n_ranks; r++)
+        most = dsc_max(most, dsc_range_size(dsc_space_owned(space, r)));
+    return most;
 }
 
 size_t dsc_space_find(const struct dsc_space *space, size_t elem) {

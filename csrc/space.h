@@ -1,9 +1,12 @@
 /* Spaces: the index of trainable elements in model order, one per model dtype.
  *
- * Decides: where each parameter's elements stand. A space owns no parameter memory; a view says,
- * for one call, where a parameter and its gradient are. Invariant: segments are sorted, start at
- * multiples of DSC_PARAM_ALIGN and do not overlap; n_elems is a multiple of DSC_BLOCK; what no
- * segment covers is padding and counts as zero. */
+ * Decides: where each parameter's elements stand, and which rank owns them: by element (equal
+ * shares), or by whole parameter for optimizers that need all of a parameter at once (cuts stand at
+ * the parameter borders nearest to equal shares, and what follows a cut starts a block). A space
+ * owns no parameter memory; a view says, for one call, where a parameter and its gradient are.
+ * Invariant: segments are sorted, start at multiples of DSC_PARAM_ALIGN and do not overlap; n_elems
+ * and every cut are multiples of DSC_BLOCK; what no segment covers is padding and counts as zero.
+ */
 #ifndef DSC_SPACE_H
 #define DSC_SPACE_H
 
@@ -36,19 +39,28 @@ struct dsc_space {
     size_t n_used;  /* without */
     size_t n_segments;
     struct dsc_segment *segments;
+    int n_ranks;
+    size_t *cuts; /* n_ranks + 1, ascending from 0 to n_elems */
 };
 
 /* Builds one space per training dtype that occurs, in order of first occurrence; *out is an array
- * of *n_spaces. Zero-element parameters are in none. `param_space[i]` receives the space of
- * parameter i
- * (-1: none) and `param_segment[i]` its segment. */
-enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params,
-                                struct dsc_space **out, size_t *n_spaces, int *param_space,
-                                size_t *param_segment);
+ * of *n_spaces. Zero-element parameters are in none. whole: cut at parameter borders only.
+ * `param_space[i]` receives the space of parameter i (-1: none) and `param_segment[i]` its segment.
+ */
+enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params, int n_ranks,
+                                bool whole, struct dsc_space **out, size_t *n_spaces,
+                                int *param_space, size_t *param_segment);
 void dsc_space_free(struct dsc_space *spaces, size_t n_spaces);
 
 /* Index of the first segment that ends behind `elem`; n_segments where there is none. */
 size_t dsc_space_find(const struct dsc_space *space, size_t elem);
+
+/* What a rank owns; maybe nothing. */
+static inline struct dsc_range dsc_space_owned(const struct dsc_space *space, int rank) {
+    return (struct dsc_range){space->cuts[rank], space->cuts[rank + 1]};
+}
+/* Elements of the rank that owns most. */
+size_t dsc_space_most_owned(const struct dsc_space *space);
 
 static inline struct dsc_range dsc_segment_range(const struct dsc_segment *segment) {
     return (struct dsc_range){segment->begin, segment->begin + segment->n_elems};

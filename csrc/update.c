@@ -8,9 +8,13 @@
 
 enum { RUN = 4 * DSC_BLOCK };
 
+/* What a pass does with each part. */
+enum pass { STEP, GRADIENTS, VALUES };
+
 struct job {
     const struct dsc_update *update;
     const struct dsc_holding *holding;
+    enum pass pass;
     struct dsc_range range;
     const float *sums; /* of range.begin on; NULL: read the source */
     char *out;         /* new values of `range` in the model's dtype; NULL: nobody needs them */
@@ -19,49 +23,73 @@ struct job {
 /* Whoever writes to a 16-bit parameter, through whatever alias, leaves a value that is not the
  * rounded master; torch's version counter would miss writes through .data. The line is in cache
  * anyway, since the new value goes there. */
-static void adopt_changes(const struct job *job, int param, float *master, const char *data,
-                          size_t n) {
+static void adopt_changes(const struct dsc_update *update, const struct dsc_holding *holding,
+                          int param, float *master, const void *data, size_t n) {
     const struct dsc_kernels *kernels = dsc_kernels();
-    enum dsc_dtype dtype = job->holding->space->dtype;
+    enum dsc_dtype dtype = holding->space->dtype;
     uint16_t expected[RUN];
-    const uint16_t *found = (const uint16_t *)(const void *)data;
+    const uint16_t *found = data;
     kernels->from_f32[dtype](expected, master, n);
     if (memcmp(expected, found, n * sizeof *found) == 0)
         return;
-    atomic_store_explicit(&job->update->changed[param], true, memory_order_relaxed);
+    atomic_store_explicit(&update->changed[param], true, memory_order_relaxed);
     for (size_t i = 0; i < n; i++)
         if (expected[i] != found[i])
             kernels->to_f32[dtype](&master[i], &found[i], 1);
 }
 
-static void step_part(const struct job *job, const struct dsc_segment *segment,
-                      struct dsc_range part, const float *grad) {
+static char *data_of(const struct dsc_update *update, const struct dsc_space *space,
+                     const struct dsc_segment *segment, size_t elem) {
+    return (char *)update->views[segment->param].data +
+           (elem - segment->begin) * dsc_dtype_size(space->dtype);
+}
+
+/* The fp32 values that are stepped: the master's, or those of an fp32 parameter itself. */
+static float *stepped_of(const struct dsc_update *update, const struct dsc_holding *holding,
+                         const struct dsc_segment *segment, size_t elem) {
+    return holding->master ? holding->master + (elem - holding->stepped.begin)
+                           : (float *)(void *)data_of(update, holding->space, segment, elem);
+}
+
+static void step_part(const struct job *job, const struct dsc_segment *segment, size_t at, float *p,
+                      const float *grad, size_t n) {
     const struct dsc_holding *holding = job->holding;
-    enum dsc_dtype dtype = holding->space->dtype;
-    size_t elem_size = dsc_dtype_size(dtype), n = dsc_range_size(part);
-    size_t at = part.begin - holding->stepped.begin;
-    char *data =
-        (char *)job->update->views[segment->param].data + (part.begin - segment->begin) * elem_size;
-    float wide[RUN];
-    float *p = holding->master ? holding->master + at : (float *)(void *)data;
     float *state[DSC_OPTIM_MAX_STATES];
     for (int i = 0; i < DSC_OPTIM_MAX_STATES; i++)
         state[i] = holding->state[i] ? holding->state[i] + at : NULL;
-    if (holding->master) {
-        adopt_changes(job, segment->param, p, data, n);
-    } else if (dtype != DSC_F32) { /* the parameter is its own master */
+    if (!job->update->views[segment->param].frozen)
+        dsc_optim_apply(&job->update->args[segment->group], p, state, grad, n);
+}
+
+static void do_part(const struct job *job, const struct dsc_segment *segment, struct dsc_range part,
+                    const float *grad) {
+    const struct dsc_holding *holding = job->holding;
+    enum dsc_dtype dtype = holding->space->dtype;
+    size_t n = dsc_range_size(part), at = part.begin - holding->stepped.begin;
+    char *data = data_of(job->update, holding->space, segment, part.begin);
+    float *p = stepped_of(job->update, holding, segment, part.begin), wide[RUN];
+    if (holding->master && job->pass != VALUES) {
+        adopt_changes(job->update, holding, segment->param, p, data, n);
+    } else if (!holding->master && dtype != DSC_F32) { /* the parameter is its own master */
         p = wide;
         dsc_kernels()->to_f32[dtype](p, data, n);
     }
-    if (!job->update->views[segment->param].frozen)
-        dsc_optim_apply(&job->update->args[segment->group], p, state, grad, n);
+    if (job->pass == GRADIENTS) {
+        float scale = (float)job->update->grad_scale;
+        for (size_t i = 0; i < n; i++)
+            holding->grads[at + i] = grad[i] * scale;
+        return;
+    }
+    if (job->pass == STEP)
+        step_part(job, segment, at, p, grad, n);
     if (dtype != DSC_F32)
         dsc_kernels()->from_f32[dtype](data, p, n);
     if (job->out)
-        memcpy(job->out + (part.begin - job->range.begin) * elem_size, data, n * elem_size);
+        memcpy(job->out + (part.begin - job->range.begin) * dsc_dtype_size(dtype), data,
+               n * dsc_dtype_size(dtype));
 }
 
-static void step_runs(void *context, size_t begin, size_t end) {
+static void do_runs(void *context, size_t begin, size_t end) {
     const struct job *job = context;
     float scratch[RUN];
     for (size_t i = begin; i < end; i++) {
@@ -70,31 +98,104 @@ static void step_runs(void *context, size_t begin, size_t end) {
         const float *grad = scratch;
         if (job->sums)
             grad = job->sums + (run.begin - job->range.begin);
-        else
+        else if (job->pass != VALUES)
             dsc_source_read(job->update->source, job->holding->space, run, scratch);
         struct dsc_parts it = dsc_parts(job->holding->space, run);
         while (dsc_parts_next(&it))
-            step_part(job, it.segment, it.part, grad + (it.part.begin - run.begin));
+            do_part(job, it.segment, it.part, grad + (it.part.begin - run.begin));
     }
 }
 
-static void step_range(const struct dsc_update *update, const struct dsc_holding *holding,
-                       struct dsc_range range, const float *sums, char *out) {
-    struct job job = {update, holding, range, sums, out};
-    dsc_pool_run(update->pool, (dsc_range_size(range) + RUN - 1) / RUN, 8, step_runs, &job);
+static void do_range(const struct job *job) {
+    dsc_pool_run(job->update->pool, (dsc_range_size(job->range) + RUN - 1) / RUN, 8, do_runs,
+                 (void *)job);
 }
 
-/* Stage 0: every rank steps all elements, owner by owner, from the owners' sums. */
-static void step_all(const struct dsc_update *update, const struct dsc_holding *holding) {
-    int size = dsc_comm_size(update->comm);
-    if (!holding->buckets) {
-        step_range(update, holding, holding->stepped, NULL, NULL);
-        return;
-    }
-    for (int owner = 0; owner < size; owner++)
-        step_range(update, holding, dsc_partition_range(holding->space->n_elems, owner, size),
-                   dsc_buckets_sums(holding->buckets, owner), NULL);
+/* The owners from whose sums this rank steps: all of them at stage 0, itself elsewhere, nobody (one
+ * pass over the source) in a world of one. */
+static int first_owner(const struct dsc_update *update) {
+    return update->spread ? dsc_comm_rank(update->comm) : 0;
 }
+static int end_owner(const struct dsc_update *update) {
+    return update->spread ? dsc_comm_rank(update->comm) + 1 : dsc_comm_size(update->comm);
+}
+
+static struct job job_of(const struct dsc_update *update, const struct dsc_holding *holding,
+                         enum pass pass, int owner) {
+    struct job job = {update, holding, pass, holding->stepped, NULL, NULL};
+    if (holding->buckets) {
+        job.range = dsc_space_owned(holding->space, owner);
+        job.sums = dsc_buckets_sums(holding->buckets, owner);
+    }
+    return job;
+}
+
+static void do_all(const struct dsc_update *update, const struct dsc_holding *holding,
+                   enum pass pass) {
+    for (int owner = first_owner(update); owner < end_owner(update); owner++) {
+        struct job job = job_of(update, holding, pass, owner);
+        do_range(&job);
+    }
+}
+
+void dsc_update_gradients(const struct dsc_update *update, const struct dsc_holding *holding) {
+    do_all(update, holding, GRADIENTS);
+}
+
+/* ---- LAMB: parameter by parameter ---- */
+
+struct whole {
+    const struct job *job;
+    const struct dsc_segment *segment;
+};
+
+static const float *whole_gradient(void *context, size_t begin, size_t n, float *scratch) {
+    const struct whole *whole = context;
+    const struct job *job = whole->job;
+    const struct dsc_holding *holding = job->holding;
+    size_t elem = whole->segment->begin + begin;
+    if (holding->master)
+        adopt_changes(job->update, holding, whole->segment->param,
+                      holding->master + (elem - holding->stepped.begin),
+                      data_of(job->update, holding->space, whole->segment, elem), n);
+    if (job->sums)
+        return job->sums + (elem - job->range.begin);
+    dsc_source_read(job->update->source, holding->space, (struct dsc_range){elem, elem + n},
+                    scratch);
+    return scratch;
+}
+
+static void lamb_parameters(const struct job *job) {
+    const struct dsc_holding *holding = job->holding;
+    struct dsc_parts it = dsc_parts(holding->space, job->range);
+    while (dsc_parts_next(&it)) { /* each part is a whole parameter */
+        if (job->update->views[it.segment->param].frozen)
+            continue;
+        size_t at = it.part.begin - holding->stepped.begin;
+        struct whole whole = {job, it.segment};
+        struct dsc_lamb_job lamb = {
+            .pool = job->update->pool,
+            .args = &job->update->args[it.segment->group],
+            .p = stepped_of(job->update, holding, it.segment, it.part.begin),
+            .m = holding->state[0] + at,
+            .v = holding->state[1] + at,
+            .n = dsc_range_size(it.part),
+            .gradient = whole_gradient,
+            .context = &whole,
+            .squares = job->update->squares,
+        };
+        (void)dsc_lamb_step(&lamb);
+    }
+}
+
+static void lamb(const struct dsc_update *update, const struct dsc_holding *holding) {
+    for (int owner = first_owner(update); owner < end_owner(update); owner++) {
+        struct job job = job_of(update, holding, STEP, owner);
+        lamb_parameters(&job);
+    }
+}
+
+/* ---- new values to the other ranks ---- */
 
 static void copy_in(const struct dsc_update *update, const struct dsc_space *space,
                     struct dsc_range range, const char *chunk) {
@@ -113,43 +214,59 @@ static struct dsc_range chunk_of(struct dsc_range owned, size_t k) {
     return dsc_range_cut(chunk, owned);
 }
 
-static enum dsc_status step_chunk(const struct dsc_update *update,
-                                  const struct dsc_holding *holding, struct dsc_range chunk) {
+static enum dsc_status do_chunk(const struct dsc_update *update, const struct dsc_holding *holding,
+                                enum pass pass, struct dsc_range chunk) {
     void *out;
-    int rank = dsc_comm_rank(update->comm);
-    const float *sums = dsc_buckets_sums(holding->buckets, rank);
+    struct job job = job_of(update, holding, pass, dsc_comm_rank(update->comm));
     DSC_TRY(dsc_spread_acquire(update->spread, update->label, &out));
-    step_range(update, holding, chunk, sums + (chunk.begin - holding->stepped.begin), out);
+    job.sums += chunk.begin - job.range.begin;
+    job.range = chunk;
+    job.out = out;
+    do_range(&job);
     dsc_spread_commit(update->spread);
     return DSC_OK;
 }
 
-enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc_holding *holding) {
-    if (!update->spread) {
-        step_all(update, holding);
-        return DSC_OK;
-    }
+static enum dsc_status spread(const struct dsc_update *update, const struct dsc_holding *holding,
+                              enum pass pass) {
     int rank = dsc_comm_rank(update->comm), size = dsc_comm_size(update->comm);
-    size_t n_elems = holding->space->n_elems;
     /* All ranks walk the same number of chunks: that of the largest range. */
-    size_t most = 0;
-    for (int r = 0; r < size; r++)
-        most = dsc_max(most, dsc_range_size(dsc_partition_range(n_elems, r, size)));
+    size_t most = dsc_space_most_owned(holding->space);
     for (size_t k = 0; k * DSC_SPREAD_ELEMS < most; k++)
         for (int d = 0; d < size; d++) {
             int owner = (rank + d) % size;
-            struct dsc_range chunk = chunk_of(dsc_partition_range(n_elems, owner, size), k);
+            struct dsc_range chunk = chunk_of(dsc_space_owned(holding->space, owner), k);
             const void *values;
             if (dsc_range_size(chunk) == 0)
                 continue;
             if (d == 0) {
-                DSC_TRY(step_chunk(update, holding, chunk));
+                DSC_TRY(do_chunk(update, holding, pass, chunk));
                 continue;
             }
             DSC_TRY(dsc_spread_take(update->spread, owner, update->label, &values));
             copy_in(update, holding->space, chunk, values);
             dsc_spread_release(update->spread, owner);
         }
+    return DSC_OK;
+}
+
+enum dsc_status dsc_update_values(const struct dsc_update *update,
+                                  const struct dsc_holding *holding) {
+    if (update->spread)
+        return spread(update, holding, VALUES);
+    if (holding->master)
+        do_all(update, holding, VALUES);
+    return DSC_OK;
+}
+
+enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc_holding *holding) {
+    if (update->args[0].kind == DSC_OPTIM_LAMB) {
+        lamb(update, holding);
+        return dsc_update_values(update, holding);
+    }
+    if (update->spread)
+        return spread(update, holding, STEP);
+    do_all(update, holding, STEP);
     return DSC_OK;
 }
 

@@ -146,5 +146,5 @@ class Parameters:
 def open_core(comm, config, parameters, kind):
     """The C engine over these parameters. Collective."""
     return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of,
-                        len(parameters.groups), kind, torch.get_num_threads(), parameters.digest(), conform,
+                        len(parameters.groups), kind, False, torch.get_num_threads(), parameters.digest(), conform,
                         torch.autograd.graph.increment_version)

@@ -10,6 +10,7 @@
 #include "../config.h"
 #include "../engine.h"
 #include "hyper.h"
+#include "lend.h"
 
 #include <math.h>
 #include <string.h>
@@ -25,6 +26,7 @@ typedef struct {
     PyObject *weakrefs;
     Py_ssize_t n_params;
     int n_groups;
+    enum dsc_optim_kind optimizer;
     struct dsc_param *shapes;
     struct dsc_view *views;
     PyObject **grads; /* held during a call */
@@ -209,7 +211,8 @@ static struct dsc_wire wire_of(const struct dsc_config *config, int n_ranks) {
     return wire;
 }
 
-static struct dsc_engine_options options_of(const struct dsc_config *config, const char *optimizer,
+static struct dsc_engine_options options_of(const struct dsc_config *config,
+                                            enum dsc_optim_kind optimizer, bool whole,
                                             int n_threads, uint64_t names_hash, int n_ranks) {
     bool no_masters =
         config->fp16_master_weights_and_grads || config->bf16_master_weights_and_grads;
@@ -224,7 +227,8 @@ static struct dsc_engine_options options_of(const struct dsc_config *config, con
         .no_masters = no_masters,
         .sum_only = strcmp(config->gradient_allreduce_op, "sum") == 0,
         .wire = wire_of(config, n_ranks),
-        .optim = strcmp(optimizer, "sgd") == 0 ? DSC_OPTIM_SGD : DSC_OPTIM_ADAM,
+        .optim = optimizer,
+        .whole = whole,
         .n_threads = n_threads,
         .names_hash = names_hash,
     };
@@ -283,22 +287,25 @@ static int allocate(EngineObject *self) {
     return status == DSC_OK ? 0 : -1;
 }
 
-/* Engine(comm, config, params, names, groups, n_groups, optimizer, n_threads, names_hash, conform,
- * increment) */
+/* Engine(comm, config, params, names, groups, n_groups, optimizer, whole, n_threads, names_hash,
+ * conform, increment) */
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *keys[] = {"comm",       "config",   "params",    "names",
-                           "groups",     "n_groups", "optimizer", "n_threads",
-                           "names_hash", "conform",  "increment", NULL};
+    static char *keys[] = {"comm",     "config",    "params", "names",     "groups",
+                           "n_groups", "optimizer", "whole",  "n_threads", "names_hash",
+                           "conform",  "increment", NULL};
     PyObject *comm, *config, *params, *names, *groups, *conform, *increment;
     const char *optimizer;
-    int n_groups, n_threads;
+    int n_groups, n_threads, whole;
     unsigned long long names_hash;
+    enum dsc_optim_kind kind;
     struct dsc_bind_state *state = dsc_bind_state_of(type);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO!O!O!isiKOO:Engine", keys, &comm, &config,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO!O!O!ispiKOO:Engine", keys, &comm, &config,
                                      &PyList_Type, &params, &PyList_Type, &names, &PyList_Type,
-                                     &groups, &n_groups, &optimizer, &n_threads, &names_hash,
-                                     &conform, &increment))
+                                     &groups, &n_groups, &optimizer, &whole, &n_threads,
+                                     &names_hash, &conform, &increment))
         return NULL;
+    if (dsc_optim_find(optimizer, &kind) != DSC_OK)
+        return dsc_bind_raise(state, DSC_EINVAL);
     if (PyList_GET_SIZE(names) != PyList_GET_SIZE(params) ||
         PyList_GET_SIZE(groups) != PyList_GET_SIZE(params) || n_groups < 1) {
         PyErr_SetString(PyExc_ValueError, "params, names and groups must be parallel lists");
@@ -318,11 +325,12 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->increment = Py_NewRef(increment);
     self->n_params = PyList_GET_SIZE(params);
     self->n_groups = n_groups;
+    self->optimizer = kind;
     self->all_used = !core_config->zero_ignore_unused_parameters;
     if (allocate(self) < 0 || describe_params(self, groups) < 0)
         goto error;
     struct dsc_engine_options options =
-        options_of(core_config, optimizer, n_threads, names_hash, dsc_comm_size(core_comm));
+        options_of(core_config, kind, whole, n_threads, names_hash, dsc_comm_size(core_comm));
     enum dsc_status status;
     WITHOUT_GIL(status, dsc_engine_open(core_comm, &options, self->shapes, (size_t)self->n_params,
                                         n_groups, &self->core));
@@ -632,7 +640,7 @@ static int read_groups(EngineObject *self, PyObject *groups) {
         return -1;
     }
     for (int g = 0; g < self->n_groups; g++)
-        if (dsc_bind_read_hyper(PyList_GET_ITEM(groups, g), &self->hypers[g]) < 0)
+        if (dsc_bind_read_hyper(self->optimizer, PyList_GET_ITEM(groups, g), &self->hypers[g]) < 0)
             return -1;
     return 0;
 }
@@ -676,24 +684,50 @@ static int check_used(EngineObject *self) {
     return unused >= 0 ? -1 : 0;
 }
 
-/* step(param_groups) -> report dict. A loss scale that cannot shrink any more is raised after the
- * gradients are dropped, since the step is over by then. */
-static PyObject *engine_step(EngineObject *self, PyObject *groups) {
+/* Runs the foreign optimizer between the halves of a step. Its exception is kept, and the other
+ * ranks learn of it. */
+static enum dsc_status run_foreign(EngineObject *self, PyObject *run,
+                                   struct dsc_step_report *report) {
+    enum dsc_status status;
+    PyObject *done = PyObject_CallNoArgs(run);
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    WITHOUT_GIL(status, dsc_engine_end_step(self->core, self->views, !done, report));
+    PyErr_Restore(type, value, trace);
+    Py_XDECREF(done);
+    return status;
+}
+
+/* The core call, and what has to follow it whatever it returned. */
+static PyObject *step_core(EngineObject *self, PyObject *run) {
     struct dsc_step_report report = {0};
-    PyObject *result = NULL;
-    if (enter(self, "step") < 0)
+    enum dsc_status status;
+    WITHOUT_GIL(status, dsc_engine_step(self->core, self->views, self->hypers, &report));
+    if (status == DSC_OK && report.stepped && !report.over)
+        status = run_foreign(self, run, &report);
+    PyObject *type, *value, *trace; /* of the foreign optimizer */
+    PyErr_Fetch(&type, &value, &trace);
+    int failed = report.over ? after_step(self, report.stepped) : 0;
+    if (type)
+        PyErr_Restore(type, value, trace);
+    else if (!failed && status != DSC_OK)
+        dsc_bind_raise(state_of(self), status);
+    return PyErr_Occurred() ? NULL : report_to_dict(&report);
+}
+
+/* step(param_groups, run) -> report dict. A loss scale that cannot shrink any more is raised after
+ * the gradients are dropped, since the step is over by then. */
+static PyObject *engine_step(EngineObject *self, PyObject *args) {
+    PyObject *groups, *run = Py_None, *result = NULL; /* borrowed from args */
+    if (!PyArg_ParseTuple(args, "O|O:step", &groups, &run) || enter(self, "step") < 0)
         return NULL;
-    if (read_groups(self, groups) == 0 && view_all(self) == 0 && check_used(self) == 0) {
-        enum dsc_status status;
-        WITHOUT_GIL(status, dsc_engine_step(self->core, self->views, self->hypers, &report));
-        int failed = report.over ? after_step(self, report.stepped) : 0;
-        if (!failed && status != DSC_OK)
-            dsc_bind_raise(state_of(self), status);
-        else if (!failed)
-            result = report_to_dict(&report);
-    } else {
+    if (self->optimizer == DSC_OPTIM_FOREIGN && !PyCallable_Check(run))
+        PyErr_SetString(PyExc_TypeError, "step: a foreign optimizer needs a callable that runs it");
+    if (!PyErr_Occurred() && read_groups(self, groups) == 0 && view_all(self) == 0 &&
+        check_used(self) == 0)
+        result = step_core(self, run);
+    else
         refuse_step(self);
-    }
     drop_grads(self);
     self->busy = false;
     return result;
@@ -720,13 +754,13 @@ static PyObject *engine_counters(EngineObject *self, PyObject *unused) {
 }
 
 /* The values, copied out, with the place of the first one in the parameter. */
-static PyObject *state_array(size_t begin, const float *values, size_t n) {
+static PyObject *state_array(const struct dsc_held *held) {
     void *data;
-    PyObject *array = dsc_bind_array(DSC_F32, (Py_ssize_t)n, &data);
+    PyObject *array = dsc_bind_array(DSC_F32, (Py_ssize_t)held->n, &data);
     if (!array)
         return NULL;
-    memcpy(data, values, n * sizeof *values);
-    return Py_BuildValue("(nN)", (Py_ssize_t)begin, array);
+    memcpy(data, held->values, held->n * sizeof *held->values);
+    return Py_BuildValue("(nN)", (Py_ssize_t)held->begin, array);
 }
 
 /* state(index, which) -> (begin, float32 array) of the part that this rank holds, or None. */
@@ -740,9 +774,31 @@ static PyObject *engine_state(EngineObject *self, PyObject *args) {
         PyErr_Format(PyExc_IndexError, "state(%zd, %d): allowed: 0 to %zd, -1 to %d", index, which,
                      self->n_params - 1, DSC_OPTIM_MAX_STATES - 1);
     } else {
-        size_t begin, n;
-        const float *values = dsc_engine_state(self->core, (size_t)index, which, &begin, &n);
-        result = values ? state_array(begin, values, n) : Py_NewRef(Py_None);
+        struct dsc_held held = dsc_engine_held(self->core, (size_t)index, which);
+        result = held.values ? state_array(&held) : Py_NewRef(Py_None);
+    }
+    self->busy = false;
+    return result;
+}
+
+/* held(index, which) -> (begin, DLPack capsule) of the part that this rank holds, or None. */
+static PyObject *engine_held(EngineObject *self, PyObject *args) {
+    Py_ssize_t index;
+    int which;
+    if (!PyArg_ParseTuple(args, "ni:held", &index, &which) || enter(self, "held") < 0)
+        return NULL;
+    PyObject *result = NULL;
+    if (index < 0 || index >= self->n_params || which < DSC_HELD_GRADIENT ||
+        which >= DSC_OPTIM_MAX_STATES) {
+        PyErr_Format(PyExc_IndexError, "held(%zd, %d): allowed: 0 to %zd, %d to %d", index, which,
+                     self->n_params - 1, DSC_HELD_GRADIENT, DSC_OPTIM_MAX_STATES - 1);
+    } else {
+        struct dsc_held held = dsc_engine_held(self->core, (size_t)index, which);
+        PyObject *capsule = held.values ? dsc_bind_lend(state_of(self), &held) : NULL;
+        if (capsule)
+            result = Py_BuildValue("(nN)", (Py_ssize_t)held.begin, capsule);
+        else if (!held.values)
+            result = Py_NewRef(Py_None);
     }
     self->busy = false;
     return result;
@@ -772,7 +828,6 @@ static PyObject *engine_set_state(EngineObject *self, PyObject *args) {
     int which;
     PyObject *tensor;
     struct dsc_borrowed t;
-    size_t begin, n;
     if (!PyArg_ParseTuple(args, "niO:set_state", &index, &which, &tensor))
         return NULL;
     if (index < 0 || index >= self->n_params || which < -1 || which >= DSC_OPTIM_MAX_STATES) {
@@ -783,16 +838,68 @@ static PyObject *engine_set_state(EngineObject *self, PyObject *args) {
     if (enter(self, "set_state") < 0)
         return NULL;
     self->busy = false;
-    float *values = dsc_engine_state(self->core, (size_t)index, which, &begin, &n);
-    if (!values) {
+    struct dsc_held held = dsc_engine_held(self->core, (size_t)index, which);
+    if (!held.values) {
         PyErr_Format(PyExc_ValueError, "set_state: this rank holds no such values of %s",
                      name_of(self, index));
         return NULL;
     }
-    if (borrow_values(self, index, tensor, n, &t) < 0)
+    if (borrow_values(self, index, tensor, held.n, &t) < 0)
         return NULL;
-    memcpy(values, t.data, n * sizeof *values);
+    memcpy(held.values, t.data, held.n * sizeof *held.values);
     Py_RETURN_NONE;
+}
+
+static PyObject *engine_steps(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (enter(self, "steps") < 0)
+        return NULL;
+    struct dsc_held held = dsc_engine_steps(self->core);
+    PyObject *capsule = dsc_bind_lend(state_of(self), &held);
+    self->busy = false;
+    return capsule;
+}
+
+static PyObject *engine_hold_momentum(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (enter(self, "hold_momentum") < 0)
+        return NULL;
+    enum dsc_status status = dsc_engine_hold_momentum(self->core);
+    self->busy = false;
+    return status == DSC_OK ? Py_NewRef(Py_None) : dsc_bind_raise(state_of(self), status);
+}
+
+static PyObject *engine_get_scaler(EngineObject *self, void *unused) {
+    (void)unused;
+    if (!self->core) {
+        PyErr_SetString(PyExc_RuntimeError, "scaler: the engine was destroyed");
+        return NULL;
+    }
+    struct dsc_scaler s = dsc_engine_scaler(self->core);
+    return Py_BuildValue("(dLLL)", s.scale, (long long)s.hysteresis_left, (long long)s.iter,
+                         (long long)s.last_overflow);
+}
+
+static int engine_set_scaler(EngineObject *self, PyObject *value, void *unused) {
+    long long hysteresis_left, iter, last_overflow;
+    (void)unused;
+    if (!value || !PyTuple_Check(value)) {
+        PyErr_SetString(PyExc_TypeError, "scaler is (scale, hysteresis_left, iter, last_overflow)");
+        return -1;
+    }
+    if (enter(self, "scaler") < 0)
+        return -1;
+    struct dsc_scaler s = dsc_engine_scaler(self->core);
+    int parsed =
+        PyArg_ParseTuple(value, "dLLL:scaler", &s.scale, &hysteresis_left, &iter, &last_overflow);
+    if (parsed) {
+        s.hysteresis_left = hysteresis_left;
+        s.iter = iter;
+        s.last_overflow = last_overflow;
+        dsc_engine_set_scaler(self->core, &s);
+    }
+    self->busy = false;
+    return parsed ? 0 : -1;
 }
 
 static PyObject *engine_get_early(EngineObject *self, void *unused) {
@@ -833,18 +940,29 @@ static PyMethodDef engine_methods[] = {
      "part(i, rank) -> (begin, n): the elements of parameter i that a rank steps."},
     {"set_state", (PyCFunction)engine_set_state, METH_VARARGS,
      "set_state(i, which, values): replaces what state(i, which) shows, by a float32 tensor."},
-    {"step", (PyCFunction)engine_step, METH_O, "The boundary; returns a report as a dict."},
+    {"step", (PyCFunction)engine_step, METH_VARARGS,
+     "step(param_groups, run=None): the boundary; returns a report as a dict. run: called between\n"
+     "gradients and values, where the optimizer is foreign."},
     {"counters", (PyCFunction)engine_counters, METH_NOARGS, "Counters as a dict."},
     {"state", (PyCFunction)engine_state, METH_VARARGS,
-     "state(i, which): (first element, float32 array) of the part held here, or None; which: -1 "
-     "the\n"
-     "fp32 master, 0 and 1 the optimizer's states (Adam: exp_avg, exp_avg_sq; SGD: momentum)."},
+     "state(i, which): (first element, float32 array), a copy of what held(i, which) shows; "
+     "which:\n"
+     "-1, 0, 1."},
+    {"held", (PyCFunction)engine_held, METH_VARARGS,
+     "held(i, which): (first element, DLPack capsule) over the part held here, or None; which: -2\n"
+     "a foreign optimizer's gradient, -1 the fp32 master, 0 and 1 the optimizer's states."},
+    {"steps", (PyCFunction)engine_steps, METH_NOARGS,
+     "DLPack capsule over the steps of each group (SGD: with momentum), fp32."},
+    {"hold_momentum", (PyCFunction)engine_hold_momentum, METH_NOARGS,
+     "Makes SGD's momentum now; the first step that needs it does so otherwise."},
     {NULL},
 };
 
 static PyGetSetDef engine_getset[] = {
     {"early", (getter)engine_get_early, NULL, "Gradients are taken inside backward.", NULL},
     {"scale", (getter)engine_get_scale, NULL, "The loss scale of the next backward pass.", NULL},
+    {"scaler", (getter)engine_get_scaler, (setter)engine_set_scaler,
+     "(scale, hysteresis_left, iter, last_overflow) of the loss scale.", NULL},
     {NULL},
 };
 

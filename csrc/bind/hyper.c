@@ -44,19 +44,31 @@ static int read_betas(PyObject *group, struct dsc_hyper *out) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
-int dsc_bind_read_hyper(PyObject *group, struct dsc_hyper *out) {
+int dsc_bind_read_hyper(enum dsc_optim_kind kind, PyObject *group, struct dsc_hyper *out) {
+    double eps = kind == DSC_OPTIM_ADAGRAD ? 1e-10 : 1e-8;
     if (!PyDict_Check(group)) {
         PyErr_SetString(PyExc_TypeError, "a parameter group must be a dict");
         return -1;
     }
-    return read_number(group, "lr", 1e-3, &out->lr) < 0 ||
+    if (kind == DSC_OPTIM_FOREIGN) { /* only what ranks compare */
+        *out = (struct dsc_hyper){0};
+        return read_number(group, "lr", 0, &out->lr);
+    }
+    /* torch's key for what DeepSpeed calls adam_w_mode; ours wins. */
+    return read_flag(group, "decoupled_weight_decay", true, &out->decoupled) < 0 ||
+                   read_flag(group, "adam_w_mode", out->decoupled, &out->decoupled) < 0 ||
+                   read_number(group, "lr", 1e-3, &out->lr) < 0 ||
                    read_number(group, "weight_decay", 0, &out->weight_decay) < 0 ||
-                   read_number(group, "eps", 1e-8, &out->eps) < 0 ||
+                   read_number(group, "eps", eps, &out->eps) < 0 ||
                    read_number(group, "momentum", 0, &out->momentum) < 0 ||
                    read_number(group, "dampening", 0, &out->dampening) < 0 ||
+                   read_number(group, "lr_decay", 0, &out->lr_decay) < 0 ||
+                   read_number(group, "min_coeff", 0.01, &out->min_coeff) < 0 ||
+                   read_number(group, "max_coeff", 10.0, &out->max_coeff) < 0 ||
                    read_flag(group, "nesterov", false, &out->nesterov) < 0 ||
-                   read_flag(group, "adam_w_mode", true, &out->decoupled) < 0 ||
                    read_flag(group, "bias_correction", true, &out->bias_correction) < 0 ||
+                   read_flag(group, "raw_numerator", false, &out->raw_numerator) < 0 ||
+                   read_flag(group, "eps_inside_sqrt", false, &out->eps_inside) < 0 ||
                    read_betas(group, out) < 0
                ? -1
                : 0;

@@ -7,6 +7,6 @@
 #include "../optim.h"
 
 /* One group. 0, or -1 with an exception that says which value is wrong. */
-int dsc_bind_read_hyper(PyObject *group, struct dsc_hyper *out);
+int dsc_bind_read_hyper(enum dsc_optim_kind kind, PyObject *group, struct dsc_hyper *out);
 
 #endif

@@ -53,12 +53,15 @@ def check_close(row, dtype):
 def test_trainer_equals_plain_torch(trainer, case, stage):
     for row in rows(trainer, case, stage):
         check_equal(row)
+        assert row["evaluated"] == pytest.approx(row["expected_evaluated"], abs=1e-4)
+        assert row["saved"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_trainer_in_bf16_is_close_to_plain_torch(trainer, stage):
     for row in rows(trainer, "bf16", stage):
         check_close(row, "torch.bfloat16")
+        assert row["saved"]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

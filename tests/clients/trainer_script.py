@@ -1,7 +1,6 @@
 """Transformers' Trainer, as its documentation shows it, over every case; and plain torch over the same batches."""
 import math
 import sys
-import tempfile
 
 import plain
 import torch
@@ -33,9 +32,9 @@ class Sequences(torch.utils.data.Dataset):
         return {"input_ids": self.tokens[i], "labels": self.tokens[i]}
 
 
-def train(stage, sections, bf16, seen):
-    """(loss of each step over all ranks, norm of each step, the parameters' dtype); the batches of this rank go into
-    `seen`."""
+def train(folder, stage, sections, bf16, seen):
+    """This rank's batches go into `seen`. Returns (loss of each step over all ranks, norm of each step, the
+    parameters' dtype, loss of an evaluation, whether the saved model has the values of the trained one)."""
     config = {
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
@@ -47,17 +46,21 @@ def train(stage, sections, bf16, seen):
         seen.append(batch)
         return batch
 
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, use_cpu=True, deepspeed=config, bf16=bf16, per_device_train_batch_size=2,
-            gradient_accumulation_steps=ACCUMULATION, max_steps=STEPS, learning_rate=RATE, weight_decay=DECAY,
-            warmup_steps=WARMUP, lr_scheduler_type="linear", logging_steps=1, save_strategy="no", report_to="none",
-            disable_tqdm=True, optim="adamw_torch")
-        model = plain.tiny_llama()
-        trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=Sequences(64))
-        trainer.train()
-        steps = [row for row in trainer.state.log_history if "loss" in row]
-        return [row["loss"] for row in steps], [row["grad_norm"] for row in steps], str(model.dtype)
+    arguments = TrainingArguments(
+        output_dir=folder, use_cpu=True, deepspeed=config, bf16=bf16, per_device_train_batch_size=2,
+        gradient_accumulation_steps=ACCUMULATION, max_steps=STEPS, learning_rate=RATE, weight_decay=DECAY,
+        warmup_steps=WARMUP, lr_scheduler_type="linear", logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, optim="adamw_torch")
+    model = plain.tiny_llama()
+    trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=Sequences(64))
+    trainer.train()
+    steps = [row for row in trainer.state.log_history if "loss" in row]
+    evaluated = trainer.evaluate(Sequences(8))["eval_loss"]
+    trainer.save_model()
+    dist.barrier()
+    saved = type(model).from_pretrained(folder, dtype=model.dtype)
+    return [row["loss"] for row in steps], [row["grad_norm"] for row in steps], str(model.dtype), evaluated, \
+        all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
 
 
 def decay_everything(model):
@@ -86,15 +89,20 @@ def main(folder):
     for case, (sections, bf16) in CASES.items():
         for stage in (0, 1, 2):
             seen = []
-            losses, norms, dtype = train(stage, sections, bf16, seen)
+            losses, norms, dtype, evaluated, saved = train(folder, stage, sections, bf16, seen)
             everyones = [None] * dist.get_world_size()
             # The loader looks ahead, and may have fetched more than was used.
             dist.all_gather_object(everyones, seen[:STEPS * ACCUMULATION])
+            model = plain.tiny_llama()
             expected, expected_norms = plain.train(
-                plain.tiny_llama(), everyones, ACCUMULATION, decay_everything if "optimizer" in sections
+                model, everyones, ACCUMULATION, decay_everything if "optimizer" in sections
                 else decay_matrices, logarithmic if "scheduler" in sections else linear)
+            with torch.no_grad():
+                evaluation = plain.tokens(8)
+                expected_evaluated = model.eval()(input_ids=evaluation, labels=evaluation).loss.item()
             results.append({"case": case, "stage": stage, "dtype": dtype, "losses": losses, "norms": norms,
-                            "expected": expected, "expected_norms": expected_norms})
+                            "expected": expected, "expected_norms": expected_norms, "saved": saved,
+                            "evaluated": evaluated, "expected_evaluated": expected_evaluated})
     plain.write(folder, results)
 
 

@@ -215,6 +215,10 @@ class _Same:
     def exec_module(self, module):
         sys.modules[module.__spec__.name] = importlib.import_module(self.home)
 
+    def get_code(self, name):
+        """For `python -m` with the other name."""
+        return importlib.util.find_spec(self.home).loader.get_code(self.home)
+
 
 class _Made:
     """Makes a module that has nothing but its names in NAMES and its submodules in PATHS."""

@@ -188,6 +188,13 @@ def test_a_path_that_nobody_has_is_not_found(site):
            "try:\n    deepspeed.nothing\nexcept AttributeError as error:\n    assert 'nothing' in str(error)\n", site)
 
 
+def test_a_module_can_be_run_by_its_other_name(site):
+    for name in ("deepspeed.launcher.runner", "deepspeed_c.launcher.runner"):
+        done = subprocess.run([sys.executable, "-m", name, "--help"], env=environment(site), capture_output=True,
+                              text=True, timeout=60)
+        assert done.returncode == 0 and "--num_gpus" in done.stdout, done.stderr
+
+
 def test_replaced_names_work_across_both(site):
     """mock.patch by dotted name, with the options that clients' own tests use, and module globals set by hand."""
     python("""

@@ -58,15 +58,16 @@ def train(model, batches, accumulation, make_optimizer, rate, clip=1.0):
     return [sum(losses[i:i + per_step]) / per_step for i in range(0, len(losses), per_step)], norms
 
 
-def torchrun(script, folder, n_ranks=2, timeout=200):
-    """Runs a script of this folder on ranks started by torchrun: the list of what each wrote to FOLDER/RANK.json."""
+def start(launcher, script, folder, timeout=200):
+    """Runs a script of this folder on two ranks: the list of what each wrote to FOLDER/RANK.json.
+
+    launcher: words behind `python -m`.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}",
-         TESTS / script, str(folder)],
-        env=environment, capture_output=True, text=True, timeout=timeout, cwd=folder)
+    done = subprocess.run([sys.executable, "-m", *launcher.split(), TESTS / script, str(folder)], env=environment,
+                          capture_output=True, text=True, timeout=timeout, cwd=folder)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-12000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(n_ranks)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def write(folder, results):

@@ -17,12 +17,15 @@ FP32 = ["both from the JSON", "scheduler from Transformers"]
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    return plain.torchrun("trainer_script.py", tmp_path_factory.mktemp("trainer"))
+    return plain.start("torch.distributed.run --standalone --nproc-per-node 2", "trainer_script.py",
+                       tmp_path_factory.mktemp("trainer"))
 
 
 @pytest.fixture(scope="module")
 def accelerate(tmp_path_factory):
-    return plain.torchrun("accelerate_script.py", tmp_path_factory.mktemp("accelerate"))
+    return plain.start("accelerate.commands.launch --use_deepspeed --num_machines 1 --num_processes 2 "
+                       "--main_process_port 0 --mixed_precision no --dynamo_backend no", "accelerate_script.py",
+                       tmp_path_factory.mktemp("accelerate"))
 
 
 def rows(results, case, stage):

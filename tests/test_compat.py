@@ -58,11 +58,9 @@ NOT_YET = {
     "utils.zero_to_fp32": ["get_fp32_state_dict_from_zero_checkpoint", "get_model_state_file", "get_optim_files",
                            "load_state_dict_from_zero_checkpoint"],
 }
-# What is reached by dots after a bare `import deepspeed`.
-ATTRIBUTES = ["initialize", "init_distributed", "add_config_arguments", "tp_model_init", "init_inference",
-              "DeepSpeedEngine", "__version__", "zero.Init", "zero.GatheredParameters",
-              "zero.register_external_parameter", "comm.get_rank", "moe.layer.MoE", "moe.utils.is_moe_param",
-              *(f"{path}.{name}" for path, names in MODULES.items() for name in names)]
+# What is reached by dots after a bare `import deepspeed`, beside the modules above and their names.
+TOP_LEVEL = ["DeepSpeedEngine", "__version__", "add_config_arguments", "init_distributed", "init_inference",
+             "initialize", "tp_model_init"]
 
 # Reads {key: code}, writes {key: the code's error or ""}.
 RUN_EACH = """
@@ -115,7 +113,7 @@ def checks():
     for path in {**MODULES, **NOT_YET}:
         for one, other in (("deepspeed", "deepspeed_c"), ("deepspeed_c", "deepspeed")):
             found[f"statement {one}.{path}"] = (
-                f"import {'deepspeed_c' if one == 'deepspeed_c' else 'deepspeed'}, importlib.util, sys\n"
+                f"import {one}, importlib.util, sys\n"
                 f"assert importlib.util.find_spec('{one}.{path}') is not None\n"
                 f"import {one}.{path} as first\n"
                 f"assert first.__spec__ is not None and first.__spec__.name == first.__name__\n"
@@ -125,21 +123,20 @@ def checks():
                 f"assert importlib.util.find_spec('{one}.{path}') is not None\n"
                 f"from {one} import {path.partition('.')[0]}\n")
     for path, names in MODULES.items():
-        for name in names:
-            found[f"from {path} import {name}"] = (
-                f"from deepspeed.{path} import {name} as first\nfrom deepspeed_c.{path} import {name} as second\n"
-                "assert first is second\n")
-    for path in ATTRIBUTES:
-        for root in ("deepspeed", "deepspeed_c"):
-            found[f"attribute {root}.{path}"] = f"import {root}\nassert {root}.{path} is not None\n"
+        found[f"names of {path}"] = "".join(
+            f"from deepspeed.{path} import {name} as first\nfrom deepspeed_c.{path} import {name} as second\n"
+            "assert first is second\n" for name in names)
+    for root in ("deepspeed", "deepspeed_c"):
+        for path, names in {"": TOP_LEVEL, **MODULES}.items():
+            found[f"attributes {root}.{path}".rstrip(".")] = f"import {root}\n" + "".join(
+                f"assert {'.'.join(filter(None, (root, path, name)))} is not None\n" for name in [*names, ""])
     for path, names in NOT_YET.items():
-        for name in names:
-            found[f"not yet {path}.{name}"] = (
-                f"import deepspeed.{path} as module\nassert '{name}' in dir(module)\n"
-                f"try:\n    from deepspeed.{path} import {name}\n"
-                f"except NotImplementedError as error:\n    assert '{name} is not yet' in str(error), error\n"
-                f"else:\n    raise SystemExit('it is there')\n"
-                f"assert not hasattr(module, 'no_such_name')\n")
+        found[f"not yet {path}"] = f"import deepspeed.{path} as module\n" + "".join(
+            f"assert '{name}' in dir(module)\n"
+            f"try:\n    from deepspeed.{path} import {name}\n"
+            f"except NotImplementedError as error:\n    assert '{name} is not yet' in str(error), error\n"
+            f"else:\n    raise SystemExit('{name} is there')\n" for name in names) + (
+            "assert not hasattr(module, 'no_such_name')\n")
     return found
 
 

@@ -358,6 +358,7 @@ static enum dsc_status read_entry(struct walk *walk, const cJSON *item, const ch
                                   const char *section_shown) {
     char path[PATH_BYTES], shown[PATH_BYTES];
     const char *dot = section[0] ? "." : "";
+    const cJSON *written = item;
     bool ignored = false;
     dsc__config_put(path, sizeof path, "%s%s%s", section, dot, item->string);
     dsc__config_put(shown, sizeof shown, "%s%s%s", section_shown, dot, item->string);
@@ -372,13 +373,15 @@ static enum dsc_status read_entry(struct walk *walk, const cJSON *item, const ch
         bool open = parent >= 0 && dsc_config_keys[parent].open;
         return open ? DSC_OK : unknown_key(walk, item, section, shown);
     }
+    if (dsc__config_is_absent(item))
+        walk->reading->absent[index] = item;
     if (ignored || dsc__config_is_absent(item))
         return DSC_OK;
     const struct entry entry = {&dsc_config_keys[index], item, path, shown};
     if (walk->reading->given[index] && !strstr(path, "[]"))
         return dsc__config_error(walk->reading, "%s is given under two names; give one of them",
                                  path);
-    walk->reading->given[index] = item;
+    walk->reading->given[index] = written;
     return read_value(walk, &entry);
 }
 

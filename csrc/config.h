@@ -101,7 +101,9 @@ const char *dsc_config_nearest(const char *name, const char *const names[], size
 
 /* What reading found besides values. Start with all zero; free with dsc_config_reading_free. */
 struct dsc_config_reading {
-    const cJSON *given[DSC_CONFIG_N_KEYS]; /* into the tree; NULL: not given, null or "auto" */
+    /* Into the tree, under whatever name the user wrote. */
+    const cJSON *given[DSC_CONFIG_N_KEYS];
+    const cJSON *absent[DSC_CONFIG_N_KEYS]; /* null or "auto", which count as not given */
     char **errors, **warnings;
     size_t n_errors, n_warnings;
 };
@@ -112,6 +114,9 @@ struct dsc_config_reading {
 enum dsc_status dsc_config_parse(const cJSON *root, int64_t world_size, bool strict,
                                  struct dsc_config *out, struct dsc_config_reading *reading);
 void dsc_config_reading_free(struct dsc_config_reading *reading);
+/* Appends the dotted path of a node below `root`, as written there, to the text in `out`; false if
+ * it is not there or too long. */
+bool dsc_config_written(const cJSON *root, const cJSON *node, char *out, size_t n_out);
 /* All errors as one text, numbered; free with dsc_free. */
 enum dsc_status dsc_config_report(const struct dsc_config_reading *reading, char **text);
 
@@ -121,5 +126,9 @@ enum dsc_status dsc_config_tree(const char *text, size_t n, const char *name, cJ
 /* A whole file with a terminating zero added; free with dsc_free. DSC_ECONFIG if it can't be read.
  */
 enum dsc_status dsc_config_read_file(const char *path, char **text, size_t *n);
+/* What base64 text, URL-safe or not, padded or not, stands for, likewise. DSC_EINVAL for other
+ * text.
+ */
+enum dsc_status dsc_config_decode(const char *base64, char **text, size_t *n);
 
 #endif

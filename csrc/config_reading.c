@@ -73,6 +73,19 @@ void dsc_config_reading_free(struct dsc_config_reading *reading) {
     *reading = (struct dsc_config_reading){0};
 }
 
+bool dsc_config_written(const cJSON *root, const cJSON *node, char *out, size_t n_out) {
+    const size_t used = strlen(out);
+    for (const cJSON *child = root->child; child; child = child->next) {
+        const char *name = child->string ? child->string : "[]";
+        int n = snprintf(out + used, n_out - used, "%s%s", used ? "." : "", name);
+        const bool fits = n > 0 && (size_t)n < n_out - used;
+        if (fits && (child == node || dsc_config_written(child, node, out, n_out)))
+            return true;
+        out[used] = '\0';
+    }
+    return false;
+}
+
 enum dsc_status dsc_config_report(const struct dsc_config_reading *reading, char **text) {
     const char *first = "the configuration is wrong: ";
     size_t n = 96;

@@ -1,4 +1,4 @@
-/* JSON text to a tree: files, syntax errors with line and column, keys that stand twice.
+/* JSON text to a tree: files, base64, syntax errors with line and column, keys that stand twice.
  *
  * Invariant: a tree that comes out of here has no object with two equal keys; cJSON would keep both
  * and everybody would read the first. */
@@ -120,6 +120,36 @@ enum dsc_status dsc_config_read_file(const char *path, char **text, size_t *n) {
     }
     buffer[used] = '\0';
     *text = buffer;
+    *n = used;
+    return DSC_OK;
+}
+
+/* The six bits of a base64 digit of either alphabet, or -1. */
+static int six_bits(char digit) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    const char *at = digit ? strchr(digits, digit == '-' ? '+' : digit == '_' ? '/' : digit) : NULL;
+    return at ? (int)(at - digits) : -1;
+}
+
+enum dsc_status dsc_config_decode(const char *base64, char **text, size_t *n) {
+    size_t n_digits = strcspn(base64, "="), used = 0;
+    if (n_digits == 0 || n_digits % 4 == 1 ||
+        strspn(base64 + n_digits, "=") != strlen(base64 + n_digits))
+        return DSC_FAIL(DSC_EINVAL, "not base64");
+    for (size_t i = 0; i < n_digits; i++)
+        if (six_bits(base64[i]) < 0)
+            return DSC_FAIL(DSC_EINVAL, "not base64: position %zu", i);
+    char *out = NULL;
+    DSC_TRY(dsc_realloc((void **)&out, n_digits + 1));
+    uint32_t bits = 0;
+    for (size_t i = 0; i < n_digits; i++) {
+        bits = bits << 6 | (uint32_t)six_bits(base64[i]);
+        /* After digits 2, 3 and 4 of a group, 4, 2 and 0 bits are left over. */
+        if (i % 4 > 0)
+            out[used++] = (char)(bits >> (6 - 2 * (i % 4)));
+    }
+    out[used] = '\0';
+    *text = out;
     *n = used;
     return DSC_OK;
 }

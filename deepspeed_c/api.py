@@ -19,7 +19,7 @@ def initialize(args=None, model=None, optimizer=None, model_parameters=None, tra
     training_data: a torch Dataset, for a loader that gives this rank its part, ``collate_fn`` as torch's.
     lr_scheduler: a scheduler object, or a callable that makes one from an optimizer; wins over the
         configuration's.
-    config, config_params: dict, path of a JSON file, or JSON text.
+    config, config_params: dict, path of a JSON file, JSON text, or base64 of it.
 
     Returns (engine, optimizer, training loader or None, scheduler or None).
     Raises DeepSpeedConfigError (a ValueError) for the configuration, ValueError and TypeError for other

@@ -1,4 +1,5 @@
 """Configuration from Python: sources, values, errors, the page docs/config.md, and random configurations."""
+import base64
 import copy
 import importlib.util
 import json
@@ -88,6 +89,36 @@ def test_a_broken_file_is_placed_by_line_and_column(tmp_path):
     path = tmp_path / "broken.json"
     path.write_text('{\n  "train_batch_size": 8,\n}\n')
     refused(path, "broken.json: not JSON at line 3, column 1")
+
+
+def test_base64_of_json_is_a_configuration_and_what_is_wrong_in_it_is_told():
+    text = json.dumps({"train_batch_size": 8, "note": "\u00fe\u00ff?>"}, ensure_ascii=False).encode()
+    for encode in base64.urlsafe_b64encode, base64.b64encode:
+        assert Config(encode(text).decode()).source == json.loads(text)
+    refused(base64.b64encode(b'{"train_batch_size": 0}').decode(), "train_batch_size is 0")
+    refused(base64.b64encode(b'{"train_batch_size": }').decode(), "the configuration in base64: not JSON at line 1")
+    refused(base64.b64encode(b"no object").decode(), "cannot read the configuration")
+
+
+def test_origin_is_the_path_that_the_user_wrote():
+    config = Config({"train_batch_size": 8, "bfloat16": {"enabled": True}, "gradient_clipping": "auto",
+                     "zero_optimization": {"prefetch_bucket_size": 1, "cpu_offload": False}, "seed": None})
+    assert config.origin("bf16.enabled") == ("bfloat16.enabled", "given")
+    assert config.origin("zero_optimization.stage3_prefetch_bucket_size") == (
+        "zero_optimization.prefetch_bucket_size", "given")
+    assert config.origin("zero_optimization.offload_optimizer.device") == ("zero_optimization.cpu_offload", "given")
+    assert config.origin("gradient_clipping") == ("gradient_clipping", "auto")
+    assert config.origin("seed") == ("seed", "null") and config.origin("steps_per_print") is None
+    assert Config({**BASE, "zero_optimization": True}).origin("zero_optimization.stage") == (
+        "zero_optimization", "given")
+    with pytest.raises(KeyError, match="nearest: seed"):
+        config.origin("sed")
+
+
+def test_an_error_has_the_warnings_of_the_same_reading():
+    with pytest.raises(ConfigError) as caught:
+        Config({"train_batch_size": 0, "bfloat16": {"enabled": True}})
+    assert caught.value.warnings == ["bfloat16 is a deprecated name; write bf16"]
 
 
 def test_keys_that_stand_twice_are_named(tmp_path):

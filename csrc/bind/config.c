@@ -235,6 +235,18 @@ static int take_text(ConfigObject *self, const char *text, size_t n, const char 
     return self->source ? 0 : -1;
 }
 
+/* Whether text is base64 of a JSON object. */
+static bool is_base64(const char *base64, char **text, size_t *n) {
+    if (dsc_config_decode(base64, text, n) != DSC_OK)
+        return false;
+    if ((*text)[strspn(*text, " \t\r\n")] == '{')
+        return true;
+    dsc_free(*text);
+    *text = NULL;
+    return false;
+}
+
+/* A file, or where there is none, base64 of JSON text. */
 static int take_file(ConfigObject *self, PyObject *source) {
     struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
     PyObject *path = NULL;
@@ -246,18 +258,23 @@ static int take_file(ConfigObject *self, PyObject *source) {
     const char *name = PyBytes_AS_STRING(path);
     Py_BEGIN_ALLOW_THREADS status = dsc_config_read_file(name, &text, &n);
     Py_END_ALLOW_THREADS int failed = status != DSC_OK;
-    if (status == DSC_ECONFIG)
-        raise_text(state, dsc_last_error());
-    else if (failed)
-        dsc_bind_raise(state, status);
-    else
+    if (!failed) {
         failed = take_text(self, text, n, name);
+    } else if (status == DSC_ECONFIG) {
+        raise_text(state, dsc_last_error());
+        if (is_base64(name, &text, &n)) {
+            PyErr_Clear(); /* there is no such file, and need not be */
+            failed = take_text(self, text, n, "the configuration in base64");
+        }
+    } else {
+        dsc_bind_raise(state, status);
+    }
     dsc_free(text);
     Py_DECREF(path);
     return failed ? -1 : 0;
 }
 
-/* Text that begins with a brace is JSON, any other text a path. */
+/* Text that begins with a brace is JSON, any other text a path or base64. */
 static int take_source(ConfigObject *self, PyObject *source) {
     struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
     if (PyDict_Check(source)) {
@@ -276,7 +293,8 @@ static int take_source(ConfigObject *self, PyObject *source) {
     }
     if (PyObject_HasAttrString((PyObject *)Py_TYPE(source), "__fspath__"))
         return take_file(self, source);
-    PyErr_Format(PyExc_TypeError, "a configuration is a dict, a path or JSON text, not %.60s",
+    PyErr_Format(PyExc_TypeError,
+                 "a configuration is a dict, a path, JSON text or base64 of it, not %.60s",
                  Py_TYPE(source)->tp_name);
     return -1;
 }
@@ -297,6 +315,18 @@ static bool is_strict(void) {
     return value && value[0] && strcmp(value, "0") != 0;
 }
 
+/* The error in hand, with the warnings of the same reading as its attribute `warnings`. */
+static void add_warnings(const struct dsc_config_reading *reading) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    PyObject *warnings = text_list(reading->warnings, reading->n_warnings);
+    if (!error || !warnings || PyObject_SetAttrString(error, "warnings", warnings) < 0)
+        PyErr_Clear(); /* the error itself says more than a list that could not be made */
+    Py_XDECREF(warnings);
+    PyErr_Restore(type, error, trace);
+}
+
 static int parse(ConfigObject *self, long long world_size) {
     struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
     char *text = NULL;
@@ -310,6 +340,7 @@ static int parse(ConfigObject *self, long long world_size) {
     else
         dsc_bind_raise(state, status);
     dsc_free(text);
+    add_warnings(&self->reading);
     return -1;
 }
 
@@ -524,6 +555,20 @@ static PyObject *config_given(ConfigObject *self, PyObject *arg) {
     return PyErr_Occurred() ? NULL : PyBool_FromLong(item != NULL);
 }
 
+static PyObject *config_origin(ConfigObject *self, PyObject *arg) {
+    const char *path = PyUnicode_AsUTF8(arg);
+    if (!path || check_known(path) < 0)
+        return NULL;
+    const struct dsc_key *key = dsc_config_find(path);
+    char written[PATH_BYTES] = "";
+    const cJSON *given = key ? self->reading.given[key - dsc_config_keys] : NULL;
+    const cJSON *absent = key ? self->reading.absent[key - dsc_config_keys] : NULL;
+    if ((!given && !absent) ||
+        !dsc_config_written(self->root, given ? given : absent, written, sizeof written))
+        Py_RETURN_NONE;
+    return Py_BuildValue("ss", written, given ? "given" : cJSON_IsString(absent) ? "auto" : "null");
+}
+
 static PyObject *config_subtree(ConfigObject *self, PyObject *arg) {
     const char *path = PyUnicode_AsUTF8(arg);
     if (!path || check_known(path) < 0)
@@ -553,9 +598,10 @@ const struct dsc_config *dsc_bind_config(struct dsc_bind_state *state, PyObject 
 
 PyDoc_STRVAR(config_doc,
              "Config(source, world_size=1)\n\n"
-             "A configuration: a dict (taken as it is), the path of a JSON file, or JSON text.\n"
-             "world_size is the number of ranks that share a batch. DeepSpeedConfigError lists\n"
-             "everything that is wrong. With DS_CONFIG_STRICT=1 an unknown top-level key is\n"
+             "A configuration: a dict (taken as it is), the path of a JSON file, JSON text, or\n"
+             "base64 of it. world_size is the number of ranks that share a batch.\n"
+             "DeepSpeedConfigError lists everything that is wrong. With DS_CONFIG_STRICT=1 an "
+             "unknown top-level key is\n"
              "an error instead of a warning.");
 
 static PyMethodDef config_methods[] = {
@@ -564,6 +610,9 @@ static PyMethodDef config_methods[] = {
      "path that is no key."},
     {"given", (PyCFunction)config_given, METH_O,
      "given(path) -> bool\n\nWhether the user set the key; null and \"auto\" do not count."},
+    {"origin", (PyCFunction)config_origin, METH_O,
+     "origin(path)\n\n(the path under which the user wrote the key, \"given\", \"auto\" or "
+     "\"null\"); None where it is not written."},
     {"subtree", (PyCFunction)config_subtree, METH_O,
      "subtree(path)\n\nA copy of what was given there, without \"auto\" values; None if nothing."},
     {"to_dict", (PyCFunction)config_to_dict, METH_NOARGS,

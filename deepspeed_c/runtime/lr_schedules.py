@@ -250,13 +250,17 @@ def create(name, optimizer, params=None):
     is unknown or missing and what is allowed.
     """
     params = dict(params or {})
-    cls = find(name)
+    return check(name, params)(optimizer, **params)
+
+
+def check(name, params):
+    """The class that `scheduler.type` names, which takes these parameters; ValueError as create()."""
+    cls = _find(name)
     _check_params(name, cls, params)
-    return cls(optimizer, **params)
+    return cls
 
 
-def find(name):
-    """The class that `scheduler.type` names; ValueError with the nearest one where there is none."""
+def _find(name):
     if name in _SCHEDULES:
         return _SCHEDULES[name]
     from torch.optim import lr_scheduler

@@ -139,7 +139,7 @@ $(BIN)/libdsc.a: $(patsubst csrc/%.c,$(BIN)/obj/%.o,$(CORE_C))
 	@rm -f $@
 	ar rcs $@ $^
 
-$(BIN)/test_%: tests/c/test_%.c tests/c/case.h $(BIN)/libdsc.a
+$(BIN)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h) $(BIN)/libdsc.a
 	$(CC) $(CFLAGS_CORE) $(SANFLAGS) $< $(BIN)/libdsc.a $(LIBS) -o $@
 
 .PHONY: asan tsan

@@ -11,7 +11,7 @@
 
 #include <stdatomic.h>
 
-enum { DSC__LABEL_MAX = 64, DSC__CALL_TEXT_MAX = 160, DSC__REASON_MAX = 1024 };
+enum { DSC__LABEL_MAX = 64, DSC__CALL_TEXT_MAX = 192, DSC__REASON_MAX = 1024 };
 
 /* The fingerprint of one operation. Every byte is set (padding included), so memcmp compares it. */
 struct dsc__print {
@@ -26,6 +26,15 @@ struct dsc__print {
 struct dsc__parts {
     const size_t *n_send, *n_recv; /* elements to and from each rank */
     size_t n_max;                  /* the longest part between any two ranks; equal on all */
+};
+
+/* A group that is being opened. */
+struct dsc__group {
+    const struct dsc_comm_options *options;
+    const int *ranks; /* of the parent, in the group's order */
+    int rank, size;   /* this one's place */
+    const char *name;
+    uint64_t key; /* of the name, not 0 */
 };
 
 /* Everything below takes the back end's state first. A failed call ends the communicator. */
@@ -58,6 +67,13 @@ struct dsc_comm_backend {
     /* NULL where the back end has no messages between two ranks. */
     enum dsc_status (*send)(void *state, const struct dsc_p2p *message);
     enum dsc_status (*recv)(void *state, const struct dsc_p2p *message, int *from);
+
+    /* A communicator of some ranks, which alone call this. It need not have compared anything yet.
+     * NULL where groups have their own way. */
+    enum dsc_status (*open_group)(void *state, const struct dsc__group *group,
+                                  struct dsc_comm **out);
+    /* All members have opened the group. May be NULL. */
+    void (*opened)(void *state);
 
     /* Windows and bells, present or absent (NULL) together. */
     enum dsc_status (*window_open)(void *state, size_t n_bytes, struct dsc_window **out);

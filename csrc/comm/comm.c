@@ -377,6 +377,68 @@ enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t
     return dsc__leave(comm, status);
 }
 
+/* ---- groups ---- */
+
+static enum dsc_status check_group(const struct dsc_comm *parent, const int *ranks, int n_ranks,
+                                   const char *name, struct dsc__group *group) {
+    group->rank = -1;
+    if (n_ranks < 1 || n_ranks > parent->size || !name || !name[0])
+        return DSC_FAIL(DSC_EINVAL, "group: %d ranks of %d, and a name, are expected", n_ranks,
+                        parent->size);
+    for (int i = 0; i < n_ranks; i++) {
+        if (ranks[i] < 0 || ranks[i] >= parent->size)
+            return DSC_FAIL(DSC_EINVAL, "group \"%s\": rank %d; 0 to %d are allowed", name,
+                            ranks[i], parent->size - 1);
+        for (int k = 0; k < i; k++)
+            if (ranks[k] == ranks[i])
+                return DSC_FAIL(DSC_EINVAL, "group \"%s\": rank %d twice", name, ranks[i]);
+        if (ranks[i] == parent->rank)
+            group->rank = i;
+    }
+    if (group->rank < 0)
+        return DSC_FAIL(DSC_EINVAL, "group \"%s\": this rank (%d) is not a member", name,
+                        parent->rank);
+    return DSC_OK;
+}
+
+/* FNV-1a. */
+static uint64_t hash_of(const void *data, size_t n_bytes) {
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < n_bytes; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* A group ends its opening with an agreement on who belongs. */
+enum dsc_status dsc_comm_open_group(struct dsc_comm *parent, const struct dsc_comm_options *options,
+                                    const int *ranks, int n_ranks, const char *name,
+                                    struct dsc_comm **out) {
+    struct dsc__group group = {.options = options ? options : &parent->options,
+                               .ranks = ranks,
+                               .size = n_ranks,
+                               .name = name};
+    struct dsc_comm *comm = NULL;
+    DSC_TRY(check_usable(parent));
+    DSC_TRY(check_group(parent, ranks, n_ranks, name, &group));
+    group.key = hash_of(name, strlen(name)) | 1;
+    if (n_ranks == 1)
+        return dsc_comm_open_self(group.options, out);
+    if (!parent->backend->open_group)
+        return DSC_FAIL(DSC_ENOTYET, "group \"%s\": \"%s\" opens no groups", name,
+                        parent->backend->name);
+    DSC_TRY(parent->backend->open_group(parent->state, &group, &comm));
+    enum dsc_status status =
+        dsc_comm_meet(comm, name, hash_of(ranks, (size_t)n_ranks * sizeof *ranks), NULL, 0, NULL);
+    if (status != DSC_OK) {
+        dsc_comm_close(comm);
+        return status;
+    }
+    if (comm->backend->opened)
+        comm->backend->opened(comm->state);
+    *out = comm;
+    return DSC_OK;
+}
+
 /* ---- windows and bells ---- */
 
 enum dsc_status dsc_comm_window_open(struct dsc_comm *comm, size_t n_bytes, const char *label,

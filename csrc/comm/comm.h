@@ -79,6 +79,16 @@ enum dsc_status dsc_comm_open_shm(const struct dsc_comm_options *options,
 enum dsc_status dsc_comm_open_threads(const struct dsc_comm_options *options, int size,
                                       struct dsc_comm **out);
 
+/* Collective over `ranks` (ranks of `parent`, in the new order; this one is among them), which
+ * takes about as long as a barrier; the others do nothing and need not know. Two groups, even of
+ * the same ranks, have their own sequences. `name` tells groups apart while they are being opened,
+ * so it must be the same on all members and another one for each group that a member may be
+ * opening at the time; it stands in texts. The parent may be closed before the group. DSC_ENOTYET
+ * where the back end has no groups. */
+enum dsc_status dsc_comm_open_group(struct dsc_comm *parent, const struct dsc_comm_options *options,
+                                    const int *ranks, int n_ranks, const char *name,
+                                    struct dsc_comm **out);
+
 /* Local, never fails, NULL is fine. Other ranks that still wait for this one get DSC_EDEAD
  * ("left"). Does nothing in a forked child. Windows must be closed before. */
 void dsc_comm_close(struct dsc_comm *comm);

@@ -22,22 +22,85 @@ enum dsc_status dsc__shm_check_world(int rank, int size) {
     return DSC_OK;
 }
 
+/* ---- the node ---- */
+
+enum dsc_status dsc__shm_node_new(int rank, int size, struct dsc__shm_node **out) {
+    void *block = NULL, *sockets = NULL;
+    size_t n = (size_t)size;
+    DSC_TRY(dsc_alloc(sizeof(struct dsc__shm_node) + n * sizeof(struct dsc__shm_region *), &block));
+    enum dsc_status status = dsc_alloc(n * sizeof(int), &sockets);
+    if (status != DSC_OK) {
+        dsc_free(block);
+        return status;
+    }
+    struct dsc__shm_node *node = block;
+    atomic_store(&node->n_refs, 1);
+    node->rank = rank;
+    node->size = size;
+    node->sockets = sockets;
+    for (int r = 0; r < size; r++)
+        node->sockets[r] = -1;
+    *out = node;
+    return DSC_OK;
+}
+
+static void close_fd(int *fd) {
+    if (*fd >= 0)
+        (void)close(*fd);
+    *fd = -1;
+}
+
+static void close_fds(struct dsc__shm_node *node) {
+    for (int r = 0; r < node->size; r++) {
+        close_fd(&node->sockets[r]);
+        if (node->pidfds)
+            close_fd(&node->pidfds[r].fd);
+    }
+}
+
+void dsc__shm_node_unref(struct dsc__shm_node *node) {
+    if (!node || atomic_fetch_sub(&node->n_refs, 1) != 1)
+        return;
+    close_fds(node);
+    for (int r = 0; !node->world && r < node->size; r++)
+        if (node->regions[r])
+            (void)munmap(node->regions[r], sizeof(struct dsc__shm_region));
+    dsc__shm_world_unref(node->world);
+    dsc_free(node->sockets);
+    dsc_free(node->pidfds);
+    dsc_free(node);
+}
+
+/* ---- a channel ---- */
+
 enum dsc_status dsc__shm_prepare(struct dsc__shm *shm, int rank, int size,
-                                 const struct dsc_comm_options *options) {
+                                 const struct dsc_comm_options *options,
+                                 struct dsc__shm_node *node) {
     void *array = NULL;
     size_t n = (size_t)size;
     shm->rank = rank;
     shm->size = size;
     shm->options = options;
+    shm->node = node;
+    atomic_fetch_add(&node->n_refs, 1);
     DSC_TRY(dsc_alloc(n * sizeof *shm->blocks, &array));
     shm->blocks = array;
     DSC_TRY(dsc_alloc(n * sizeof *shm->sources, &array));
     shm->sources = array;
-    DSC_TRY(dsc_alloc(n * sizeof *shm->sockets, &array));
-    shm->sockets = array;
-    for (int r = 0; r < size; r++)
-        shm->sockets[r] = -1;
+    DSC_TRY(dsc_alloc(n * sizeof *shm->members, &array));
+    shm->members = array;
+    DSC_TRY(dsc_alloc(n * sizeof *shm->slots, &array));
+    shm->slots = array;
     return DSC_OK;
+}
+
+void dsc__shm_use_world(struct dsc__shm *shm) {
+    for (int r = 0; r < shm->size; r++) {
+        shm->members[r] = r;
+        shm->slots[r] = 0;
+        shm->blocks[r] = &shm->node->regions[r]->blocks[0];
+    }
+    dsc__shm_settle_spins(shm);
 }
 
 /* Spinning pays only where every rank has a core. Ranks bound to a core each see one CPU, so the
@@ -47,49 +110,31 @@ void dsc__shm_settle_spins(struct dsc__shm *shm) {
     cpu_set_t all;
     CPU_ZERO(&all);
     for (int r = 0; r < shm->size; r++)
-        CPU_OR(&all, &all, &shm->blocks[r]->cpus);
+        CPU_OR(&all, &all, &dsc__shm_region_of(shm, r)->cpus);
     shm->n_spins_max = CPU_COUNT(&all) >= shm->size ? SPINS_FREE : SPINS_CROWDED;
     for (int kind = 0; kind < DSC__SHM_AWAITED_COUNT; kind++)
         shm->spins[kind].budget = shm->n_spins_max;
 }
 
-static void close_fd(int *fd) {
-    if (*fd >= 0)
-        (void)close(*fd);
-    *fd = -1;
-}
-
-static void close_fds(struct dsc__shm *shm) {
-    for (int r = 0; r < shm->size; r++) {
-        if (shm->sockets)
-            close_fd(&shm->sockets[r]);
-        if (shm->pidfds)
-            close_fd(&shm->pidfds[r].fd);
-    }
-}
-
 void dsc__shm_release(struct dsc__shm *shm) {
-    close_fds(shm);
-    for (int r = 0; !shm->world && shm->blocks && r < shm->size; r++)
-        if (shm->blocks[r])
-            (void)munmap(shm->blocks[r], sizeof(struct dsc__shm_block));
-    dsc__shm_world_unref(shm->world);
+    dsc__shm_node_unref(shm->node);
     dsc_free(shm->blocks);
     dsc_free(shm->sources);
-    dsc_free(shm->sockets);
-    dsc_free(shm->pidfds);
+    dsc_free(shm->members);
+    dsc_free(shm->slots);
     memset(shm, 0, sizeof *shm);
 }
 
 static void close_shm(void *state) {
     dsc__shm_leave(state);
+    dsc__shm_close_group(state);
     dsc__shm_release(state);
 }
 
 /* A forked child that keeps a socket would hide this rank's death from nobody (pidfds tell), but it
  * has no business with it. */
 static void forked(void *state) {
-    close_fds(state);
+    close_fds(((struct dsc__shm *)state)->node);
 }
 
 static enum dsc_status agree(void *state, const struct dsc__print *mine, const void *payload,
@@ -134,6 +179,8 @@ const struct dsc_comm_backend dsc__shm_backend = {
     .scatter = dsc__shm_scatter,
     .all_to_all = dsc__shm_all_to_all,
     .all_to_all_v = dsc__shm_all_to_all_v,
+    .open_group = dsc__shm_open_group,
+    .opened = dsc__shm_group_opened,
     .window_open = dsc__shm_window_open,
     .window_close = dsc__shm_window_close,
     .ring = dsc__shm_ring,

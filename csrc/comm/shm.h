@@ -1,9 +1,11 @@
 /* Inside the shared-memory back end: what lies in a rank's memory, and what its files offer each
  * other.
  *
- * Decides: the layout. Every rank owns one region (control block, small slots, chunk areas), writes
- * only its own region and a few words meant for others (wake, bell, broken), and reads everybody's.
- * Invariant: no call on these structures happens in a forked child. Threads: none of its own. */
+ * Decides: the layout. Every rank owns one region, with a block (slots, chunk areas) per channel: a
+ * channel is a communicator, the whole node's or a group's. A rank writes only its own region and a
+ * few words meant for others (wake, bell, broken, references), and reads everybody's. Memory that
+ * nobody touches costs address space only. Invariant: no call on these structures happens in a
+ * forked child. Threads: none of its own. */
 #ifndef DSC_COMM_SHM_H
 #define DSC_COMM_SHM_H
 
@@ -16,9 +18,11 @@
 enum {
     DSC__SHM_PAGE = 4096,
     DSC__SHM_RANKS_MAX = 1024,
+    DSC__SHM_CHANNELS = 128,   /* open at a time, per rank; number 0 is the whole node's */
     DSC__SHM_RING = 4,         /* fingerprints kept; 2 are needed, the rest is for texts */
     DSC__SHM_SMALL = 32 << 10, /* up to here data travels with the fingerprint */
     DSC__SHM_CHUNK = 1 << 20,  /* beyond, in chunks that stay in the caches */
+    DSC__SHM_BLOCKED_TEXT = 320,
     DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
 };
 _Static_assert(DSC__SHM_PRINT_WORDS == 14, "a fingerprint fills a slot of 16 words");
@@ -37,18 +41,51 @@ struct dsc__shm_block {
     _Alignas(128) _Atomic uint32_t wake; /* the futex: changed by others to end this rank's sleep */
     _Alignas(128) _Atomic uint32_t bell;
     _Alignas(128) _Atomic uint32_t left; /* closed */
-    _Atomic uint32_t gave_up;            /* -status, 0 while it did not */
-    _Atomic uint32_t broken;             /* rank 0's only: 1 + the first rank that gave up */
-    int32_t pid;
-    cpu_set_t cpus; /* where the rank may run */
-    char reason[DSC__REASON_MAX];
+    _Atomic uint32_t n_posted;           /* asynchronous operations that have not ended */
     /* Double buffers: an operation's parity or a chunk's parity selects one. */
     _Alignas(DSC__SHM_PAGE) char small[2][DSC__SHM_SMALL];
     _Alignas(DSC__SHM_PAGE) char in[2][DSC__SHM_CHUNK];
     _Alignas(DSC__SHM_PAGE) char result[2][DSC__SHM_CHUNK];
 };
 
+/* What a rank's main thread has been waiting in for a while, and for whom. */
+struct dsc__shm_blocked {
+    _Alignas(128) _Atomic uint64_t epoch; /* odd: holds; changes with every other field */
+    _Atomic uint32_t waits_for;           /* rank of the node */
+    _Atomic uint32_t slot;                /* where that one's block of the channel is */
+    _Atomic uint32_t kind;                /* enum dsc__shm_awaited */
+    _Atomic uint64_t target;
+    _Atomic uint64_t text[DSC__SHM_BLOCKED_TEXT / sizeof(uint64_t)];
+};
+
+struct dsc__shm_entry {
+    _Atomic uint64_t key;    /* of the group that is being opened, 0 otherwise */
+    _Atomic uint32_t n_refs; /* members that have not closed the channel yet; 0: free */
+};
+
+struct dsc__shm_region {
+    _Alignas(128) _Atomic uint32_t broken; /* rank 0's only: 1 + the first rank that gave up */
+    _Atomic uint32_t giving;               /* somebody writes the reason */
+    _Atomic uint32_t gave_up;              /* -status, 0 while it did not */
+    int32_t pid;
+    cpu_set_t cpus; /* where the rank may run */
+    char reason[DSC__REASON_MAX];
+    struct dsc__shm_blocked blocked;
+    struct dsc__shm_entry entries[DSC__SHM_CHANNELS];
+    struct dsc__shm_block blocks[DSC__SHM_CHANNELS];
+};
+
 struct dsc__shm_world; /* ranks as threads, see shm_threads.c */
+
+/* All ranks of the node as one of them sees them: what its channels share. Goes with the last. */
+struct dsc__shm_node {
+    atomic_int n_refs;
+    int rank, size;
+    struct dsc__shm_world *world;      /* NULL where ranks are processes */
+    struct pollfd *pidfds;             /* size; fd -1 for this rank; NULL where ranks are threads */
+    int *sockets;                      /* size: rank 0 has one to each, the others one to rank 0 */
+    struct dsc__shm_region *regions[]; /* size */
+};
 
 enum dsc__shm_awaited { DSC__SHM_PRINT, DSC__SHM_PHASE, DSC__SHM_BELL, DSC__SHM_AWAITED_COUNT };
 
@@ -63,24 +100,44 @@ struct dsc__shm {
     unsigned n_spins_max;
     struct dsc__shm_spin spins[DSC__SHM_AWAITED_COUNT];
     uint64_t sequence, phase;
-    struct dsc__print current;      /* the operation that runs, for texts */
+    struct dsc__print current; /* the operation that runs, for texts */
+    struct dsc__shm_node *node;
+    int *members;                   /* size: a rank's place on the node */
+    uint32_t *slots;                /* size: which block of its region a rank uses here */
     struct dsc__shm_block **blocks; /* size */
     const void **sources;           /* size: one reduction's inputs */
-    struct dsc__shm_world *world;   /* NULL where ranks are processes */
-    struct pollfd *pidfds;          /* size; fd -1 for this rank; NULL where ranks are threads */
-    int *sockets;                   /* size: rank 0 has one to each, the others one to rank 0 */
+    char name[DSC__LABEL_MAX];      /* of the group, "" for the whole node */
+    uint64_t standstill;            /* what shm_standstill.c saw at its last look */
 };
 
 /* ---- shm.c ---- */
 extern const struct dsc_comm_backend dsc__shm_backend;
-/* Allocates the arrays of a state. */
+/* A node of `size` ranks whose regions are still to be mapped. */
+enum dsc_status dsc__shm_node_new(int rank, int size, struct dsc__shm_node **out);
+/* Drops one reference; the last releases whatever the node got, in any state of completion. */
+void dsc__shm_node_unref(struct dsc__shm_node *node);
+/* Allocates the arrays of a state and takes a reference to the node. Members are the node's. */
 enum dsc_status dsc__shm_prepare(struct dsc__shm *shm, int rank, int size,
-                                 const struct dsc_comm_options *options);
-/* After all blocks are mapped: how long to spin. */
+                                 const struct dsc_comm_options *options,
+                                 struct dsc__shm_node *node);
+/* Once all regions are mapped: the channel of the whole node. */
+void dsc__shm_use_world(struct dsc__shm *shm);
+/* The region of a channel's rank. */
+static inline struct dsc__shm_region *dsc__shm_region_of(const struct dsc__shm *shm, int rank) {
+    return shm->node->regions[shm->members[rank]];
+}
+/* After all regions are mapped: how long to spin. */
 void dsc__shm_settle_spins(struct dsc__shm *shm);
 /* Releases whatever prepare and open got, in any state of completion. */
 void dsc__shm_release(struct dsc__shm *shm);
 enum dsc_status dsc__shm_check_world(int rank, int size);
+
+/* ---- shm_group.c ---- */
+enum dsc_status dsc__shm_open_group(void *state, const struct dsc__group *group,
+                                    struct dsc_comm **out);
+void dsc__shm_group_opened(void *state);
+/* Lets go of the blocks of a group's channel. */
+void dsc__shm_close_group(struct dsc__shm *shm);
 
 /* ---- shm_memory.c: memfds ---- */
 /* A sealed memfd of n_bytes. */
@@ -139,6 +196,8 @@ struct dsc__shm_wait {
     double since;      /* 0: from now */
 };
 enum dsc_status dsc__shm_wait(struct dsc__shm *shm, const struct dsc__shm_wait *wait);
+/* Whether the word that `wait` looks for is there in `block`. Not for bells. */
+bool dsc__shm_has(struct dsc__shm_block *block, enum dsc__shm_awaited kind, uint64_t target);
 /* A step of all ranks inside an operation: what each wrote before, all see after. */
 enum dsc_status dsc__shm_step(struct dsc__shm *shm);
 void dsc__shm_publish(struct dsc__shm *shm, const struct dsc__print *print);
@@ -157,6 +216,17 @@ enum dsc_status dsc__shm_wait_bell(void *state, uint32_t seen, const char *label
 void dsc__shm_give_up(void *state, enum dsc_status status, const char *reason);
 /* Says that this rank closed, and wakes all. */
 void dsc__shm_leave(void *state);
+/* What this rank waits in, for texts. */
+void dsc__shm_describe_wait(const struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                            char text[DSC__SHM_BLOCKED_TEXT]);
+
+/* ---- shm_standstill.c: ranks that wait for each other in different operations ---- */
+/* Called now and then by a waiter. Tells the others about this wait, and fails with DSC_EDIVERGED
+ * if ranks wait for each other in a circle, in this look and the one before. */
+enum dsc_status dsc__shm_look_for_standstill(struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                                             int missing);
+/* The wait that look_for_standstill told about has ended. */
+void dsc__shm_end_look(struct dsc__shm *shm);
 
 /* ---- shm_coll.c: algorithms ---- */
 enum dsc_status dsc__shm_all_reduce(void *state, const struct dsc_coll *coll);

@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -60,7 +61,7 @@ static size_t part_size(const struct dsc_window *window) {
 
 void dsc__shm_window_close(void *state, struct dsc_window *window) {
     struct dsc__shm *shm = state;
-    if (shm->world) {
+    if (shm->node->world) {
         dsc__shm_threads_window_close(shm, window);
         return;
     }
@@ -91,9 +92,9 @@ static enum dsc_status map_part(struct dsc_window *window, int rank, int fd) {
 static enum dsc_status receive_part(struct dsc__shm *shm, int peer,
                                     const struct dsc__shm_patience *patience,
                                     struct dsc__shm_message *out) {
-    DSC_TRY(dsc__shm_receive(shm->sockets[peer], peer, patience, out));
+    DSC_TRY(dsc__shm_receive(shm->node->sockets[peer], peer, patience, out));
     if (out->kind == DSC__SHM_WINDOW && out->number == shm->sequence && out->n_fds == 1 &&
-        out->rank >= 0 && out->rank < shm->size)
+        strcmp(out->text, shm->name) == 0 && out->rank >= 0 && out->rank < shm->size)
         return DSC_OK;
     dsc__shm_close_fds(out);
     return DSC_FAIL(DSC_EDIVERGED, "rank %d sent something else while opening a window", peer);
@@ -113,7 +114,7 @@ static enum dsc_status exchange_as_leader(struct dsc__shm *shm, struct dsc_windo
         }
         for (int to = 1; to < shm->size && status == DSC_OK; to++)
             if (to != r)
-                status = dsc__shm_send(shm->sockets[to], to, patience, &message);
+                status = dsc__shm_send(shm->node->sockets[to], to, patience, &message);
         if (r != 0)
             dsc__shm_close_fds(&message);
     }
@@ -123,7 +124,7 @@ static enum dsc_status exchange_as_leader(struct dsc__shm *shm, struct dsc_windo
 static enum dsc_status exchange_as_follower(struct dsc__shm *shm, struct dsc_window *window,
                                             const struct dsc__shm_patience *patience,
                                             struct dsc__shm_message *own) {
-    DSC_TRY(dsc__shm_send(shm->sockets[0], 0, patience, own));
+    DSC_TRY(dsc__shm_send(shm->node->sockets[0], 0, patience, own));
     for (int i = 0; i < shm->size - 1; i++) {
         struct dsc__shm_message message;
         DSC_TRY(receive_part(shm, 0, patience, &message));
@@ -144,6 +145,7 @@ static enum dsc_status exchange(struct dsc__shm *shm, struct dsc_window *window)
                                          .check = check_ranks,
                                          .context = shm};
     own.number = shm->sequence;
+    snprintf(own.text, sizeof own.text, "%s", shm->name);
     DSC_TRY(dsc__shm_memfd("deepspeed_c window", part_size(window), &own.fds[0]));
     own.n_fds = 1;
     enum dsc_status status = map_part(window, shm->rank, own.fds[0]);
@@ -157,7 +159,13 @@ static enum dsc_status exchange(struct dsc__shm *shm, struct dsc_window *window)
 enum dsc_status dsc__shm_window_open(void *state, size_t n_bytes, struct dsc_window **out) {
     struct dsc__shm *shm = state;
     void *block = NULL;
-    if (shm->world)
+    bool is_whole = shm->size == shm->node->size;
+    for (int r = 0; r < shm->size; r++)
+        is_whole = is_whole && shm->members[r] == r;
+    if (!is_whole)
+        return DSC_FAIL(DSC_ENOTYET, "a window of a group (%s) of some of the node's ranks",
+                        shm->name);
+    if (shm->node->world)
         return dsc__shm_threads_window(shm, n_bytes, out);
     DSC_TRY(dsc_alloc(sizeof(struct dsc_window) + (size_t)shm->size * sizeof(char *), &block));
     struct dsc_window *window = block;

@@ -119,7 +119,7 @@ void dsc_shm_listener_close(struct dsc_shm_listener *listener) {
 /* Makes and fills this rank's region; fds: memory, pidfd. The caller closes them. */
 static enum dsc_status own_region(struct dsc__shm *shm, struct dsc__shm_message *fds) {
     void *memory = NULL;
-    DSC_TRY(dsc__shm_memfd("deepspeed_c ranks", sizeof(struct dsc__shm_block), &fds->fds[0]));
+    DSC_TRY(dsc__shm_memfd("deepspeed_c ranks", sizeof(struct dsc__shm_region), &fds->fds[0]));
     fds->n_fds = 1;
     int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
     if (pidfd < 0)
@@ -127,11 +127,11 @@ static enum dsc_status own_region(struct dsc__shm *shm, struct dsc__shm_message 
                         strerror(errno));
     fds->fds[1] = pidfd;
     fds->n_fds = 2;
-    DSC_TRY(dsc__shm_map(fds->fds[0], sizeof(struct dsc__shm_block), shm->rank, &memory));
-    struct dsc__shm_block *block = shm->blocks[shm->rank] = memory;
-    block->pid = (int32_t)getpid();
-    if (sched_getaffinity(0, sizeof block->cpus, &block->cpus) != 0)
-        CPU_ZERO(&block->cpus); /* then nobody spins */
+    DSC_TRY(dsc__shm_map(fds->fds[0], sizeof(struct dsc__shm_region), shm->rank, &memory));
+    struct dsc__shm_region *region = shm->node->regions[shm->rank] = memory;
+    region->pid = (int32_t)getpid();
+    if (sched_getaffinity(0, sizeof region->cpus, &region->cpus) != 0)
+        CPU_ZERO(&region->cpus); /* then nobody spins */
     return DSC_OK;
 }
 
@@ -140,13 +140,13 @@ static enum dsc_status adopt_region(struct dsc__shm *shm, int rank,
                                     struct dsc__shm_message *message) {
     void *memory = NULL;
     enum dsc_status status =
-        dsc__shm_map(message->fds[0], sizeof(struct dsc__shm_block), rank, &memory);
+        dsc__shm_map(message->fds[0], sizeof(struct dsc__shm_region), rank, &memory);
     if (status != DSC_OK) {
         dsc__shm_close_fds(message);
         return status;
     }
-    shm->blocks[rank] = memory;
-    shm->pidfds[rank].fd = message->fds[1];
+    shm->node->regions[rank] = memory;
+    shm->node->pidfds[rank].fd = message->fds[1];
     (void)close(message->fds[0]);
     message->n_fds = 0;
     return DSC_OK;
@@ -241,7 +241,7 @@ static enum dsc_status hear_guest(struct hall *hall, int i) {
         return DSC_FAIL(status, "%s", no.text); /* the send may have failed and spoken last */
     }
     hall->joined[hello.rank] = hello;
-    hall->shm->sockets[hello.rank] = hall->guests[i].socket;
+    hall->shm->node->sockets[hello.rank] = hall->guests[i].socket;
     hall->n_joined++;
     forget_guest(hall, i);
     return DSC_OK;
@@ -250,7 +250,7 @@ static enum dsc_status hear_guest(struct hall *hall, int i) {
 /* A joined rank says nothing until it is answered, so anything from its socket is its end. */
 static enum dsc_status check_joined(const struct hall *hall) {
     for (int r = 1; r < hall->shm->size; r++) {
-        struct pollfd p = {.fd = hall->shm->sockets[r], .events = POLLIN};
+        struct pollfd p = {.fd = hall->shm->node->sockets[r], .events = POLLIN};
         if (p.fd >= 0 && poll(&p, 1, 0) > 0)
             return DSC_FAIL(DSC_EDEAD, "rank %d (pid %d) went away before all ranks had connected",
                             r, hall->joined[r].pid);
@@ -262,7 +262,7 @@ static enum dsc_status fail_absent(const struct hall *hall) {
     char absent[256] = "";
     size_t used = 0;
     for (int r = 1; r < hall->shm->size && used < sizeof absent - 16; r++)
-        if (hall->shm->sockets[r] < 0)
+        if (hall->shm->node->sockets[r] < 0)
             used +=
                 (size_t)snprintf(absent + used, sizeof absent - used, "%s%d", used ? ", " : "", r);
     return DSC_FAIL(DSC_ETIMEDOUT, "waited %.1f s for ranks to connect; absent of %d: %s",
@@ -308,7 +308,7 @@ static enum dsc_status introduce_all(struct hall *hall, struct dsc__shm_message 
             message.kind = DSC__SHM_PEER;
             memset(message.text, 0, sizeof message.text);
             if (r != to)
-                DSC_TRY(dsc__shm_send(shm->sockets[to], to, &patience, &message));
+                DSC_TRY(dsc__shm_send(shm->node->sockets[to], to, &patience, &message));
         }
     }
     for (int r = 1; r < shm->size; r++)
@@ -324,8 +324,8 @@ static enum dsc_status refuse_joined(struct hall *hall, enum dsc_status status) 
     snprintf(reason, sizeof reason, "%s", dsc_last_error());
     memcpy(no.text, reason, sizeof no.text);
     for (int r = 1; r < hall->shm->size; r++)
-        if (hall->shm->sockets[r] >= 0)
-            (void)dsc__shm_send(hall->shm->sockets[r], r, &brief, &no);
+        if (hall->shm->node->sockets[r] >= 0)
+            (void)dsc__shm_send(hall->shm->node->sockets[r], r, &brief, &no);
     return DSC_FAIL(status, "%s", reason); /* a send may have failed and spoken last */
 }
 
@@ -359,7 +359,7 @@ static enum dsc_status connect_to_leader(struct dsc__shm *shm, const char *addre
                                          const struct dsc__shm_patience *patience) {
     struct sockaddr_un where;
     socklen_t n = abstract_name(address, &where);
-    int fd = shm->sockets[0] = unix_socket();
+    int fd = shm->node->sockets[0] = unix_socket();
     if (fd < 0)
         return DSC_FAIL(DSC_EIO, "could not make a Unix socket: %s", strerror(errno));
     while (connect(fd, (struct sockaddr *)&where, n) != 0) {
@@ -383,12 +383,12 @@ static enum dsc_status meet_as_follower(struct dsc__shm *shm, const char *addres
         .options = shm->options, .since = since, .what = "waiting for rank 0 to gather all ranks"};
     DSC_TRY(connect_to_leader(shm, address, &patience));
     snprintf(own->text, sizeof own->text, "%s", token);
-    DSC_TRY(dsc__shm_send(shm->sockets[0], 0, &patience, own));
+    DSC_TRY(dsc__shm_send(shm->node->sockets[0], 0, &patience, own));
     for (int i = 0; i < shm->size - 1; i++) {
         struct dsc__shm_message peer;
-        DSC_TRY(dsc__shm_receive(shm->sockets[0], 0, &patience, &peer));
+        DSC_TRY(dsc__shm_receive(shm->node->sockets[0], 0, &patience, &peer));
         if (peer.kind != DSC__SHM_PEER || peer.n_fds != 2 || peer.rank < 0 ||
-            peer.rank >= shm->size || shm->blocks[peer.rank]) {
+            peer.rank >= shm->size || shm->node->regions[peer.rank]) {
             dsc__shm_close_fds(&peer);
             return DSC_FAIL(DSC_EDIVERGED, "rank 0 introduced rank %d, which was not expected",
                             peer.rank);
@@ -400,12 +400,12 @@ static enum dsc_status meet_as_follower(struct dsc__shm *shm, const char *addres
 
 /* ---- opening ---- */
 
-static enum dsc_status open_pidfds(struct dsc__shm *shm) {
+static enum dsc_status open_pidfds(struct dsc__shm_node *node) {
     void *array = NULL;
-    DSC_TRY(dsc_alloc((size_t)shm->size * sizeof *shm->pidfds, &array));
-    shm->pidfds = array;
-    for (int r = 0; r < shm->size; r++)
-        shm->pidfds[r] = (struct pollfd){.fd = -1, .events = POLLIN};
+    DSC_TRY(dsc_alloc((size_t)node->size * sizeof *node->pidfds, &array));
+    node->pidfds = array;
+    for (int r = 0; r < node->size; r++)
+        node->pidfds[r] = (struct pollfd){.fd = -1, .events = POLLIN};
     return DSC_OK;
 }
 
@@ -425,6 +425,7 @@ enum dsc_status dsc_comm_open_shm(const struct dsc_comm_options *options,
                                   struct dsc_shm_listener *listener, const char *address,
                                   const char *token, int rank, int size, struct dsc_comm **out) {
     struct dsc_comm *comm = NULL;
+    struct dsc__shm_node *node = NULL;
     DSC_TRY(dsc__shm_check_world(rank, size));
     if ((rank == 0) != (listener != NULL))
         return DSC_FAIL(DSC_EINVAL, "rank %d %s a listener; rank 0 alone has one", rank,
@@ -434,23 +435,27 @@ enum dsc_status dsc_comm_open_shm(const struct dsc_comm_options *options,
                         "rank %d needs the address and the token that rank 0's "
                         "listener was given",
                         rank);
-    DSC_TRY(dsc__comm_new(&dsc__shm_backend, options, rank, size, &comm));
-    struct dsc__shm *shm = comm->state;
-    enum dsc_status status = dsc__shm_prepare(shm, rank, size, &comm->options);
+    DSC_TRY(dsc__shm_node_new(rank, size, &node));
+    enum dsc_status status = open_pidfds(node);
     if (status == DSC_OK)
-        status = open_pidfds(shm);
+        status = dsc__comm_new(&dsc__shm_backend, options, rank, size, &comm);
     if (status == DSC_OK)
-        status = meet(shm, listener, address, token);
-    if (status != DSC_OK) {
+        status = dsc__shm_prepare(comm->state, rank, size, &comm->options, node);
+    if (status == DSC_OK)
+        status = meet(comm->state, listener, address, token);
+    if (status == DSC_OK) {
+        dsc__shm_use_world(comm->state);
+        dsc_shm_listener_close(listener);
+        *out = comm;
+    } else {
         /* Those that hold this rank's memory already learn from it that it will not come. */
-        if (shm->blocks && shm->blocks[rank])
-            atomic_store(&shm->blocks[rank]->left, 1);
-        dsc__shm_release(shm);
-        dsc__comm_delete(comm);
-        return status;
+        if (node->regions[rank])
+            atomic_store(&node->regions[rank]->blocks[0].left, 1);
+        if (comm) {
+            dsc__shm_release(comm->state);
+            dsc__comm_delete(comm);
+        }
     }
-    dsc__shm_settle_spins(shm);
-    dsc_shm_listener_close(listener);
-    *out = comm;
-    return DSC_OK;
+    dsc__shm_node_unref(node); /* the channel has its own reference */
+    return status;
 }

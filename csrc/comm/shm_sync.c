@@ -57,15 +57,18 @@ void dsc__shm_leave(void *state) {
     wake_others(shm);
 }
 
+/* Told to the whole node, whichever channel it happened in: the processes should end. Those asleep
+ * in other channels see it at their next look. */
 void dsc__shm_give_up(void *state, enum dsc_status status, const char *reason) {
     struct dsc__shm *shm = state;
-    struct dsc__shm_block *mine = shm->blocks[shm->rank];
+    struct dsc__shm_region *mine = shm->node->regions[shm->node->rank];
     uint32_t nobody = 0;
-    if (atomic_load(&mine->gave_up))
+    if (atomic_exchange(&mine->giving, 1))
         return; /* readers hold the first reason */
     snprintf(mine->reason, sizeof mine->reason, "%s", reason);
     atomic_store(&mine->gave_up, (uint32_t)-status);
-    (void)atomic_compare_exchange_strong(&shm->blocks[0]->broken, &nobody, 1 + (uint32_t)shm->rank);
+    (void)atomic_compare_exchange_strong(&shm->node->regions[0]->broken, &nobody,
+                                         1 + (uint32_t)shm->node->rank);
     wake_others(shm);
 }
 
@@ -111,19 +114,16 @@ void dsc__shm_last_print(const struct dsc__shm *shm, int rank, struct dsc__print
 
 /* ---- what can go wrong in a wait ---- */
 
+bool dsc__shm_has(struct dsc__shm_block *block, enum dsc__shm_awaited kind, uint64_t target) {
+    if (kind == DSC__SHM_PRINT)
+        return atomic_load(&block->ring[target % DSC__SHM_RING].words[0]) == target;
+    return atomic_load(&block->phase) >= target;
+}
+
 static bool arrived(const struct dsc__shm *shm, const struct dsc__shm_wait *wait, int rank) {
-    struct dsc__shm_block *block = shm->blocks[rank];
-    switch (wait->kind) {
-    case DSC__SHM_PRINT:
-        return atomic_load(&block->ring[wait->target % DSC__SHM_RING].words[0]) == wait->target;
-    case DSC__SHM_PHASE:
-        return atomic_load(&block->phase) >= wait->target;
-    case DSC__SHM_BELL:
+    if (wait->kind == DSC__SHM_BELL)
         return atomic_load(&shm->blocks[shm->rank]->bell) != (uint32_t)wait->target;
-    case DSC__SHM_AWAITED_COUNT:
-        break;
-    }
-    return false;
+    return dsc__shm_has(shm->blocks[rank], wait->kind, wait->target);
 }
 
 /* The first rank at or after `from` that did not come, or size. */
@@ -134,12 +134,13 @@ static int first_missing(const struct dsc__shm *shm, const struct dsc__shm_wait 
     return shm->size;
 }
 
-static void describe_wait(const struct dsc__shm *shm, const struct dsc__shm_wait *wait,
-                          char text[DSC__CALL_TEXT_MAX]) {
-    if (wait->kind == DSC__SHM_BELL)
-        snprintf(text, DSC__CALL_TEXT_MAX, "%s", wait->label);
-    else
-        dsc__print_operation(&shm->current, text);
+void dsc__shm_describe_wait(const struct dsc__shm *shm, const struct dsc__shm_wait *wait,
+                            char text[DSC__SHM_BLOCKED_TEXT]) {
+    char call[DSC__CALL_TEXT_MAX];
+    const char *of = shm->name[0] ? " of group " : "";
+    dsc__print_operation(&shm->current, call);
+    snprintf(text, DSC__SHM_BLOCKED_TEXT, "%s%s%s",
+             wait->kind == DSC__SHM_BELL ? wait->label : call, of, shm->name);
 }
 
 static void describe_last(const struct dsc__shm *shm, int rank, char text[DSC__CALL_TEXT_MAX]) {
@@ -150,12 +151,12 @@ static void describe_last(const struct dsc__shm *shm, int rank, char text[DSC__C
 
 static enum dsc_status fail_gone(const struct dsc__shm *shm, const struct dsc__shm_wait *wait,
                                  int rank, const char *how) {
-    char last[DSC__CALL_TEXT_MAX], here[DSC__CALL_TEXT_MAX];
+    char last[DSC__CALL_TEXT_MAX], here[DSC__SHM_BLOCKED_TEXT];
     describe_last(shm, rank, last);
-    describe_wait(shm, wait, here);
+    dsc__shm_describe_wait(shm, wait, here);
     return DSC_FAIL(DSC_EDEAD,
                     "rank %d (pid %d) %s; the last call that it began: %s; rank %d waits in %s",
-                    rank, (int)shm->blocks[rank]->pid, how, last, shm->rank, here);
+                    rank, (int)dsc__shm_region_of(shm, rank)->pid, how, last, shm->rank, here);
 }
 
 /* A rank that came before it went is no obstacle, so arrival is looked at again after the sign of
@@ -168,26 +169,29 @@ static int first_left(const struct dsc__shm *shm, const struct dsc__shm_wait *wa
 }
 
 static enum dsc_status check_dead(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
-    if (!shm->pidfds || poll(shm->pidfds, (nfds_t)shm->size, 0) <= 0)
+    struct pollfd *pidfds = shm->node->pidfds;
+    if (!pidfds || poll(pidfds, (nfds_t)shm->node->size, 0) <= 0)
         return DSC_OK;
     for (int r = 0; r < shm->size; r++)
-        if (shm->pidfds[r].revents && !atomic_load(&shm->blocks[r]->left) && !arrived(shm, wait, r))
+        if (pidfds[shm->members[r]].revents && !atomic_load(&shm->blocks[r]->left) &&
+            !arrived(shm, wait, r))
             return fail_gone(shm, wait, r, "died or ended");
     return DSC_OK;
 }
 
 enum dsc_status dsc__shm_check_broken(const struct dsc__shm *shm) {
-    uint32_t first = atomic_load(&shm->blocks[0]->broken);
-    if (first == 0 || first > (uint32_t)shm->size)
+    uint32_t first = atomic_load(&shm->node->regions[0]->broken);
+    if (first == 0 || first > (uint32_t)shm->node->size)
         return DSC_OK;
     int rank = (int)first - 1;
-    const struct dsc__shm_block *block = shm->blocks[rank];
-    enum dsc_status status = -(enum dsc_status)atomic_load(&block->gave_up);
+    const struct dsc__shm_region *region = shm->node->regions[rank];
+    enum dsc_status status = -(enum dsc_status)atomic_load(&region->gave_up);
     /* A rank that was interrupted, or ran out of memory, is for the others one that is gone. */
     if (status != DSC_ETIMEDOUT && status != DSC_EDIVERGED)
         status = DSC_EDEAD;
-    return DSC_FAIL(status, "rank %d (pid %d%s) gave up: %.*s", rank, (int)block->pid,
-                    rank == shm->rank ? ", this one" : "", DSC__REASON_MAX - 1, block->reason);
+    return DSC_FAIL(status, "rank %d (pid %d%s) gave up: %.*s", rank, (int)region->pid,
+                    rank == shm->node->rank ? ", this one" : "", DSC__REASON_MAX - 1,
+                    region->reason);
 }
 
 /* Causes before their consequences: ranks that lost one give up, and then leave. */
@@ -213,17 +217,17 @@ enum dsc_status dsc__shm_check_ranks(struct dsc__shm *shm, const struct dsc__shm
 static enum dsc_status fail_timed_out(const struct dsc__shm *shm,
                                       const struct dsc__shm_wait *wait) {
     enum { NAMED_MAX = 4 };
-    char here[DSC__CALL_TEXT_MAX], last[DSC__CALL_TEXT_MAX], missing[DSC__REASON_MAX] = "";
+    char here[DSC__SHM_BLOCKED_TEXT], last[DSC__CALL_TEXT_MAX], missing[DSC__REASON_MAX] = "";
     int n_missing = 0;
     size_t used = 0;
-    describe_wait(shm, wait, here);
+    dsc__shm_describe_wait(shm, wait, here);
     for (int r = 0; r < shm->size; r++) {
         if (r == shm->rank || arrived(shm, wait, r) || ++n_missing > NAMED_MAX)
             continue;
         describe_last(shm, r, last);
         used += (size_t)snprintf(missing + used, sizeof missing - used,
                                  "%srank %d (pid %d; the last call that it began: %s)",
-                                 used ? ", " : "", r, (int)shm->blocks[r]->pid, last);
+                                 used ? ", " : "", r, (int)dsc__shm_region_of(shm, r)->pid, last);
     }
     if (n_missing > NAMED_MAX)
         snprintf(missing + used, sizeof missing - used, " and %d more", n_missing - NAMED_MAX);
@@ -237,14 +241,14 @@ static enum dsc_status check_all(struct dsc__shm *shm, const struct dsc__shm_wai
     const struct dsc_comm_options *options = shm->options;
     DSC_TRY(dsc__shm_check_ranks(shm, wait));
     if (options->interrupted && options->interrupted(options->interrupt_context)) {
-        char here[DSC__CALL_TEXT_MAX];
-        describe_wait(shm, wait, here);
+        char here[DSC__SHM_BLOCKED_TEXT];
+        dsc__shm_describe_wait(shm, wait, here);
         return DSC_FAIL(DSC_EINTR, "interrupted in %s", here);
     }
-    if (options->timeout_s > 0 && waited_s >= options->timeout_s &&
-        first_missing(shm, wait, 0) < shm->size)
+    int missing = first_missing(shm, wait, 0);
+    if (options->timeout_s > 0 && waited_s >= options->timeout_s && missing < shm->size)
         return fail_timed_out(shm, wait);
-    return DSC_OK;
+    return dsc__shm_look_for_standstill(shm, wait, missing);
 }
 
 /* ---- waiting ---- */
@@ -260,7 +264,8 @@ static enum dsc_status sleep_once(struct dsc__shm *shm, const struct dsc__shm_wa
 
     atomic_store(&mine->asleep, 1);
     *ready = first_missing(shm, wait, 0) == shm->size;
-    if (!*ready && (atomic_load(&shm->blocks[0]->broken) || first_left(shm, wait) < shm->size))
+    if (!*ready &&
+        (atomic_load(&shm->node->regions[0]->broken) || first_left(shm, wait) < shm->size))
         status = dsc__shm_check_ranks(shm, wait);
     if (!*ready && status == DSC_OK)
         *signalled = syscall(SYS_futex, &mine->wake, FUTEX_WAIT, seen, &slice, NULL, 0) != 0 &&
@@ -269,7 +274,7 @@ static enum dsc_status sleep_once(struct dsc__shm *shm, const struct dsc__shm_wa
     return status;
 }
 
-static enum dsc_status sleep_until(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+static enum dsc_status sleep_in_slices(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
     double now = dsc_comm_now(), since = wait->since > 0 ? wait->since : now, checked = now;
     double timeout_s = shm->options->timeout_s;
     bool ready = false, signalled = false;
@@ -286,6 +291,12 @@ static enum dsc_status sleep_until(struct dsc__shm *shm, const struct dsc__shm_w
             DSC_TRY(check_all(shm, wait, now - since));
         }
     }
+}
+
+static enum dsc_status sleep_until(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
+    enum dsc_status status = sleep_in_slices(shm, wait);
+    dsc__shm_end_look(shm);
+    return status;
 }
 
 /* Looks n_spins times; returns how often it had to, n_spins if in vain. */

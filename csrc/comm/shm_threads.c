@@ -20,12 +20,13 @@ struct part {
 struct dsc__shm_world {
     atomic_int n_refs;
     size_t n_bytes;
-    struct dsc__shm_block *blocks;
+    struct dsc__shm_region *regions;
     struct part *_Atomic parts[]; /* per rank: the part of the window that is being opened */
 };
 
 static enum dsc_status map_zeroed(size_t n_bytes, void **out) {
-    void *memory = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    void *memory = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE,
+                        MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return DSC_FAIL(DSC_ENOMEM, "could not map %zu bytes for ranks as threads: %s", n_bytes,
                         strerror(errno));
@@ -37,13 +38,13 @@ static enum dsc_status map_zeroed(size_t n_bytes, void **out) {
 void dsc__shm_world_unref(struct dsc__shm_world *world) {
     if (!world || atomic_fetch_sub(&world->n_refs, 1) != 1)
         return;
-    (void)munmap(world->blocks, world->n_bytes);
+    (void)munmap(world->regions, world->n_bytes);
     dsc_free(world);
 }
 
 static enum dsc_status world_new(int size, struct dsc__shm_world **out) {
     void *block = NULL, *memory = NULL;
-    size_t n_bytes = (size_t)size * sizeof(struct dsc__shm_block);
+    size_t n_bytes = (size_t)size * sizeof(struct dsc__shm_region);
     DSC_TRY(
         dsc_alloc(sizeof(struct dsc__shm_world) + (size_t)size * sizeof(struct part *), &block));
     enum dsc_status status = map_zeroed(n_bytes, &memory);
@@ -54,7 +55,7 @@ static enum dsc_status world_new(int size, struct dsc__shm_world **out) {
     struct dsc__shm_world *world = block;
     atomic_store(&world->n_refs, 1); /* the opener's, until all ranks hold theirs */
     world->n_bytes = n_bytes;
-    world->blocks = memory;
+    world->regions = memory;
     *out = world;
     return DSC_OK;
 }
@@ -62,20 +63,24 @@ static enum dsc_status world_new(int size, struct dsc__shm_world **out) {
 static enum dsc_status open_rank(const struct dsc_comm_options *options, int rank, int size,
                                  struct dsc__shm_world *world, struct dsc_comm **out) {
     struct dsc_comm *comm = NULL;
-    DSC_TRY(dsc__comm_new(&dsc__shm_backend, options, rank, size, &comm));
-    struct dsc__shm *shm = comm->state;
-    enum dsc_status status = dsc__shm_prepare(shm, rank, size, &comm->options);
-    if (status != DSC_OK) {
-        dsc__shm_release(shm);
-        dsc__comm_delete(comm);
-        return status;
-    }
+    struct dsc__shm_node *node = NULL;
+    DSC_TRY(dsc__shm_node_new(rank, size, &node));
     for (int r = 0; r < size; r++)
-        shm->blocks[r] = &world->blocks[r];
-    shm->world = world;
+        node->regions[r] = &world->regions[r];
+    node->world = world;
     atomic_fetch_add(&world->n_refs, 1);
-    *out = comm;
-    return DSC_OK;
+    enum dsc_status status = dsc__comm_new(&dsc__shm_backend, options, rank, size, &comm);
+    if (status == DSC_OK)
+        status = dsc__shm_prepare(comm->state, rank, size, &comm->options, node);
+    dsc__shm_node_unref(node); /* the channel has its own reference */
+    if (status == DSC_OK) {
+        dsc__shm_use_world(comm->state);
+        *out = comm;
+    } else if (comm) {
+        dsc__shm_release(comm->state);
+        dsc__comm_delete(comm);
+    }
+    return status;
 }
 
 enum dsc_status dsc_comm_open_threads(const struct dsc_comm_options *options, int size,
@@ -86,18 +91,14 @@ enum dsc_status dsc_comm_open_threads(const struct dsc_comm_options *options, in
     DSC_TRY(dsc__shm_check_world(0, size));
     DSC_TRY(world_new(size, &world));
     for (int r = 0; r < size; r++) {
-        world->blocks[r].pid = (int32_t)getpid();
-        (void)sched_getaffinity(0, sizeof(cpu_set_t), &world->blocks[r].cpus);
+        world->regions[r].pid = (int32_t)getpid();
+        (void)sched_getaffinity(0, sizeof(cpu_set_t), &world->regions[r].cpus);
     }
     for (; n_open < size && status == DSC_OK; n_open += status == DSC_OK)
         status = open_rank(options, n_open, size, world, &out[n_open]);
-    for (int r = 0; r < n_open; r++) {
-        if (status == DSC_OK) {
-            dsc__shm_settle_spins(out[r]->state);
-        } else {
-            dsc_comm_close(out[r]);
-            out[r] = NULL;
-        }
+    for (int r = 0; r < n_open && status != DSC_OK; r++) {
+        dsc_comm_close(out[r]);
+        out[r] = NULL;
     }
     dsc__shm_world_unref(world);
     return status;
@@ -145,7 +146,7 @@ enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
         dsc_free(block);
         return status;
     }
-    atomic_store(&shm->world->parts[shm->rank], own);
+    atomic_store(&shm->node->world->parts[shm->rank], own);
     if ((status = dsc__shm_step(shm)) != DSC_OK) {
         /* The world is broken; who else holds the part is unknown, so it stays. */
         dsc_free(block);
@@ -154,7 +155,7 @@ enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
     struct dsc_window *window = block;
     window->n_bytes = n_bytes;
     for (int r = 0; r < shm->size; r++) {
-        struct part *part = atomic_load(&shm->world->parts[r]);
+        struct part *part = atomic_load(&shm->node->world->parts[r]);
         window->base[r] = part->memory;
         parts_of(window, shm->size)[r] = part;
     }

@@ -118,7 +118,7 @@ def test_keys_lists_every_key(capsys):
 
 def test_lines_are_those_of_the_keys_whatever_strings_hold():
     text = '{"a": "}\\"{\\n",\n "b\\u0041": [\n{"c": 1}, {"c": 2, "d": {}}, [{"e": 1}]],\n\n "f": {"a": [], "g"\n: 1}}'
-    assert lines_of(text) == {"a": 1, "bA": 2, "bA.[].c": 3, "bA.[].d": 3, "bA.[].[].e": 3, "f": 5, "f.a": 5, "f.g": 6}
+    assert lines_of(text) == {"a": 1, "bA": 2, "bA.[].c": 3, "bA.[].d": 3, "bA.[].[].e": 3, "f": 5, "f.a": 5, "f.g": 5}
     assert json.loads(text)["bA"]
 
 

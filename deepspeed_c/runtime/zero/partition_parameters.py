@@ -11,15 +11,14 @@ __getattr__, __dir__ = _paths.attributes(__name__)
 class Init:
     """Context manager around model construction; shards parameters as they are made (stage 3).
 
-    Only ``enabled=False``, or a configuration below stage 3, is there: it does nothing. Else
-    NotImplementedError. Arguments as DeepSpeed's ``zero.Init``.
+    Only ``enabled=False`` is there, and does nothing; else NotImplementedError. Arguments as DeepSpeed's ``zero.Init``.
     """
 
     def __init__(self, module=None, data_parallel_group=None, mem_efficient_linear=True, remote_device=None,
                  pin_memory=False, config_dict_or_path=None, config=None, enabled=True, dtype=None, mpu=None, **kwargs):
         if enabled:
-            raise NotImplementedError("zero.Init(enabled=True): ZeRO stage 3 is not yet; allowed: enabled=False, and "
-                                      "zero_optimization.stage 0, 1 or 2")
+            raise NotImplementedError("zero.Init(enabled=True): ZeRO stage 3 is not yet; allowed: enabled=False, which "
+                                      "is all that zero_optimization.stage 0, 1 and 2 need")
 
     def __enter__(self):
         return self

@@ -167,7 +167,8 @@ tsan: build
 
 .PHONY: clean distclean
 clean:
-	rm -rf build dist *.egg-info compile_commands.json deepspeed_c/_core*.so $(VENV)/.built examples/cifar10/out
+	rm -rf build dist *.egg-info compat/build compat/*.egg-info compile_commands.json deepspeed_c/_core*.so
+	rm -rf $(VENV)/.built examples/cifar10/out
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
 
 distclean: clean

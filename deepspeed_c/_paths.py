@@ -24,6 +24,7 @@ PATHS = {
     "comm": FILE,
     "comm.comm": "comm",
     "dataloader": FILE,
+    "env_report": FILE,
     "launcher": FILE,
     "launcher.runner": FILE,
     "moe": FILE,

@@ -1,6 +1,7 @@
 """initialize, add_config_arguments: what a script calls first."""
 import argparse
 
+from . import foreign
 from .distributed import init_distributed
 from .engine import DeepSpeedEngine
 from .utils.logging import logger
@@ -25,6 +26,7 @@ def initialize(args=None, model=None, optimizer=None, model_parameters=None, tra
     Raises DeepSpeedConfigError (a ValueError) for the configuration, ValueError and TypeError for other
     arguments, CommError where ranks diverge or die, NotImplementedError for what is not there yet.
     """
+    foreign.refuse()
     if model is None:
         raise ValueError("deepspeed.initialize requires a model; got model=None")
     if config is None:

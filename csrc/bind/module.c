@@ -12,13 +12,19 @@ struct dsc_bind_state *dsc_bind_state_of(PyTypeObject *type) {
     return PyModule_GetState(PyType_GetModule(type));
 }
 
+#ifdef __clang__
+#define COMPILER "clang"
+#else
+#define COMPILER "gcc"
+#endif
+
 static int module_exec(PyObject *module) {
 #define X(name)                                                                                    \
     if (dsc_bind_add_##name(module) < 0)                                                           \
         return -1;
     DSC_BIND_MAP(X)
 #undef X
-    return 0;
+    return PyModule_AddStringConstant(module, "compiler", COMPILER " " __VERSION__);
 }
 
 #define DSC_BIND_STATE_OBJECTS(X)                                                                  \

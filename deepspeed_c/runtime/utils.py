@@ -8,7 +8,7 @@ import torch
 from ..accelerator import get_accelerator
 from ..utils.logging import print_dist
 
-__all__ = ["clip_grad_norm_", "get_global_norm", "move_to_device", "see_memory_usage"]
+__all__ = ["clip_grad_norm_", "get_global_norm", "host_memory", "move_to_device", "see_memory_usage"]
 
 
 def move_to_device(item, device, criterion_func=None):
@@ -53,13 +53,13 @@ def see_memory_usage(message, force=False):
         return
     gc.collect()
     device, gib = get_accelerator(), 2 ** 30
-    total, free = _host_memory()
+    total, free = host_memory()
     print_dist(f"{message} | MA {device.memory_allocated() / gib:.2f} GB, "
              f"Max_MA {device.max_memory_allocated() / gib:.2f} GB | host used {(total - free) / gib:.2f} GB, "
              f"{(total - free) / total:.1%}", ranks=[0])
 
 
-def _host_memory():
+def host_memory():
     """(all, available) bytes of this machine's memory."""
     with open("/proc/meminfo") as lines:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}

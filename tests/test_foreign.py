@@ -14,12 +14,20 @@ from deepspeed_c import env_report, foreign
 CONFIG = {"train_batch_size": 2, "optimizer": {"type": "SGD"}}
 
 
+def forget():
+    """Takes every `deepspeed` out of sys.modules and returns it."""
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "deepspeed"}
+
+
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """No deepspeed is imported, and none started the tests."""
-    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    """No deepspeed is imported, and none started the tests; what a test imports goes with it."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.delenv(foreign.ALLOW, raising=False)
+    before = forget()
+    yield
+    forget()
+    sys.modules.update(before)
 
 
 @pytest.fixture

@@ -92,21 +92,13 @@ static void works_now(const struct dsc_key *key, char *out, size_t n) {
     }
 }
 
-static enum dsc_status not_yet(struct walk *walk, const struct entry *entry, const char *near) {
+static enum dsc_status not_yet(struct walk *walk, const struct entry *entry) {
     char value[DSC_CONFIG_SHOWN], now[256];
-    bool names = entry->key->kind == DSC_KEY_ENUM && !near;
+    bool names = entry->key->kind == DSC_KEY_ENUM;
     works_now(entry->key, now, sizeof now);
     return dsc__config_error(walk->reading, "%s is %s: not yet; works now: %s%s%s%s", entry->shown,
-                             dsc__config_show(entry->item, value), now,
-                             near    ? "; did you mean \""
-                             : names ? ""
-                                     : " (",
-                             near    ? near
-                             : names ? ""
-                                     : entry->key->help,
-                             near    ? "\"?"
-                             : names ? ""
-                                     : ")");
+                             dsc__config_show(entry->item, value), now, names ? "" : " (",
+                             names ? "" : entry->key->help, names ? "" : ")");
 }
 
 static void *field_of(struct dsc_config *config, const struct dsc_key *key) {
@@ -130,11 +122,11 @@ static enum dsc_status read_bool(struct walk *walk, const struct entry *entry) {
         return refuse(walk, entry);
     if (entry->key->kind == DSC_KEY_TRI) {
         *(int *)field_of(walk->config, entry->key) = value;
-        return entry->key->status == DSC_KEY_NOT_YET ? not_yet(walk, entry, NULL) : DSC_OK;
+        return entry->key->status == DSC_KEY_NOT_YET ? not_yet(walk, entry) : DSC_OK;
     }
     *(bool *)field_of(walk->config, entry->key) = value;
     if (entry->key->status == DSC_KEY_NOT_YET && value != *(const bool *)default_of(entry->key))
-        return not_yet(walk, entry, NULL);
+        return not_yet(walk, entry);
     return DSC_OK;
 }
 
@@ -160,7 +152,7 @@ static enum dsc_status read_int(struct walk *walk, const struct entry *entry) {
         return refuse(walk, entry);
     *(int64_t *)field_of(walk->config, key) = value;
     bool later = key->status == DSC_KEY_NOT_YET && value != *(const int64_t *)default_of(key);
-    return later || value > key->now ? not_yet(walk, entry, NULL) : DSC_OK;
+    return later || value > key->now ? not_yet(walk, entry) : DSC_OK;
 }
 
 static enum dsc_status read_float(struct walk *walk, const struct entry *entry) {
@@ -177,7 +169,7 @@ static enum dsc_status read_float(struct walk *walk, const struct entry *entry) 
         return refuse(walk, entry);
     *(double *)field_of(walk->config, key) = value;
     if (key->status == DSC_KEY_NOT_YET && value != *(const double *)default_of(key))
-        return not_yet(walk, entry, NULL);
+        return not_yet(walk, entry);
     return DSC_OK;
 }
 
@@ -188,7 +180,7 @@ static enum dsc_status read_string(struct walk *walk, const struct entry *entry)
                *usual = *(const char *const *)default_of(entry->key);
     *(const char **)field_of(walk->config, entry->key) = value;
     if (entry->key->status == DSC_KEY_NOT_YET && !(usual && strcmp(value, usual) == 0))
-        return not_yet(walk, entry, NULL);
+        return not_yet(walk, entry);
     return DSC_OK;
 }
 
@@ -197,18 +189,16 @@ static enum dsc_status read_enum(struct walk *walk, const struct entry *entry) {
     size_t n = 0, distance = 0;
     if (!cJSON_IsString(entry->item))
         return refuse(walk, entry);
-    while (key->names[n] && strcmp(key->names[n], "...") != 0)
+    while (key->names[n])
         n++;
     const char *near = dsc_config_nearest(entry->item->valuestring, key->names, n, &distance);
-    if (distance > 0 && key->names[n])
-        return not_yet(walk, entry, distance <= NEAR_MISS ? near : NULL);
     if (distance > 0)
         return refuse(walk, entry);
     *(const char **)field_of(walk->config, key) = near;
     for (size_t i = 0; i < key->n_now; i++)
         if (near == key->names[i])
             return DSC_OK;
-    return not_yet(walk, entry, NULL);
+    return not_yet(walk, entry);
 }
 
 /* Objects inside a list, where the table knows their keys. */
@@ -238,7 +228,7 @@ static enum dsc_status read_tree(struct walk *walk, const struct entry *entry) {
         return refuse(walk, entry);
     bool empty = (cJSON_IsArray(item) || cJSON_IsObject(item)) && !item->child;
     if (key->status == DSC_KEY_NOT_YET && !empty)
-        return not_yet(walk, entry, NULL);
+        return not_yet(walk, entry);
     if (key->kind != DSC_KEY_LIST)
         return DSC_OK;
     return read_objects_in(walk, entry);

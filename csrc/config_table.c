@@ -164,9 +164,7 @@ static void allowed_names(const struct dsc_key *key, char *out, size_t n) {
     out[0] = '\0';
     for (size_t i = 0; key->names[i] && used < n; i++) {
         const char *before = i == key->n_now ? i ? "; not yet: " : "not yet: " : i ? ", " : "";
-        bool others = strcmp(key->names[i], "...") == 0;
-        int more = others ? snprintf(out + used, n - used, "%sany other", before)
-                          : snprintf(out + used, n - used, "%s\"%s\"", before, key->names[i]);
+        int more = snprintf(out + used, n - used, "%s\"%s\"", before, key->names[i]);
         used += more > 0 ? (size_t)more : 0;
     }
 }

@@ -15,7 +15,8 @@ def initialize(args=None, model=None, optimizer=None, model_parameters=None, tra
     args: a namespace; its ``deepspeed_config`` (a path) serves where no config is given, its ``local_rank``
         (or ``device_rank``) must agree with LOCAL_RANK where both are set.
     model: the nn.Module to train; it is changed in place (dtype, values of rank 0).
-    optimizer: not yet; name one in the configuration.
+    optimizer: a torch.optim.Optimizer over the model's parameters, or a callable that makes one from a list of them;
+        wins over the configuration's. Adam, AdamW, SGD, Adagrad and those of deepspeed_c.ops run in C, others by torch.
     model_parameters: None (all), an iterable of parameters, or of group dicts with their own lr and so on.
     training_data: a torch Dataset, for a loader that gives this rank its part, ``collate_fn`` as torch's.
     lr_scheduler: a scheduler object, or a callable that makes one from an optimizer; wins over the

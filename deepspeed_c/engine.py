@@ -12,7 +12,9 @@ import torch
 from . import _core
 from . import model as model_setup
 from .distributed import world_comm
-from .optimizer import CoreOptimizer, DeepSpeedOptimizer, check_groups, resolve
+from . import optimizer_choice
+from .optimizer import CoreOptimizer, DeepSpeedOptimizer
+from .optimizer_run import CoreRun, ForeignRun
 from .report import StepReport
 from .runtime import lr_schedules
 from .utils.logging import log_dist, logger
@@ -80,9 +82,6 @@ class DeepSpeedEngine(torch.nn.Module):
     def __init__(self, args=None, model=None, optimizer=None, model_parameters=None, training_data=None,
                  lr_scheduler=None, collate_fn=None, config=None):
         super().__init__()
-        if optimizer is not None:
-            raise NotImplementedError("initialize(optimizer=...): not yet; name one in the configuration: "
-                                      '{"optimizer": {"type": "AdamW", "params": {...}}}')
         self._comm = world_comm()
         self.world_size = self.dp_world_size = self._comm.size
         self.global_rank = self._comm.rank
@@ -111,7 +110,7 @@ class DeepSpeedEngine(torch.nn.Module):
         self.module = model
         self.lr_scheduler = self.training_dataloader = None
         try:
-            self._prepare_optimizer(model_parameters)
+            self._prepare_optimizer(optimizer, model_parameters)
             self.lr_scheduler = self._make_scheduler(lr_scheduler)
             if training_data is not None:
                 self.training_dataloader = self.deepspeed_io(training_data, collate_fn=collate_fn)
@@ -125,19 +124,35 @@ class DeepSpeedEngine(torch.nn.Module):
 
     # ---- construction ----
 
-    def _prepare_optimizer(self, model_parameters):
-        """Checks all arguments first, and changes the module only then."""
+    def _choose_optimizer(self, optimizer, model_parameters):
+        """The caller's optimizer, the configuration's, or None."""
         name = self._config.get("optimizer.type")
-        if name is None and self.zero_optimization_stage() > 0:
-            raise ValueError(f"zero_optimization.stage is {self.zero_optimization_stage()} and there is no "
-                             "optimizer; allowed without one: stage 0")
+        if optimizer is not None:
+            if name is not None:
+                log_dist(f"initialize(optimizer=...) wins over optimizer.type {name!r} of the configuration", ranks=[0])
+            source = self.module.parameters() if model_parameters is None else model_parameters
+            optimizer = optimizer_choice.given(optimizer, list(source))
+            model_setup.check_once(self.module, optimizer.param_groups, "optimizer.param_groups")
+            return optimizer
+        if name is None:
+            if self.zero_optimization_stage() > 0:
+                raise ValueError(f"zero_optimization.stage is {self.zero_optimization_stage()} and there is no "
+                                 "optimizer; allowed without one: stage 0")
+            return None
+        groups = model_setup.make_groups(self.module, model_parameters)
+        model_setup.check_once(self.module, groups, "model_parameters")
+        return optimizer_choice.by_name(name, self._config.subtree("optimizer.params") or {}, groups)
+
+    def _prepare_optimizer(self, optimizer, model_parameters):
+        """Checks all arguments first, and changes the module only then."""
+        optimizer = self._choose_optimizer(optimizer, model_parameters)
         parameters = None
-        if name is not None:
-            kind, defaults = resolve(name, self._config.subtree("optimizer.params") or {})
-            parameters = model_setup.Parameters(self.module, model_parameters, defaults)
-            check_groups(kind, parameters.groups)
+        if optimizer is not None:
+            kind, whole = optimizer_choice.kind_of(optimizer, self.zero_optimization_stage(),
+                                                   self._config.get("zero_allow_untested_optimizer"))
+            parameters = model_setup.Parameters(self.module, optimizer.param_groups)
             if not parameters.tensors:
-                raise ValueError("there is nothing to train: no parameter in model_parameters requires a gradient")
+                raise ValueError("there is nothing to train: no parameter of the optimizer requires a gradient")
         self._params = parameters.tensors if parameters else []
         trained = {id(p) for p in self._params}
         self._frozen = {name: p for name, p in self.module.named_parameters()
@@ -149,11 +164,14 @@ class DeepSpeedEngine(torch.nn.Module):
         model_setup.broadcast(self._comm, self.module, self._params)
         if parameters is None:
             return
-        self._names, self._kind = parameters.names, kind
-        self._core = model_setup.open_core(self._comm, self._config, parameters, kind)
+        self._names = parameters.names
+        self._core = model_setup.open_core(self._comm, self._config, parameters, kind, whole)
         self._core.load_masters()
-        self.basic_optimizer = CoreOptimizer(parameters.groups, defaults, self)
-        self.optimizer = DeepSpeedOptimizer(parameters.groups, defaults, self)
+        self.basic_optimizer = optimizer
+        self._run = (ForeignRun if kind == "foreign" else CoreRun)(optimizer, self, parameters, kind)
+        self.optimizer = DeepSpeedOptimizer(self, self._run)
+        if isinstance(optimizer, CoreOptimizer):
+            optimizer.bind(self)
 
     def _install_hooks(self):
         self._places = claim(self, self._params)
@@ -308,7 +326,7 @@ class DeepSpeedEngine(torch.nn.Module):
             raise RuntimeError(f"Loss scaling is required: the loss scale is {core.scale:g} and gradients come from a "
                                "plain loss.backward(); use engine.backward(loss), or engine.scale(loss).backward()")
         self.optimizer.run_hooks("pre")
-        report = core.step(self.optimizer.param_groups)
+        report = self._run.step()
         self.optimizer.run_hooks("post")
         self._scaled = False
         self.global_steps += 1
@@ -369,7 +387,8 @@ class DeepSpeedEngine(torch.nn.Module):
 
     def get_mom(self):
         """One momentum (SGD) or pair of betas (Adam) per parameter group."""
-        return [group.get("betas", group.get("momentum", 0.0)) for group in self.optimizer.param_groups]
+        return [group["betas"] if "betas" in group else float(group.get("momentum", 0.0))
+                for group in self.optimizer.param_groups]
 
     def get_type(self):
         """One entry per parameter group: its "type" key, or None."""

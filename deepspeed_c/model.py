@@ -93,49 +93,54 @@ def broadcast(comm, module, parameters):
             torch.distributed.broadcast(p.data, 0)
 
 
-class Parameters:
-    """Trainable parameters in model order, with their names and groups.
+def make_groups(module, model_parameters):
+    """[{"params": [...], ...}] of parameters that require a gradient; empty groups are dropped.
 
-    model_parameters: None (all of the module's), an iterable of parameters, or one of group dicts. Frozen
-    parameters are left out, empty groups dropped. ValueError where a parameter is there twice.
+    model_parameters: None (all of the module's), an iterable of parameters, or one of group dicts.
     """
+    items = list(module.parameters() if model_parameters is None else model_parameters)
+    if not (items and isinstance(items[0], dict)):
+        items = [{"params": items}]
+    groups = []
+    for item in items:
+        if not isinstance(item, dict) or "params" not in item:
+            raise TypeError("model_parameters must hold parameters, or only dicts with a 'params' key")
+        params = item["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        for p in params:
+            if not isinstance(p, torch.Tensor):
+                raise TypeError(f"model_parameters holds a {type(p).__name__}; allowed: parameters, or group dicts")
+        params = [p for p in params if p.requires_grad]
+        if params:
+            groups.append({**item, "params": params})
+    return groups
 
-    def __init__(self, module, model_parameters, defaults):
+
+def check_once(module, groups, what):
+    """ValueError where a parameter stands in groups more than once."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    counts = {}
+    for group in groups:
+        for p in group["params"]:
+            counts[id(p)] = counts.get(id(p), 0) + 1
+    twice = [names.get(key, "(not in the model)") for key, n in counts.items() if n > 1]
+    if twice:
+        raise ValueError(f"{what} holds parameters more than once: {', '.join(twice[:5])}")
+
+
+class Parameters:
+    """Trainable parameters in model order, with their names and groups. groups: dicts with "params"; those that
+    require no gradient are left out."""
+
+    def __init__(self, module, groups):
         names = {id(p): name for name, p in module.named_parameters()}
         order = {key: i for i, key in enumerate(names)}
-        self.groups = self._make_groups(module, model_parameters, defaults)
-        found = []
-        for index, group in enumerate(self.groups):
-            found += [(p, index) for p in group["params"]]
-        if len({id(p) for p, _ in found}) != len(found):
-            counts = {}
-            for p, _ in found:
-                counts[id(p)] = counts.get(id(p), 0) + 1
-            twice = [names.get(key, "(not in the model)") for key, n in counts.items() if n > 1]
-            raise ValueError(f"model_parameters holds parameters more than once: {', '.join(twice[:5])}")
+        self.n_groups = len(groups)
+        found = [(p, index) for index, group in enumerate(groups) for p in group["params"] if p.requires_grad]
         found.sort(key=lambda item: order.get(id(item[0]), len(order)))
         self.tensors = [p for p, _ in found]
         self.group_of = [g for _, g in found]
         self.names = [names.get(id(p), f"(parameter {i}, not in the model)") for i, p in enumerate(self.tensors)]
-
-    @staticmethod
-    def _make_groups(module, model_parameters, defaults):
-        items = list(module.parameters() if model_parameters is None else model_parameters)
-        if not (items and isinstance(items[0], dict)):
-            items = [{"params": items}]
-        groups = []
-        for item in items:
-            if not isinstance(item, dict) or "params" not in item:
-                raise TypeError("model_parameters must hold parameters, or only dicts with a 'params' key")
-            params = item["params"]
-            params = [params] if isinstance(params, torch.Tensor) else list(params)
-            for p in params:
-                if not isinstance(p, torch.Tensor):
-                    raise TypeError(f"model_parameters holds a {type(p).__name__}; allowed: parameters, or group dicts")
-            params = [p for p in params if p.requires_grad]
-            if params:
-                groups.append({**defaults, **item, "params": params})
-        return groups
 
     def digest(self):
         """A 63-bit number that differs where names, shapes or strides differ."""
@@ -143,8 +148,8 @@ class Parameters:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def open_core(comm, config, parameters, kind):
-    """The C engine over these parameters. Collective."""
-    return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of,
-                        len(parameters.groups), kind, False, torch.get_num_threads(), parameters.digest(), conform,
+def open_core(comm, config, parameters, kind, whole):
+    """The C engine over these parameters; whole: none is cut between ranks. Collective."""
+    return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of, parameters.n_groups, kind,
+                        whole, torch.get_num_threads(), parameters.digest(), conform,
                         torch.autograd.graph.increment_version)

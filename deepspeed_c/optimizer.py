@@ -1,141 +1,133 @@
-"""The optimizer that initialize() returns, and the plain one inside it.
+"""The optimizer that initialize() returns, and the base of those whose rule is in the C core.
 
-Both are ordinary Python classes over the same live list of group dicts: whatever a script or a schedule
-writes into ``param_groups`` is what the next step reads. The arithmetic and its state are in C.
+Both are ordinary Python classes: whatever a script or a schedule writes into ``param_groups`` is what the next step
+reads. The arithmetic and its states are in C.
 """
-import difflib
-from collections import OrderedDict, defaultdict
+import weakref
+from collections import OrderedDict
 
 import torch
 
-ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "bias_correction": True,
-                 "adam_w_mode": True}
-SGD_DEFAULTS = {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False}
-# Accepted where they mean what the core does anyway: {name: value that is allowed, or None for any}.
-ADAM_ACCEPTED = {"amsgrad": False, "torch_adam": None, "fp32_optimizer_states": True, "set_grad_none": True,
-                 "maximize": False, "foreach": None, "fused": None, "capturable": False, "differentiable": False}
-SGD_ACCEPTED = {"maximize": False, "foreach": None, "fused": None, "differentiable": False}
-
-
-def _check_value(key, value, default):
-    """ValueError where an optimizer parameter is not of its default's kind: a flag, two numbers, a number."""
-    def is_number(x):
-        return isinstance(x, (int, float)) and not isinstance(x, bool)
-
-    if isinstance(default, bool):
-        fits, allowed = isinstance(value, (bool, int)), "true or false"
-    elif isinstance(default, tuple):
-        fits = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(is_number, value))
-        allowed = "two numbers"
-    else:
-        fits, allowed = is_number(value) or isinstance(value, torch.Tensor), "a number"
-    if not fits:
-        raise ValueError(f"optimizer.params.{key} is {value!r}; allowed: {allowed}")
-
-
-def resolve(name, params):
-    """(kind, defaults) of a configured optimizer: kind is "adam" or "sgd".
-
-    name: ``optimizer.type``, of any case. params: ``optimizer.params``. ValueError names a key that is
-    unknown or has a value that is not allowed.
-    """
-    kind = {"adam": "adam", "adamw": "adam", "sgd": "sgd"}.get(name.lower())
-    if kind is None:
-        raise NotImplementedError(f"optimizer.type is {name!r}: not yet; allowed: Adam, AdamW, SGD")
-    defaults = dict(ADAM_DEFAULTS if kind == "adam" else SGD_DEFAULTS)
-    accepted = ADAM_ACCEPTED if kind == "adam" else SGD_ACCEPTED
-    for key, value in params.items():
-        if key in defaults:
-            _check_value(key, value, defaults[key])
-            defaults[key] = value
-        elif key == "max_grad_norm":
-            raise ValueError("optimizer.params.max_grad_norm: use gradient_clipping at the top level instead")
-        elif key not in accepted:
-            near = difflib.get_close_matches(key, [*defaults, *accepted], 1)
-            raise ValueError(f"optimizer.params.{key} is unknown for {name}; allowed: {', '.join(defaults)}"
-                             + (f"; did you mean {near[0]}?" if near else ""))
-        elif accepted[key] is not None and value != accepted[key]:
-            raise NotImplementedError(f"optimizer.params.{key} is {value!r}: not yet; allowed: {accepted[key]!r}")
-    if name.lower() == "adamw":
-        defaults["adam_w_mode"] = True
-    return kind, defaults
-
-
-def check_groups(kind, groups):
-    """NotImplementedError where a parameter group asks for what the core would not do."""
-    accepted = ADAM_ACCEPTED if kind == "adam" else SGD_ACCEPTED
-    for i, group in enumerate(groups):
-        for key, allowed in accepted.items():
-            if allowed is not None and group.get(key, allowed) not in (allowed, None):
-                raise NotImplementedError(f"parameter group {i}: {key} is {group[key]!r}: not yet; allowed: "
-                                          f"{allowed!r}")
+_HOOKS = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
 class CoreOptimizer(torch.optim.Optimizer):
-    """A torch.optim.Optimizer in type and in param_groups; what schedules are built on.
+    """A torch.optim.Optimizer whose rule is one of the core's.
 
-    torch's constructor is not called: it would import torch._dynamo (0.9 s). The attributes that it
-    makes are set here instead.
+    Given to initialize(), it is run by the engine: step() is then the engine's. Without an engine, step() updates
+    CPU parameters in place from their .grad (fp32, bf16 or fp16); its states are fp32 tensors in ``state``.
+    Subclasses set: kind (the core's name of the rule), state_names (of its states, in the core's order).
     """
 
-    def __init__(self, param_groups, defaults, engine):
-        self.defaults = defaults
-        self.param_groups = param_groups
-        self.state = defaultdict(dict)
-        self._engine = engine
-        for hooks in ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre",
-                      "load_state_dict_post"):
-            setattr(self, f"_optimizer_{hooks}_hooks", OrderedDict())
-        self._warned_capturable_if_run_uncaptured = True
+    kind = None
+    state_names = ()
+
+    def __init__(self, params, defaults):
+        super().__init__(params, defaults)
+        self._engine = self._stepper = None
+
+    def add_param_group(self, param_group):
+        if self.__dict__.get("_engine") is not None:
+            raise _late_group(self._engine(), param_group)
+        # torch's own would import torch._dynamo (0.9 s) first.
+        torch.optim.Optimizer.add_param_group.__wrapped__(self, param_group)
 
     def step(self, closure=None):
-        """Applies the accumulated gradients. Returns the closure's loss, or None."""
-        loss = None if closure is None else closure()
-        self._engine._apply_gradients()
+        """One step. closure: reevaluates the model first, with gradients enabled; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        engine = None if self._engine is None else self._engine()
+        if engine is not None:
+            engine.optimizer.step()
+            return loss
+        if self._stepper is None:
+            from .ops.stepping import Stepping
+            self._stepper = Stepping(self)
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            hook(self, (), {})
+        self._stepper.step()
+        for hook in list(self._optimizer_step_post_hooks.values()):
+            hook(self, (), {})
         return loss
 
-    step.hooked = True  # torch would wrap it in a profiler range; the core's own time is in its counters
-
-    def run_hooks(self, when):
-        """Calls what register_step_pre_hook ("pre") or register_step_post_hook ("post") was given, here and on the
-        other optimizer over the same groups."""
-        for owner in (self._engine.basic_optimizer, self._engine.optimizer):
-            for hook in list(getattr(owner, f"_optimizer_step_{when}_hooks").values()):
-                hook(owner, (), {})
+    step.hooked = True  # torch would wrap it in a profiler range, which imports torch._dynamo
 
     def zero_grad(self, set_to_none=True):
-        """Drops the gradients of all parameters in param_groups, as engine.zero_grad()."""
+        """Drops the gradients of all parameters in param_groups."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
-        if self._engine._core is not None:
-            self._engine._core.drop_sums()
 
-    def add_param_group(self, param_group):
-        raise NotImplementedError("add_param_group after initialize is not yet; pass all groups to initialize")
+    def bind(self, engine):
+        """From here on `engine` runs this optimizer."""
+        self._engine = weakref.ref(engine)
 
-    def state_dict(self):
-        raise NotImplementedError("optimizer.state_dict() is not yet: checkpoints are not there")
+    def __getstate__(self):
+        return {"defaults": self.defaults, "state": self.state, "param_groups": self.param_groups}
 
-    def load_state_dict(self, state_dict):
-        raise NotImplementedError("optimizer.load_state_dict() is not yet: checkpoints are not there")
-
-    def __repr__(self):
-        return f"{type(self).__name__}({self.defaults})"
+    def __setstate__(self, state):
+        self._engine = self._stepper = None
+        super().__setstate__(state)
 
 
-class DeepSpeedOptimizer(CoreOptimizer):
-    """What initialize() returns second."""
+def _late_group(engine, group):
+    params = group.get("params", ()) if isinstance(group, dict) else ()
+    params = [params] if isinstance(params, torch.Tensor) else list(params)
+    names = {id(p): name for name, p in engine.module.named_parameters()} if engine is not None else {}
+    named = ", ".join(names.get(id(p), f"a tensor {tuple(p.shape)}") for p in params[:3]) or "no parameters"
+    return NotImplementedError(f"add_param_group({named}) after initialize is not yet: the core has laid out its memory; "
+                               "pass all groups to initialize, frozen ones too, and set requires_grad later")
+
+
+class DeepSpeedOptimizer(torch.optim.Optimizer):
+    """What initialize() returns second: the engine's optimizer step with the contract of a torch optimizer.
+
+    param_groups, state and defaults are those of ``optimizer``, the plain object that it drives. torch's constructor
+    is not called: it would import torch._dynamo. Methods only read attributes of self, so that they also work where
+    self is a wrapper that looks up what it lacks here, or where the class was replaced by a subclass.
+    """
+
+    def __init__(self, engine, run):
+        self._engine = engine
+        self._run = run
+        for hooks in _HOOKS:
+            setattr(self, f"_optimizer_{hooks}_hooks", OrderedDict())
+        self._warned_capturable_if_run_uncaptured = True
 
     @property
     def optimizer(self):
-        """The plain optimizer over the same param_groups."""
-        return self._engine.basic_optimizer
+        """The plain optimizer: the caller's object, or what the configuration named."""
+        return self._run.optimizer
+
+    @property
+    def param_groups(self):
+        """The live list of group dicts."""
+        return self._run.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups):
+        self._run.optimizer.param_groups = groups
+
+    @property
+    def state(self):
+        """parameter -> {name: tensor}: this rank's part of the states, over the core's own memory."""
+        return self._run.optimizer.state
+
+    @state.setter
+    def state(self, value):
+        self._run.optimizer.state = value
+
+    @property
+    def defaults(self):
+        """Options of groups that say nothing."""
+        return self._run.optimizer.defaults
 
     @property
     def state_names(self):
         """torch's names of the states that the core keeps, in its order."""
-        return ("exp_avg", "exp_avg_sq") if self._engine._kind == "adam" else ("momentum_buffer",)
+        return self._run.state_names
 
     @property
     def overflow(self):
@@ -149,6 +141,62 @@ class DeepSpeedOptimizer(CoreOptimizer):
 
     cur_scale = loss_scale
 
+    def step(self, closure=None):
+        """Applies the accumulated gradients; the engine's counters advance. Returns the closure's loss, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._engine._apply_gradients()
+        return loss
+
+    step.hooked = True  # torch would wrap it in a profiler range; the core's own time is in its counters
+
+    def run_hooks(self, when):
+        """Calls what register_step_pre_hook ("pre") or register_step_post_hook ("post") was given, here and on the
+        plain optimizer."""
+        for owner in (self._engine.basic_optimizer, self._engine.optimizer):
+            if self._run.runs_hooks or owner is not self._engine.basic_optimizer:
+                for hook in list(getattr(owner, f"_optimizer_step_{when}_hooks").values()):
+                    hook(owner, (), {})
+
+    def zero_grad(self, set_to_none=True):
+        """Drops the gradients of all parameters in param_groups, as engine.zero_grad()."""
+        for group in self._run.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        if self._engine._core is not None:
+            self._engine._core.drop_sums()
+
     def backward(self, loss, retain_graph=False):
         """As engine.backward(loss, scale_wrt_gas=False)."""
         self._engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
+
+    def add_param_group(self, param_group):
+        raise _late_group(self._engine, param_group)
+
+    def state_dict(self):
+        """This rank's part: references to states and fp32 masters (nothing is copied), group options, loss scale.
+        Loading it with the same number of ranks, stage and model restores every bit."""
+        for hook in list(self._optimizer_state_dict_pre_hooks.values()):
+            hook(self)
+        result = self._run.state_dict()
+        for hook in list(self._optimizer_state_dict_post_hooks.values()):
+            result = hook(self, result) or result
+        return result
+
+    def load_state_dict(self, state_dict):
+        """Takes what state_dict() gave, on the same rank of as many ranks. The module's own values are the module's to
+        load. ValueError where it does not fit; nothing has changed then."""
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            state_dict = hook(self, state_dict) or state_dict
+        self._run.load_state_dict(state_dict)
+        for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+            hook(self)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a DeepSpeedOptimizer cannot be pickled or copied: its memory belongs to an engine; save "
+                        "state_dict() instead")
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self._run.optimizer!r})"

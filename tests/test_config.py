@@ -164,9 +164,8 @@ def test_batch_sizes_that_do_not_fit_show_all_four_numbers():
             "(33)", "(4)", "(2)", "world size (3)", world_size=3)
 
 
-@pytest.mark.parametrize("name", ["adam", "ADAMW", "sgd"])
-def test_optimizers_have_one_spelling(name):
-    assert Config({**BASE, "optimizer": {"type": name}}).get("optimizer.type") in ("Adam", "AdamW", "SGD")
+def test_the_name_of_an_optimizer_stays_as_it_was_written():
+    assert Config({**BASE, "optimizer": {"type": "adam"}}).get("optimizer.type") == "adam"
 
 
 # ---- what clients write ----
@@ -362,7 +361,8 @@ def test_the_page_has_exactly_the_rows_of_the_table(root):
 
 def test_the_page_shows_messages_as_they_are(root):
     text = (root / "docs" / "config.md").read_text()
-    said = refused({**BASE, "gradient_clipping": -1, "zero_optimization": {"stge": 1}, "optimizer": {"type": "Lamb"}})
+    said = refused({**BASE, "gradient_clipping": -1,
+                    "zero_optimization": {"stge": 1, "offload_optimizer": {"device": "cpu"}}})
     assert said in text
 
 

@@ -77,14 +77,12 @@ def test_a_wrong_optimizer_parameter_names_it(section, error, text):
 
 
 def test_not_yet_is_an_error_everywhere():
-    with pytest.raises(NotImplementedError, match="optimizer"):
-        start(optimizer=torch.optim.SGD(net().parameters(), lr=1))
     with pytest.raises(NotImplementedError, match="mpu"):
         start(mpu=object())
     with pytest.raises(NotImplementedError, match="stage 3"):
         deepspeed.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}})
     engine, optimizer, *_ = start()
-    for call in (lambda: engine.save_checkpoint("x"), lambda: engine.load_checkpoint("x"), optimizer.state_dict):
+    for call in (lambda: engine.save_checkpoint("x"), lambda: engine.load_checkpoint("x")):
         with pytest.raises(NotImplementedError, match="not yet"):
             call()
 
@@ -113,7 +111,7 @@ def test_a_parameter_that_changed_its_size_is_named():
         engine.step()
 
 
-@pytest.mark.parametrize("section", [{"type": "AdamW", "params": {"nonsense": 1}}, {"type": "Lion"}])
+@pytest.mark.parametrize("section", [{"type": "AdamW", "params": {"nonsense": 1}}, {"type": "Muon"}])
 def test_a_wrong_argument_leaves_the_module_as_it_was(section):
     module = net()
     before = models.bits(module)

@@ -1,0 +1,259 @@
+"""Running an optimizer inside the engine's step: in the core, with its states shown as tensors, or by torch, on
+fragments of parameters.
+
+A fragment is this rank's part of a parameter in fp32: the parameter's own shape where this rank steps all of it, else
+one dimension, in storage order.
+"""
+import weakref
+from contextlib import contextmanager
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from .model import flat
+
+_GRADIENT, _MASTER = -2, -1  # where others are numbers of optimizer states
+STATE_NAMES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",), "adagrad": ("sum",)}
+SCALER = ("scale", "hysteresis_left", "iter", "last_overflow")
+
+
+class _Run:
+    """What both ways share. Attributes: optimizer, state_names, runs_hooks (the plain optimizer's step hooks are
+    called by us, not by its own step)."""
+
+    def __init__(self, optimizer, engine, parameters):
+        self.optimizer = optimizer
+        self._engine = weakref.ref(engine)
+        self._params, self._names, self._group_of = parameters.tensors, parameters.names, parameters.group_of
+        core = self._core
+        self._parts = [core.part(i, engine.global_rank) for i in range(len(self._params))]
+        self._masters = {i: self._held(i, _MASTER) for i in range(len(self._params))}
+        self._masters = {i: m for i, m in self._masters.items() if m is not None}
+
+    @property
+    def _core(self):
+        engine = self._engine()
+        if engine is None or engine._core is None:
+            raise RuntimeError("the optimizer's engine was destroyed")
+        return engine._core
+
+    def _held(self, i, which):
+        """A tensor over what the core holds of parameter i: a fragment; None where it holds nothing."""
+        held = self._core.held(i, which)
+        return None if held is None else self._shaped(i, from_dlpack(held[1]))
+
+    def _shaped(self, i, values):
+        p, (_, n) = self._params[i], self._parts[i]
+        return values.as_strided(p.shape, p.stride()) if n == p.numel() else values
+
+    def _fragment_of(self, i, value):
+        """This rank's fp32 fragment of a value of parameter i's shape; a value of the fragment's shape as it is."""
+        p, (begin, n) = self._params[i], self._parts[i]
+        if value.shape == p.shape:
+            laid = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(value)
+            return self._shaped(i, flat(laid)[begin:begin + n])
+        if value.shape == (n,):
+            return value
+        raise ValueError(f"a state of {self._names[i]} has shape {tuple(value.shape)}; allowed: {tuple(p.shape)} or "
+                         f"{(n,)}")
+
+    def _numbers(self):
+        """Number of each trained parameter in torch's order of state dicts: group by group."""
+        index = {id(p): i for i, p in enumerate(self._params)}
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {number: index[id(p)] for number, p in enumerate(order) if id(p) in index}
+
+    def _packed_groups(self):
+        groups, start = [], 0
+        for group in self.optimizer.param_groups:
+            packed = {key: value for key, value in group.items() if key != "params"}
+            packed["params"] = list(range(start, start + len(group["params"])))
+            start += len(group["params"])
+            groups.append(packed)
+        return groups
+
+    def _place(self):
+        engine = self._engine()
+        return {"rank": engine.global_rank, "world_size": engine.world_size,
+                "stage": engine.zero_optimization_stage(), "class": type(self.optimizer).__name__}
+
+    def state_dict(self):
+        """This rank's part, by reference."""
+        masters = {number: self._masters[i] for number, i in self._numbers().items() if i in self._masters}
+        return {"place": self._place(), "state": self._packed_state(), "param_groups": self._packed_groups(),
+                "masters": masters, "loss_scaler": dict(zip(SCALER, self._core.scaler))}
+
+    def _check(self, saved):
+        missing = {"place", "state", "param_groups", "masters", "loss_scaler"} - set(saved)
+        if missing:
+            raise ValueError(f"load_state_dict: {', '.join(sorted(missing))} missing: this is not what state_dict() gave")
+        if saved["place"] != self._place():
+            raise ValueError(f"load_state_dict: saved at {saved['place']}, loaded at {self._place()}; they must be equal")
+        sizes = [len(group["params"]) for group in saved["param_groups"]]
+        own = [len(group["params"]) for group in self.optimizer.param_groups]
+        if sizes != own:
+            raise ValueError(f"load_state_dict: groups of {sizes} parameters were saved, here are {own}")
+
+    def load_state_dict(self, saved):
+        self._check(saved)
+        numbers = self._numbers()
+        self._unpack_state(saved, numbers)
+        for number, master in saved["masters"].items():
+            self._masters[numbers[number]].copy_(master)
+        for group, packed in zip(self.optimizer.param_groups, saved["param_groups"]):
+            group.update({key: value for key, value in packed.items() if key != "params"})
+        self._core.scaler = tuple(saved["loss_scaler"][name] for name in SCALER)
+
+
+class CoreRun(_Run):
+    """An optimizer whose rule the core has. Its ``state`` shows the core's memory: what is written there counts."""
+
+    runs_hooks = True
+
+    def __init__(self, optimizer, engine, parameters, kind):
+        super().__init__(optimizer, engine, parameters)
+        self.state_names = getattr(optimizer, "state_names", None) or STATE_NAMES[kind]
+        self._counts = kind != "sgd"  # torch's SGD shows no number of steps
+        self._steps = from_dlpack(self._core.steps())
+        self._shown = {}  # number of parameter -> {name: tensor}
+        if kind == "sgd" and any(optimizer.state.values()):
+            self._core.hold_momentum()
+            for i, p in enumerate(self._params):
+                if optimizer.state.get(p, {}).get("momentum_buffer") is not None:
+                    self._steps[self._group_of[i]] = 1
+        self._show()
+        self._take()
+
+    def _show(self):
+        for i in range(len(self._params)):
+            tensors = {name: self._held(i, k) for k, name in enumerate(self.state_names)}
+            tensors = {name: t for name, t in tensors.items() if t is not None}
+            if tensors and self._counts:
+                tensors = {"step": self._steps[self._group_of[i]], **tensors}
+            if tensors:
+                self._shown[i] = tensors
+
+    def _take(self):
+        """What stands in ``state`` and is not the core's memory goes into it; then ``state`` shows it again."""
+        state = self.optimizer.state
+        for i, shown in self._shown.items():
+            here = state.get(self._params[i])
+            if here is None:
+                state[self._params[i]] = dict(shown)
+                continue
+            for name, tensor in shown.items():
+                value = here.get(name)
+                if value is tensor:
+                    continue
+                if value is not None:
+                    value = torch.as_tensor(value)
+                    tensor.copy_(value if name == "step" else self._fragment_of(i, value))
+                here[name] = tensor
+
+    def step(self):
+        """The boundary; returns the core's report."""
+        self._take()
+        report = self._core.step(self.optimizer.param_groups)
+        if not self._shown:  # SGD's momentum comes with the first step that has it
+            self._show()
+            self._take()
+        return report
+
+    def _packed_state(self):
+        self._take()
+        return {number: dict(self._shown[i]) for number, i in self._numbers().items() if i in self._shown}
+
+    def state_dict(self):
+        return {**super().state_dict(), "steps": self._steps}
+
+    def _unpack_state(self, saved, numbers):
+        if saved["state"] and not self._shown:
+            self._core.hold_momentum()
+            self._show()
+        for number, tensors in saved["state"].items():
+            for name, tensor in self._shown[numbers[number]].items():
+                tensor.copy_(tensors[name])
+        self._take_back()
+        self._steps.copy_(saved["steps"])
+
+    def _take_back(self):
+        for i, shown in self._shown.items():
+            self.optimizer.state[self._params[i]] = dict(shown)
+
+
+class ForeignRun(_Run):
+    """An optimizer that torch runs. During its step, and only then, its groups hold fragments instead of parameters."""
+
+    runs_hooks = False
+    state_names = ()
+
+    def __init__(self, optimizer, engine, parameters, kind):
+        super().__init__(optimizer, engine, parameters)
+        self._grads = [self._held(i, _GRADIENT) for i in range(len(self._params))]
+        self._fragments = {}
+        for i, p in enumerate(self._params):
+            state = optimizer.state.get(p, {})
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and value.shape == p.shape and p.dim():
+                    state[name] = self._fragment_of(i, value)
+
+    def _fragment(self, i):
+        """A leaf over this rank's fp32 part of parameter i; None where it has none."""
+        p, (begin, n) = self._params[i], self._parts[i]
+        if n == 0 or not p.requires_grad:
+            return None
+        known = self._fragments.get(i)
+        if known is None or (i not in self._masters and known[1] != p.data_ptr()):
+            values = self._masters[i] if i in self._masters else self._shaped(i, flat(p)[begin:begin + n])
+            known = self._fragments[i] = (torch.nn.Parameter(values), p.data_ptr())
+        return known[0]
+
+    @contextmanager
+    def _on_fragments(self):
+        """Groups and ``state`` speak of fragments inside, of parameters outside."""
+        optimizer, index = self.optimizer, {id(p): i for i, p in enumerate(self._params)}
+        lists = [group["params"] for group in optimizer.param_groups]
+        pairs = []
+        for group in optimizer.param_groups:
+            found = [(p, self._fragment(index[id(p)])) for p in group["params"] if id(p) in index]
+            pairs += [(p, f) for p, f in found if f is not None]
+            group["params"] = [f for _, f in found if f is not None]
+        _rename(optimizer.state, pairs)
+        try:
+            yield [f for _, f in pairs]
+        finally:
+            _rename(optimizer.state, [(f, p) for p, f in pairs])
+            for group, params in zip(optimizer.param_groups, lists):
+                group["params"] = params
+
+    def _run(self):
+        with self._on_fragments() as fragments:
+            for i in range(len(self._params)):
+                fragment = self._fragment(i)
+                if fragment is not None:
+                    fragment.grad = self._grads[i]
+            try:
+                self.optimizer.step()
+            finally:
+                for fragment in fragments:
+                    fragment.grad = None
+
+    def step(self):
+        """The boundary; returns the core's report."""
+        return self._core.step(self.optimizer.param_groups, self._run)
+
+    def _packed_state(self):
+        state = self.optimizer.state
+        return {number: dict(state[self._params[i]]) for number, i in self._numbers().items()
+                if self._params[i] in state}
+
+    def _unpack_state(self, saved, numbers):
+        for number, values in saved["state"].items():
+            self.optimizer.state[self._params[numbers[number]]] = {
+                name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def _rename(state, pairs):
+    for old, new in pairs:
+        if old in state:
+            state[new] = state.pop(old)

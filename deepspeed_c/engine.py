@@ -9,10 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
-from . import _core
+from . import _core, optimizer_choice
 from . import model as model_setup
 from .distributed import world_comm
-from . import optimizer_choice
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer
 from .optimizer_run import CoreRun, ForeignRun
 from .report import StepReport

@@ -150,6 +150,6 @@ class Parameters:
 
 def open_core(comm, config, parameters, kind, whole):
     """The C engine over these parameters; whole: none is cut between ranks. Collective."""
-    return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of, parameters.n_groups, kind,
-                        whole, torch.get_num_threads(), parameters.digest(), conform,
+    return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of,
+                        parameters.n_groups, kind, whole, torch.get_num_threads(), parameters.digest(), conform,
                         torch.autograd.graph.increment_version)

@@ -77,8 +77,9 @@ def _late_group(engine, group):
     params = [params] if isinstance(params, torch.Tensor) else list(params)
     names = {id(p): name for name, p in engine.module.named_parameters()} if engine is not None else {}
     named = ", ".join(names.get(id(p), f"a tensor {tuple(p.shape)}") for p in params[:3]) or "no parameters"
-    return NotImplementedError(f"add_param_group({named}) after initialize is not yet: the core has laid out its memory; "
-                               "pass all groups to initialize, frozen ones too, and set requires_grad later")
+    return NotImplementedError(f"add_param_group({named}) after initialize is not yet: the core has laid out its "
+                               "memory; pass all groups to initialize, and freeze by requires_grad_(False) afterwards "
+                               "what is to train later")
 
 
 class DeepSpeedOptimizer(torch.optim.Optimizer):

@@ -9,8 +9,8 @@ import types
 
 import torch
 
-from .ops.adam import DeepSpeedCPUAdam, FusedAdam
 from .ops.adagrad import DeepSpeedCPUAdagrad
+from .ops.adam import DeepSpeedCPUAdam, FusedAdam
 from .ops.lamb import FusedLamb
 from .ops.lion import DeepSpeedCPULion, FusedLion
 from .utils.logging import logger
@@ -56,14 +56,14 @@ def _class_of(name, params):
         return torch.optim.AdamW if decoupled else torch.optim.Adam
     if lower in _NAMED:
         return _NAMED[lower]
-    found = getattr(torch.optim, name, None)
-    if isinstance(found, type) and issubclass(found, torch.optim.Optimizer) and found is not torch.optim.Optimizer:
-        return found
-    known = ["Adam", "AdamW", "Lion", "Lamb", *torch.optim.__all__]
-    known = [n for n in dict.fromkeys(known) if n not in ("Optimizer", "lr_scheduler", "swa_utils")]
-    near = difflib.get_close_matches(name, known, 1)
-    raise ValueError(f"optimizer.type is {name!r}; allowed: {', '.join(known)} (names of torch.optim as they are "
-                     "written there)" + (f"; did you mean {near[0]}?" if near else ""))
+    torchs = {n: c for n, c in vars(torch.optim).items() if isinstance(c, type)
+              and issubclass(c, torch.optim.Optimizer) and c is not torch.optim.Optimizer}
+    if name in torchs:
+        return torchs[name]
+    known = {n.lower(): n for n in ("Adam", "AdamW", "Lion", "Lamb", *torchs) if n.lower() not in _NOT_YET}
+    near = difflib.get_close_matches(lower, known, 1)
+    raise ValueError(f"optimizer.type is {name!r}; allowed: {', '.join(known.values())} (names of torch.optim as they "
+                     "are written there)" + (f"; did you mean {known[near[0]]}?" if near else ""))
 
 
 def _keywords(name, cls, params):
@@ -160,8 +160,8 @@ def kind_of(optimizer, stage, allow_untested):
                          "cannot work here, where gradients are reduced between ranks first")
     logger.debug("torch runs the optimizer: %s", reason)
     if stage > 0 and cls not in _ELEMENT_WISE and not allow_untested:
-        raise ValueError(f"{cls.__name__} with zero_optimization.stage {stage}: set zero_allow_untested_optimizer to true "
-                         "(parameters then stay whole), or use stage 0; allowed without it: "
+        raise ValueError(f"{cls.__name__} with zero_optimization.stage {stage}: set zero_allow_untested_optimizer to "
+                         "true (parameters then stay whole), or use stage 0; allowed without it: "
                          f"{', '.join(sorted(c.__name__ for c in _ELEMENT_WISE))} of torch.optim, and those of "
                          "deepspeed_c.ops")
     return "foreign", stage > 0 and cls not in _ELEMENT_WISE

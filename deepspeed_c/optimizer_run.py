@@ -86,9 +86,10 @@ class _Run:
     def _check(self, saved):
         missing = {"place", "state", "param_groups", "masters", "loss_scaler"} - set(saved)
         if missing:
-            raise ValueError(f"load_state_dict: {', '.join(sorted(missing))} missing: this is not what state_dict() gave")
+            raise ValueError(f"load_state_dict: {', '.join(sorted(missing))} missing; allowed: what state_dict() gave")
         if saved["place"] != self._place():
-            raise ValueError(f"load_state_dict: saved at {saved['place']}, loaded at {self._place()}; they must be equal")
+            raise ValueError(f"load_state_dict: saved at {saved['place']}, loaded at {self._place()}; both must be "
+                             "equal")
         sizes = [len(group["params"]) for group in saved["param_groups"]]
         own = [len(group["params"]) for group in self.optimizer.param_groups]
         if sizes != own:

@@ -1,0 +1,328 @@
+"""Optimizers of the engine: by name, as objects, in the core and by torch; contract N1 for each."""
+import copy
+import io
+import itertools
+import pickle
+
+import models
+import pytest
+import torch
+
+import deepspeed_c as deepspeed
+
+SECTIONS = {
+    "adagrad": {"type": "Adagrad", "params": {"lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.1,
+                                              "initial_accumulator_value": 0.1}},
+    "lion": {"type": "Lion", "params": {"lr": 1e-3, "weight_decay": 0.1}},
+    "lamb": {"type": "Lamb", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+    "momentum": {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9, "nesterov": True}},
+    "rmsprop": {"type": "RMSprop", "params": {"lr": 1e-3}},
+    "amsgrad": {"type": "Adam", "params": {"lr": 1e-3, "torch_adam": True, "amsgrad": True}},
+    "adafactor": {"type": "Adafactor", "params": {"lr": 1e-2}},
+}
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.Tanh(), torch.nn.Linear(40, 33))
+        self.head = torch.nn.Linear(33, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x)).float().square().mean()
+
+
+def start(optimizer=None, stage=0, dtype="fp32", module=None, **more):
+    module = models.make(Net) if module is None else module
+    section = {"optimizer": optimizer} if isinstance(optimizer, dict) else {"optimizer": None}
+    config = models.config(stage, dtype, **{**section, **more})
+    if config["optimizer"] is None:
+        del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=module, optimizer=None if isinstance(optimizer, dict) else optimizer,
+                                      config=config)
+    return engine
+
+
+def batch(rank, step, dtype="fp32"):
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(4, 6, generator=generator).to(models.DTYPES[dtype])
+
+
+def train(engine, rank, steps, dtype="fp32"):
+    for step in steps:
+        engine.backward(engine(batch(rank, step, dtype)))
+        engine.step()
+
+
+# ---- contract N1 ----
+
+def run(rank, section, stage, dtype, overlap, kind):
+    module = models.make(kind)
+    engine = start(section, stage, dtype, module, zero={"overlap_comm": overlap}, zero_allow_untested_optimizer=True)
+    models.train(engine, rank, 3, 1, dtype)
+    found = models.bits(module)
+    engine.destroy()
+    return found
+
+
+def matrix(rank, world, names):
+    torch.set_num_threads(1)
+    wrong = []
+    for name, dtype in itertools.product(names, ("fp32", "bf16")):
+        base = run(rank, SECTIONS[name], 0, dtype, False, models.Awkward)
+        wrong += [(name, dtype, stage, overlap) for stage, overlap in ((0, True), (1, False), (1, True), (2, False))
+                  if run(rank, SECTIONS[name], stage, dtype, overlap, models.Awkward) != base]
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_stages_change_no_bit_with_the_cores_optimizers(ranks, world):
+    assert ranks(world, matrix, ("adagrad", "lion", "lamb", "momentum"), timeout=180) == [[]] * world
+
+
+def test_stages_change_no_bit_with_optimizers_that_torch_runs(ranks):
+    assert ranks(2, matrix, ("rmsprop", "amsgrad", "adafactor"), timeout=180) == [[]] * 2
+
+
+# ---- plain torch, one rank ----
+
+def plain(make, n_steps=5, clip=0.5):
+    module = models.make(Net)
+    optimizer = make(module.parameters())
+    for step in range(n_steps):
+        optimizer.zero_grad()
+        module(batch(0, step)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+TORCHS = {
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2), weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.2),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.3),
+    "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "maximize": lambda p: torch.optim.SGD(p, lr=1e-2, maximize=True),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.5, centered=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("name", TORCHS)
+def test_an_optimizer_object_steps_as_in_plain_torch(name, stage):
+    engine = start(TORCHS[name](list((module := models.make(Net)).parameters())), stage, module=module,
+                   zero_allow_untested_optimizer=True)
+    train(engine, 0, range(5))
+    got = torch.cat([p.detach().flatten() for p in engine.module.parameters()])
+    torch.testing.assert_close(got, plain(TORCHS[name]), rtol=1e-5, atol=1e-6)
+    engine.destroy()
+
+
+def test_a_subclass_is_run_as_given():
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            return super().step()
+
+    module = models.make(Net)
+    engine = start(Twice(module.parameters(), lr=1e-2), module=module)
+    train(engine, 0, range(3))
+    got = torch.cat([p.detach().flatten() for p in module.parameters()])
+    torch.testing.assert_close(got, plain(lambda p: Twice(p, lr=1e-2), 3), rtol=1e-5, atol=1e-7)
+
+
+def test_a_callable_makes_the_optimizer():
+    engine = start(lambda params: torch.optim.RMSprop(params, lr=1e-2))
+    assert type(engine.basic_optimizer) is torch.optim.RMSprop
+    train(engine, 0, range(1))
+
+
+# ---- the object that was given ----
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop"])
+def test_the_object_stays_the_one_that_was_given(name, dtype):
+    module = models.make(Net)
+    given = TORCHS[name](list(module.parameters()))
+    groups, params = given.param_groups, list(given.param_groups[0]["params"])
+    schedule = torch.optim.lr_scheduler.StepLR(given, 1, 0.5)
+    engine = start(given, 1, dtype, module)
+    assert engine.optimizer.optimizer is engine.basic_optimizer is given
+    assert engine.optimizer.param_groups is given.param_groups is groups
+    train(engine, 0, range(1), dtype)
+    schedule.step()
+    assert engine.get_lr() == [pytest.approx(0.005)]
+    assert all(a is b for a, b in zip(groups[0]["params"], params, strict=True))
+    assert set(given.state) == set(params), "states are known by parameters, not by fragments"
+    assert given.state[params[0]]["step"] == 1
+    state = given.state[params[0]]["exp_avg_sq" if name == "AdamW" else "square_avg"]
+    assert state.dtype == torch.float32 and state.shape == params[0].shape and state.any()
+
+
+def test_steps_taken_before_initialize_count():
+    for name in ("Adam", "SGD", "Adagrad", "RMSprop"):
+        module = models.make(Net)
+        optimizer = TORCHS[name](list(module.parameters()))
+        for step in range(2):
+            optimizer.zero_grad()
+            module(batch(0, step)).backward()
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+            optimizer.step()
+        optimizer.zero_grad()
+        engine = start(optimizer, module=module)
+        train(engine, 0, range(2, 5))
+        got = torch.cat([p.detach().flatten() for p in module.parameters()])
+        torch.testing.assert_close(got, plain(TORCHS[name]), rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_written_into_states_takes_effect():
+    module = models.make(Net)
+    given = torch.optim.SGD(module.parameters(), lr=1.0, momentum=0.5)
+    engine = start(given, module=module, gradient_clipping=0)
+    train(engine, 0, range(1))
+    p = module.head.bias
+    for written in (lambda: given.state[p]["momentum_buffer"].fill_(3.0),
+                    lambda: given.state[p].update(momentum_buffer=torch.full((3,), 3.0)),
+                    lambda: setattr(given, "state", {q: {"momentum_buffer": torch.full_like(q, 3.0)}
+                                                     for q in module.parameters()})):
+        written()
+        before = p.detach().clone()
+        engine.backward(engine(batch(0, 1)) * 0)
+        engine.step()
+        torch.testing.assert_close(before - p.detach(), torch.full((3,), 1.5))
+
+
+def test_states_outlive_the_engine():
+    engine = start(SECTIONS["lion"])
+    train(engine, 0, range(1))
+    state = engine.optimizer.state[engine.module.head.weight]["exp_avg"]
+    before = state.clone()
+    engine.destroy()
+    del engine
+    assert torch.equal(state, before)
+
+
+# ---- errors ----
+
+def test_wrong_optimizers_are_named():
+    module = models.make(Net)
+    for optimizer, error, text in (
+        ({"type": "Lio"}, ValueError, "Lio.*did you mean Lion"),
+        ({"type": "rmsprop"}, ValueError, "did you mean RMSprop"),
+        ({"type": "OneBitAdam"}, NotImplementedError, "OneBitAdam.*not yet"),
+        ({"type": "RMSprop", "params": {"alpah": 1}}, ValueError, "alpah.*did you mean alpha"),
+        ({"type": "Adam", "params": {"amsgrad": True}}, NotImplementedError, "torch_adam"),
+        (object(), TypeError, "optimizer is a object"),
+        (lambda params: None, TypeError, "NoneType"),
+        (torch.optim.LBFGS(module.parameters()), ValueError, "LBFGS.step needs a closure"),
+    ):
+        with pytest.raises(error, match=text):
+            start(optimizer, module=module)
+
+
+def test_an_untested_optimizer_with_sharded_states_has_to_be_allowed():
+    for optimizer in (SECTIONS["adafactor"], lambda p: type("Own", (torch.optim.SGD,), {})(p, lr=1)):
+        with pytest.raises(ValueError, match="zero_allow_untested_optimizer.*RMSprop"):
+            start(optimizer, 1)
+        start(optimizer, 0).destroy()
+        start(optimizer, 1, zero_allow_untested_optimizer=True).destroy()
+
+
+def failing(rank, world):
+    module = models.make(Net)
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            if rank == 1:
+                raise KeyError("mine")
+            super().step()
+
+    engine = start(Failing(module.parameters(), lr=1.0), 1, module=module, zero_allow_untested_optimizer=True)
+    engine.backward(engine(batch(rank, 0)))
+    with pytest.raises((KeyError, RuntimeError)) as caught:
+        engine.step()
+    return str(caught.value)
+
+
+def test_an_optimizer_that_raises_on_one_rank_is_an_error_on_all(ranks):
+    said = ranks(2, failing)
+    assert "raised on rank 1" in said[0] and "mine" in said[1]
+
+
+def test_a_late_group_is_named():
+    engine = start(SECTIONS["lion"])
+    for optimizer in (engine.optimizer, engine.basic_optimizer):
+        with pytest.raises(NotImplementedError, match="head.weight.*pass all groups to initialize"):
+            optimizer.add_param_group({"params": engine.module.head.weight})
+
+
+# ---- the contract of the returned optimizer ----
+
+def saved_and_loaded(rank, world, section, stage, dtype):
+    """Two engines: the second takes over after two steps; both must end alike."""
+    torch.set_num_threads(1)
+    options = {"zero_allow_untested_optimizer": True}
+    first = start(section, stage, dtype, **options)
+    train(first, rank, range(2), dtype)
+    buffer = io.BytesIO()
+    torch.save(first.optimizer.state_dict(), buffer)
+    module = {name: value.clone() for name, value in first.module.state_dict().items()}
+    train(first, rank, range(2, 4), dtype)
+    second = start(section, stage, dtype, module=models.make(Net, seed=9), **options)
+    second.module.load_state_dict(module)
+    buffer.seek(0)
+    second.optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+    train(second, rank, range(2, 4), dtype)
+    return models.bits(first.module) == models.bits(second.module)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_saving_and_loading_restores_every_bit(ranks, dtype):
+    for name, stage in (("lamb", 1), ("momentum", 2), ("adagrad", 0), ("rmsprop", 1), ("adafactor", 2)):
+        assert ranks(2, saved_and_loaded, SECTIONS[name], stage, dtype) == [True, True], (name, stage)
+
+
+def test_loading_what_does_not_fit_changes_nothing():
+    engine = start(SECTIONS["lion"])
+    saved = engine.optimizer.state_dict()
+    for broken, text in (({**saved, "place": {**saved["place"], "world_size": 3}}, "world_size"),
+                         ({**saved, "param_groups": []}, r"groups of \[\]"),
+                         ({key: value for key, value in saved.items() if key != "masters"}, "masters missing")):
+        with pytest.raises(ValueError, match=text):
+            engine.optimizer.load_state_dict(broken)
+
+
+def test_copying_the_returned_optimizer_is_a_clear_error():
+    engine = start(SECTIONS["lion"])
+    for call in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            call(engine.optimizer)
+
+
+def test_a_wrapper_that_takes_class_and_attributes_works():
+    engine = start(SECTIONS["lamb"])
+
+    class Wrapper:  # as Lightning and Fabric make theirs
+        def __init__(self, inner):
+            self.__dict__ = {k: v for k, v in inner.__dict__.items() if k not in ("step", "zero_grad")}
+            self.__class__ = type("Wrapped", (Wrapper, type(inner)), {})
+            self._inner = inner
+
+        @property
+        def optimizer(self):
+            return self._inner
+
+    wrapped = Wrapper(engine.optimizer)
+    assert wrapped.param_groups is engine.basic_optimizer.param_groups and isinstance(wrapped, torch.optim.Optimizer)
+    before = models.bits(engine.module)
+    engine.backward(engine(batch(0, 0)))
+    wrapped.zero_grad()
+    engine.backward(engine(batch(0, 0)))
+    wrapped.step()
+    assert models.bits(engine.module) != before and engine.global_steps == 1
+    assert wrapped.state_dict()["state"] and wrapped.overflow is False
+    wrapped.state = {}
+    assert engine.basic_optimizer.state == {}

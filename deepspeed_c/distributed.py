@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from . import _delegate as delegate
 from ._core import Comm, shm_node
 from .utils.logging import logger
 
@@ -69,8 +70,8 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
 def world_comm():
     """The C communicator of all ranks, opened by the first call (collective), the same object afterwards.
 
-    Raises RuntimeError without a default group, NotImplementedError on more than one node, TimeoutError and
-    CommError where ranks do not come.
+    Over shared memory where all ranks are on one machine, else through a gloo group of its own (`delegate`).
+    Raises RuntimeError without a default group, TimeoutError and CommError where ranks do not come.
     """
     group = _world_group()
     if _opened is not None and _opened[0]() is group and not _opened[1].closed:
@@ -216,10 +217,7 @@ def _refuse_mpi():
 def _open_at_once():
     """While all ranks are here, so that a rank which dies before its first call is noticed too."""
     if dist.get_world_size() > 1:
-        try:
-            world_comm()
-        except NotImplementedError:
-            pass  # several nodes: torch.distributed serves those; the first use of the communicator says so
+        world_comm()
 
 
 def _open(group):
@@ -227,7 +225,7 @@ def _open(group):
     close_comm()
     rank, size = dist.get_rank(), dist.get_world_size()
     timeout = _comm_timeout(group).total_seconds()
-    comm = Comm.self_(timeout) if size == 1 else _open_shm(rank, size, timeout)
+    comm = Comm.self_(timeout) if size == 1 else _open_ranks(rank, size, timeout)
     _opened = (weakref.ref(group), comm)
     return comm
 
@@ -242,19 +240,37 @@ def _comm_timeout(group):
         return _default_timeout()
 
 
-def _open_shm(rank, size, timeout):
-    """All ranks tell their node through the store, rank 0 its address too; then they meet there."""
+def _open_ranks(rank, size, timeout):
+    """All ranks tell where they are through the store, rank 0 its address too; then they know which way they share."""
     store = dist.distributed_c10d._get_default_store()
     listener, address, token = Comm.listen() if rank == 0 else (None, "", "")
     # A count per rank in the store itself: a new default group, or the same store again, gives new keys.
-    prefix = f"deepspeed_c/comm/{store.add(f'deepspeed_c/comm/openings/{rank}', 1)}"
-    store.set(f"{prefix}/{rank}", "\n".join((shm_node(), address, token)))
+    opening = store.add(f"deepspeed_c/comm/openings/{rank}", 1)
+    prefix = f"deepspeed_c/comm/{opening}"
+    store.set(f"{prefix}/{rank}", "\n".join((shm_node(), address, token, delegate.place(), _wanted_backend())))
     told = _read_all(store, prefix, size, timeout)
-    elsewhere = [str(r) for r in range(size) if told[r][0] != told[0][0]]
+    why = _why_delegate(told)
+    if why is None:
+        return Comm.shm(listener, told[0][1], told[0][2], rank, size, timeout)
+    if rank == 0:
+        logger.info("communicator: delegate, over gloo, %d ranks: %s", size, why)
+    return delegate.open_comm(store, f"world {opening}", rank, [t[3] for t in told], timeout)
+
+
+def _wanted_backend():
+    wanted = os.environ.get("DSC_COMM_BACKEND", "")
+    if wanted not in ("", "shm", "delegate"):
+        raise ValueError(f"the environment variable DSC_COMM_BACKEND is {wanted!r}; 'shm' or 'delegate' is expected")
+    return wanted
+
+
+def _why_delegate(told):
+    """A phrase where ranks cannot, or shall not, share memory; None where they can. Equal on all ranks."""
+    elsewhere = [str(r) for r, other in enumerate(told) if other[0] != told[0][0]]
+    asked = [str(r) for r, other in enumerate(told) if other[4] == "delegate"]
     if elsewhere:
-        raise NotImplementedError(f"more than one node: not yet (ranks {', '.join(elsewhere)} do not share rank 0's "
-                                  "machine, user and network namespace)")
-    return Comm.shm(listener, told[0][1], told[0][2], rank, size, timeout)
+        return f"ranks {', '.join(elsewhere)} do not share rank 0's machine, user and network namespace"
+    return f"DSC_COMM_BACKEND asks for it on ranks {', '.join(asked)}" if asked else None
 
 
 def _read_all(store, prefix, size, timeout):

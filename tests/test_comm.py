@@ -328,15 +328,13 @@ def of_several_nodes(rank, world):
     nodes = pytest.MonkeyPatch()
     nodes.setattr(deepspeed.distributed, "shm_node", lambda: f"node {rank}")
     deepspeed.init_distributed()
-    dist.barrier()
-    assert opened_comm() is None
-    with pytest.raises(NotImplementedError, match=r"more than one node: not yet \(ranks 1 do not share"):
-        comm.barrier()
-    dist.barrier()
+    x = torch.full((3,), 1.0 + rank)
+    comm.all_reduce(x)
+    return opened_comm().backend, x.tolist()
 
 
-def test_several_nodes_are_not_yet_where_the_communicator_is_used(ranks):
-    ranks(2, of_several_nodes)
+def test_ranks_of_several_nodes_get_the_delegate(ranks):
+    assert ranks(2, of_several_nodes) == [("delegate", [3.0] * 3)] * 2
 
 
 def time_out_of_an_earlier_group(rank, world):

@@ -83,4 +83,10 @@ PyObject *dsc_bind_array(enum dsc_dtype dtype, Py_ssize_t count, void **data);
  * RuntimeError for a closed Comm. */
 struct dsc_comm *dsc_bind_comm(struct dsc_bind_state *state, PyObject *comm);
 
+/* A Comm around a communicator, which it takes over or, on failure, closes. */
+PyObject *dsc_bind_wrap_comm(PyTypeObject *type, struct dsc_comm *core);
+/* Comm.delegate; see delegate.c. */
+extern const char dsc_bind_delegate_doc[];
+PyObject *dsc_bind_delegate(PyObject *type, PyObject *args);
+
 #endif

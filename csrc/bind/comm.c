@@ -58,8 +58,7 @@ static struct dsc_comm_options options_of(double timeout_s) {
     return (struct dsc_comm_options){.timeout_s = timeout_s, .interrupted = dsc_bind_interrupted};
 }
 
-/* A Comm around a communicator, which it takes over or, on failure, closes. */
-static PyObject *wrap(PyTypeObject *type, struct dsc_comm *core) {
+PyObject *dsc_bind_wrap_comm(PyTypeObject *type, struct dsc_comm *core) {
     CommObject *self = (CommObject *)type->tp_alloc(type, 0);
     if (!self) {
         dsc_comm_close(core);
@@ -80,7 +79,7 @@ static PyObject *comm_self(PyObject *type, PyObject *args) {
     const enum dsc_status status = dsc_comm_open_self(&options, &core);
     if (status != DSC_OK)
         return dsc_bind_raise(dsc_bind_state_of((PyTypeObject *)type), status);
-    return wrap((PyTypeObject *)type, core);
+    return dsc_bind_wrap_comm((PyTypeObject *)type, core);
 }
 
 static void free_listener(PyObject *capsule) {
@@ -142,7 +141,7 @@ static PyObject *comm_shm(PyObject *type, PyObject *args) {
         dsc_shm_listener_close(listener);
         return dsc_bind_raise(dsc_bind_state_of((PyTypeObject *)type), status);
     }
-    return wrap((PyTypeObject *)type, core);
+    return dsc_bind_wrap_comm((PyTypeObject *)type, core);
 }
 
 /* ---- collectives ---- */
@@ -393,7 +392,7 @@ static PyObject *comm_closed(CommObject *self, void *unused) {
 static PyGetSetDef comm_getset[] = {
     {"rank", (getter)comm_rank, NULL, "This process's place, from 0.", NULL},
     {"size", (getter)comm_size, NULL, "How many ranks there are.", NULL},
-    {"backend", (getter)comm_backend, NULL, "'self' or 'shm'.", NULL},
+    {"backend", (getter)comm_backend, NULL, "'self', 'shm' or 'delegate'.", NULL},
     {"closed", (getter)comm_closed, NULL, "Whether close() was called.", NULL},
     {NULL},
 };
@@ -402,6 +401,7 @@ static PyMethodDef comm_methods[] = {
     {"self_", comm_self, METH_VARARGS | METH_CLASS, self_doc},
     {"listen", comm_listen, METH_NOARGS | METH_CLASS, listen_doc},
     {"shm", comm_shm, METH_VARARGS | METH_CLASS, shm_doc},
+    {"delegate", dsc_bind_delegate, METH_VARARGS | METH_CLASS, dsc_bind_delegate_doc},
     {"all_reduce", (PyCFunction)comm_all_reduce, METH_VARARGS, all_reduce_doc},
     {"reduce_scatter", (PyCFunction)comm_reduce_scatter, METH_VARARGS, reduce_scatter_doc},
     {"all_gather", (PyCFunction)comm_all_gather, METH_VARARGS, all_gather_doc},
@@ -414,7 +414,8 @@ static PyMethodDef comm_methods[] = {
 
 static PyType_Slot comm_slots[] = {
     {Py_tp_doc, "A fixed set of ranks that call the same operations in the same order.\n\n"
-                "Made by Comm.self_ and Comm.shm. Tensors are contiguous CPU tensors of float32,\n"
+                "Made by Comm.self_, Comm.shm and Comm.delegate. Tensors are contiguous CPU "
+                "tensors of float32,\n"
                 "bfloat16, float16, float64, int32 or int64. A call on wrong arguments raises\n"
                 "ValueError or TypeError and changes nothing; ranks that diverged, died, left or\n"
                 "gave up are a CommError, late ones a TimeoutError, and from then on every call\n"

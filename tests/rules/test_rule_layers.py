@@ -24,6 +24,7 @@ PRIVATE = {
     "csrc/config_parts.h": r"csrc/config",
     "csrc/comm/backend.h": r"csrc/comm/",
     "csrc/comm/shm.h": r"csrc/comm/shm",
+    "csrc/comm/delegate_impl.h": r"csrc/comm/delegate",
     "csrc/kernels/tier.h": r"csrc/kernels/",
     "csrc/kernels/loops.h": r"csrc/kernels/isa_",
     "csrc/bind/bind.h": r"csrc/bind/",

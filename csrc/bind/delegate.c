@@ -1,0 +1,216 @@
+/* Comm.delegate: a communicator whose bytes a Python object moves (deepspeed_c._delegate).
+ *
+ * Decides: how the core's callbacks become method calls. A method returns a str where the
+ * connection or the board is lost, which is DSC_EDEAD with that text; whatever it raises came from
+ * a signal handler, stays set, and is DSC_EINTR. Invariant: the GIL is held for the method only. */
+#include "bind.h"
+
+#include "../comm/delegate.h"
+
+#include <string.h>
+
+static bool interpreter_ends(void) {
+#if PY_VERSION_HEX >= 0x030d0000
+    return Py_IsFinalizing();
+#else
+    return _Py_IsFinalizing();
+#endif
+}
+
+/* Takes the result (NULL: raised). *value receives it if it is no str, and is then the caller's. */
+static enum dsc_status result_of(PyObject *result, PyObject **value) {
+    if (!result)
+        return DSC_FAIL(DSC_EINTR, "interrupted while waiting for other ranks");
+    if (PyUnicode_Check(result)) {
+        const char *text = PyUnicode_AsUTF8(result);
+        enum dsc_status status =
+            DSC_FAIL(DSC_EDEAD, "%.300s", text ? text : "an error that cannot be shown");
+        if (!text)
+            PyErr_Clear(); /* lone surrogates in another library's message */
+        Py_DECREF(result);
+        return status;
+    }
+    *value = result;
+    return DSC_OK;
+}
+
+/* Runs the statement with the GIL; an exception that is set stays apart from what it does, unless
+ * it raises itself. */
+#define WITH_GIL(statement)                                                                        \
+    do {                                                                                           \
+        PyGILState_STATE gil_ = PyGILState_Ensure();                                               \
+        PyObject *type_, *value_, *trace_;                                                         \
+        PyErr_Fetch(&type_, &value_, &trace_);                                                     \
+        statement;                                                                                 \
+        if (type_)                                                                                 \
+            PyErr_Restore(type_, value_, trace_);                                                  \
+        PyGILState_Release(gil_);                                                                  \
+    } while (0)
+
+static PyObject *list_of(const size_t *counts, Py_ssize_t n) {
+    PyObject *list = PyList_New(n);
+    for (Py_ssize_t i = 0; list && i < n; i++) {
+        PyObject *count = PyLong_FromSize_t(counts[i]);
+        if (!count)
+            Py_CLEAR(list);
+        else
+            PyList_SET_ITEM(list, i, count);
+    }
+    return list;
+}
+
+struct context {
+    PyObject *object;
+    Py_buffer staging;
+    int size;
+};
+
+static PyObject *call_start(const struct context *c, const struct dsc_move *move) {
+    PyObject *sends = NULL, *receives = NULL, *result = NULL;
+    bool is_exchange = move->kind == DSC_MOVE_EXCHANGE;
+    sends = is_exchange ? list_of(move->n_send, c->size) : Py_NewRef(Py_None);
+    receives = is_exchange ? list_of(move->n_recv, c->size) : Py_NewRef(Py_None);
+    if (sends && receives)
+        result = PyObject_CallMethod(c->object, "start", "innnOOi", (int)move->kind,
+                                     (Py_ssize_t)move->src, (Py_ssize_t)move->dst,
+                                     (Py_ssize_t)move->n_bytes, sends, receives, move->root);
+    Py_XDECREF(sends);
+    Py_XDECREF(receives);
+    return result;
+}
+
+static enum dsc_status start(void *context, const struct dsc_move *move) {
+    enum dsc_status status;
+    PyObject *value = NULL;
+    WITH_GIL(status = result_of(call_start(context, move), &value); Py_XDECREF(value));
+    return status;
+}
+
+static enum dsc_status wait_for(void *context, int ms, bool *done) {
+    struct context *c = context;
+    enum dsc_status status;
+    PyObject *value = NULL;
+    WITH_GIL(status = result_of(PyObject_CallMethod(c->object, "wait", "i", ms), &value);
+             if (value) *done = value == Py_True; Py_XDECREF(value));
+    return status;
+}
+
+static enum dsc_status add(void *context, const char *key, int64_t by, int64_t *value) {
+    struct context *c = context;
+    enum dsc_status status;
+    PyObject *number = NULL;
+    WITH_GIL(status = result_of(PyObject_CallMethod(c->object, "add", "sL", key, (long long)by),
+                                &number);
+             if (number) *value = PyLong_AsLongLong(number); Py_XDECREF(number));
+    return status;
+}
+
+static enum dsc_status put(void *context, const char *key, const char *text, bool once) {
+    struct context *c = context;
+    enum dsc_status status;
+    PyObject *value = NULL;
+    if (interpreter_ends())
+        return DSC_FAIL(DSC_ESTATE, "the interpreter ends");
+    WITH_GIL(status = result_of(PyObject_CallMethod(c->object, "put", "syi", key, text, (int)once),
+                                &value);
+             Py_XDECREF(value));
+    return status;
+}
+
+static enum dsc_status look(void *context, const char *key, char text[DSC_BOARD_TEXT_MAX]) {
+    struct context *c = context;
+    enum dsc_status status;
+    PyObject *value = NULL;
+    text[0] = '\0';
+    WITH_GIL(status = result_of(PyObject_CallMethod(c->object, "look", "s", key), &value);
+             if (value && PyBytes_Check(value))
+                 snprintf(text, DSC_BOARD_TEXT_MAX, "%s", PyBytes_AS_STRING(value));
+             Py_XDECREF(value));
+    return status;
+}
+
+static void dead(void *context, char text[DSC_BOARD_DEAD_MAX]) {
+    struct context *c = context;
+    PyObject *value = NULL;
+    text[0] = '\0';
+    WITH_GIL(value = PyObject_CallMethod(c->object, "dead", NULL);
+             if (value && PyBytes_Check(value))
+                 snprintf(text, DSC_BOARD_DEAD_MAX, "%s", PyBytes_AS_STRING(value));
+             Py_XDECREF(value));
+}
+
+/* Leaving never fails: there is nobody to be told. */
+static PyObject *call_leave(struct context *c) {
+    PyObject *value = PyObject_CallMethod(c->object, "leave", NULL);
+    if (!value)
+        PyErr_Clear(); /* as said above */
+    return value;
+}
+
+static void leave(void *context) {
+    PyObject *value;
+    WITH_GIL(value = call_leave(context); Py_XDECREF(value));
+}
+
+static void release(void *context) {
+    struct context *c = context;
+    WITH_GIL(PyBuffer_Release(&c->staging); Py_DECREF(c->object); PyMem_Free(c));
+}
+
+const char dsc_bind_delegate_doc[] =
+    "delegate(mover, channel, rank, size, job_rank, job_size, timeout=0.0) -> Comm\n\n"
+    "A communicator over what `mover` (deepspeed_c._delegate.Mover) moves. channel: the same\n"
+    "text on all its ranks, and no other communicator's of the job.";
+
+static struct context *new_context(PyObject *mover, int size) {
+    PyObject *staging = PyObject_GetAttrString(mover, "staging");
+    struct context *c = staging ? PyMem_Calloc(1, sizeof *c) : NULL;
+    if (staging && !c)
+        PyErr_NoMemory();
+    if (c && PyObject_GetBuffer(staging, &c->staging, PyBUF_WRITABLE) < 0) {
+        PyMem_Free(c);
+        c = NULL;
+    }
+    Py_XDECREF(staging);
+    if (!c)
+        return NULL;
+    c->object = Py_NewRef(mover);
+    c->size = size;
+    return c;
+}
+
+PyObject *dsc_bind_delegate(PyObject *type, PyObject *args) {
+    PyObject *mover;
+    const char *channel;
+    int rank, size, job_rank, job_size;
+    double timeout_s = 0;
+    struct dsc_comm *core = NULL;
+    if (!PyArg_ParseTuple(args, "Osiiii|d:delegate", &mover, &channel, &rank, &size, &job_rank,
+                          &job_size, &timeout_s))
+        return NULL;
+    struct context *c = new_context(mover, size);
+    if (!c)
+        return NULL;
+    struct dsc_delegate delegate = {
+        .context = c,
+        .staging = c->staging.buf,
+        .n_staging = (size_t)c->staging.len,
+        .channel = channel,
+        .job_rank = job_rank,
+        .job_size = job_size,
+        .start = start,
+        .wait = wait_for,
+        .add = add,
+        .put = put,
+        .look = look,
+        .dead = dead,
+        .leave = leave,
+        .release = release,
+    };
+    const struct dsc_comm_options options = {.timeout_s = timeout_s,
+                                             .interrupted = dsc_bind_interrupted};
+    const enum dsc_status status = dsc_comm_open_delegate(&options, &delegate, rank, size, &core);
+    if (status != DSC_OK)
+        return dsc_bind_raise(dsc_bind_state_of((PyTypeObject *)type), status);
+    return dsc_bind_wrap_comm((PyTypeObject *)type, core);
+}

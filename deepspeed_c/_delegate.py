@@ -1,0 +1,195 @@
+"""Ranks that share no memory: what moves the bytes of a `delegate` communicator, and the board that its ranks read.
+
+The core (csrc/comm/delegate.c) numbers, compares, orders and adds; a Mover only moves bytes inside its staging, through
+a gloo group that is its own, never the user's. Invariant: at most one operation runs, and gloo's threads touch nothing
+but the staging, which lives as long as they may.
+"""
+import atexit
+import ctypes
+import os
+import weakref
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ._core import Comm, shm_node
+
+STAGING_BYTES = 8 << 20  # two chunks to send, two to receive
+_PREFIX = "deepspeed_c/delegate"
+_EXCHANGE, _GATHER, _BROADCAST, _MINIMUM = range(4)  # enum dsc_move_kind
+_NEVER = timedelta(days=365)  # the core keeps the time
+_LOST = (RuntimeError, ValueError, OSError)  # what torch raises for a broken connection, a store that is gone
+
+_movers = weakref.WeakSet()
+
+
+def place():
+    """Where this process runs, as text: equal where a process id means the same process."""
+    try:
+        return f"{shm_node()} {os.readlink('/proc/self/ns/pid')} {os.getpid()}"
+    except OSError:
+        return f"{shm_node()} ? {os.getpid()}"
+
+
+class Mover:
+    """One rank's end of a gloo group, and its view of the job's board.
+
+    store: the job's. channel: text that names the group among all of the job. places: `place()` of every rank.
+    Methods other than the constructor return a str, the reason, where the connection or the store is lost.
+    """
+
+    def __init__(self, store, channel, rank, size, places, timeout):
+        self._store = store
+        self._places = places
+        self._rank = rank
+        self._pid = os.getpid()
+        self._work = None
+        self._tensors = ()
+        self._memory = torch.empty(max(STAGING_BYTES, size * 4096), dtype=torch.uint8)
+        self.staging = memoryview(self._memory.numpy())
+        self._group = dist.ProcessGroupGloo(dist.PrefixStore(f"gloo/{channel}", store), rank, size, timeout)
+        self._group.set_timeout(_NEVER)
+        self._minimum = dist.AllreduceOptions()
+        self._minimum.reduceOp = dist.ReduceOp.MIN
+        self._exchange = dist.AllToAllOptions()
+        self._gather = torch._C._distributed_c10d.AllgatherOptions()
+        _movers.add(self)
+
+    # ---- moving ----
+
+    def start(self, kind, src, dst, n_bytes, sends, receives, root):
+        """Begins a move (csrc/comm/delegate.h); offsets and lengths in bytes of the staging."""
+        memory, group = self._memory, self._group
+        try:
+            if kind == _EXCHANGE:
+                source, into = memory[src:src + sum(sends)], memory[dst:dst + sum(receives)]
+                self._tensors = source, into
+                self._work = group.alltoall_base(into, source, receives, sends, self._exchange)
+            elif kind == _GATHER:
+                source, into = memory[src:src + n_bytes], memory[dst:dst + n_bytes * len(self._places)]
+                self._tensors = source, into
+                self._work = group._allgather_base(into, source, self._gather)
+            elif kind == _BROADCAST:
+                options = dist.BroadcastOptions()
+                options.rootRank, options.rootTensor = root, 0
+                self._tensors = ([memory[dst:dst + n_bytes]],)
+                self._work = group.broadcast(self._tensors[0], options)
+            else:
+                self._tensors = ([memory[dst:dst + n_bytes].view(torch.int64)],)
+                self._work = group.allreduce(self._tensors[0], self._minimum)
+        except _LOST as error:
+            return _reason(error)
+        return None
+
+    def wait(self, ms):
+        """Waits at most `ms` milliseconds; True once the move is done."""
+        try:
+            self._work.wait(timedelta(milliseconds=ms))
+        except _LOST as error:
+            if not self._work.is_completed():
+                return False  # torch says a time-out by the same exception, and goes on
+            return self._failure(error)
+        self._work, self._tensors = None, ()
+        return True
+
+    def _failure(self, error):
+        """A move that ended between the time-out and the look at it is none."""
+        try:
+            self._work.wait()
+        except _LOST as real:
+            self._work, self._tensors = None, ()
+            return _reason(real)
+        self._work, self._tensors = None, ()
+        return True
+
+    # ---- the board ----
+
+    def add(self, key, by):
+        try:
+            return self._store.add(key, by)
+        except _LOST as error:
+            return _gone(error)
+
+    def put(self, key, text, once):
+        try:
+            if once:
+                self._store.compare_set(key, "", text.decode(errors="replace"))
+            else:
+                self._store.set(key, text.decode(errors="replace"))
+        except _LOST as error:
+            return _gone(error)
+        return None
+
+    def look(self, key):
+        try:
+            return self._store.get(key) if self._store.check([key]) else None
+        except _LOST as error:
+            return _gone(error)
+
+    def dead(self):
+        """Names a rank of this machine whose process has ended, as bytes; None where there is none."""
+        here = self._places[self._rank].rpartition(" ")[0]
+        for rank, text in enumerate(self._places):
+            where, _, pid = text.rpartition(" ")
+            if where == here and not _lives(pid):
+                return f"rank {rank} (pid {pid})".encode()
+        return None
+
+    # ---- the end ----
+
+    def leave(self):
+        """Ends the connections. gloo's threads may be inside an operation for ever: then all that they use stays."""
+        if self._group is None:
+            return
+        if self._work is not None and not self._work.is_completed():
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+        else:
+            self._work, self._tensors = None, ()
+        if self._work is None:
+            self._group = None
+
+
+def open_comm(store, channel, rank, places, timeout):
+    """The communicator of all the job's ranks over a gloo group of its own. Collective.
+
+    store: the default group's. channel: text, equal on all ranks and no other communicator's.
+    places: place() of every rank. timeout: seconds of one operation, 0 for none.
+    """
+    try:
+        store = store.clone()  # a connection of its own: another thread may wait in the store
+    except (RuntimeError, NotImplementedError):
+        pass  # a store without connections
+    size = len(places)
+    limit = timedelta(seconds=timeout) if timeout > 0 else _NEVER
+    mover = Mover(dist.PrefixStore(_PREFIX, store), channel, rank, size, places, limit)
+    return Comm.delegate(mover, channel, rank, size, rank, size, timeout)
+
+
+def _lives(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as text:
+            return text.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def _reason(error):
+    """The first line of torch's text, without the place in its source."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text.rpartition("] ")[2].partition(". This is typically")[0] if text.startswith("[") else text
+
+
+def _gone(error):
+    return f"the job's store, in rank 0's process or the launcher's, cannot be reached: {_reason(error)}"
+
+
+@atexit.register
+def _end():
+    """gloo's threads must not run while the process takes down what they use; a forked child has none, and must not
+    wait for them."""
+    for mover in list(_movers):
+        if mover._pid == os.getpid():
+            mover.leave()
+        else:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(mover))

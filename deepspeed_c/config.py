@@ -21,12 +21,23 @@ _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}\[\]]')
 
 
 def explain(config, world_size=1, lines=None):
-    """The list of Setting of a _core.Config, one for each key that is no section, in the table's order.
+    """The list of Setting of a _core.Config, in the table's order: one for each key that is no section, and for each
+    key of a dict that is given.
 
     lines: {path as written: line of the file}, for the origins.
     """
-    return [Setting(key["path"], config.get(key["path"]), *_origin(config, key, world_size, lines or {}), key)
-            for key in _core.config_keys() if key["type"] != "section" and "[]" not in key["path"]]
+    settings, lines = [], lines or {}
+    for key in _core.config_keys():
+        path = key["path"]
+        if key["type"] == "section" or "[]" in path:
+            continue
+        value = config.get(path)
+        if key["type"] == "dict" and value:
+            settings += [Setting(f"{path}.{name}", inner, _place(f"{path}.{name}", f"{config.origin(path)[0]}.{name}",
+                                                                 lines), False, key) for name, inner in value.items()]
+        else:
+            settings.append(Setting(path, value, *_origin(config, key, world_size, lines), key))
+    return settings
 
 
 def lines_of(text):
@@ -70,10 +81,7 @@ def _origin(config, key, world_size, lines):
     """(where the value comes from, whether nothing says other than the table)."""
     path = key["path"]
     written, how = config.origin(path) or (None, None)
-    place = ""
-    if written is not None:
-        place = f"line {lines[written]}" if written in lines else "given"
-        place += f", as {written}" if written != path else ""
+    place = _place(path, written, lines) if written else ""
     if how == "given":
         effect = f"; no effect: {key['help']}" if key["status"] == "no effect" else ""
         return place + effect, False
@@ -84,6 +92,12 @@ def _origin(config, key, world_size, lines):
     if value != key["default"]:
         return "follows from other keys" + said, False
     return "default" + said, not marked
+
+
+def _place(path, written, lines):
+    """Where a key stands, and under which other name."""
+    place = f"line {lines[written]}" if written in lines else "given"
+    return place + (f", as {written}" if written != path else "")
 
 
 def _size_origin(config, path, world_size):

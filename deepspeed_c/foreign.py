@@ -102,7 +102,8 @@ def _folder_of(name):
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    return os.path.dirname(spec.origin) if spec is not None and spec.origin else None
+    origin = spec.origin if spec is not None else None
+    return os.path.dirname(origin) if origin and os.path.basename(origin) == "__init__.py" else None
 
 
 def _version_at(folder):

@@ -81,6 +81,13 @@ def test_a_folder_called_deepspeed_is_no_deepspeed(tmp_path, monkeypatch):
     assert foreign.package() is None
 
 
+def test_a_script_called_deepspeed_is_no_deepspeed(tmp_path, monkeypatch):
+    (tmp_path / "deepspeed.py").write_text("")
+    (tmp_path / "runtime").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert foreign.package() is None
+
+
 LAUNCHER = """
 import subprocess, sys
 code = "from deepspeed_c import foreign; foreign.refuse()"

@@ -399,6 +399,13 @@ def test_a_schedule_whose_step_needs_an_increment_gets_the_batch_size():
     assert engine.lr_scheduler.n == 4
 
 
+def test_a_schedule_can_be_any_object_with_step():
+    engine, seen = start({})[0], []
+    engine.lr_scheduler = types.SimpleNamespace(step=lambda: seen.append("stepped"))
+    run(engine)
+    assert seen == ["stepped"]
+
+
 def test_a_type_error_inside_a_schedule_is_not_taken_for_a_missing_argument():
     class Broken:
         def step(self, increment=None):

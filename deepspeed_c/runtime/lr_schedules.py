@@ -301,7 +301,8 @@ def advance(scheduler, lr_kwargs, train_batch_size):
     ValueError instead.
     """
     kwargs = lr_kwargs or {}
-    missing = [] if type(scheduler).step in _KEYWORDS_ONLY else _missing(scheduler.step, kwargs)
+    known = getattr(type(scheduler), "step", None) in _NEED_NOTHING
+    missing = [] if known else _missing(scheduler.step, kwargs)
     if "metrics" in missing:
         raise ValueError(f"{type(scheduler).__name__} needs a value to watch: "
                          'engine.step(lr_kwargs={"metrics": loss})')
@@ -311,8 +312,8 @@ def advance(scheduler, lr_kwargs, train_batch_size):
         scheduler.step(**kwargs)
 
 
-# step() of these needs nothing: no look at a signature in each training step.
-_KEYWORDS_ONLY = {cls.step for cls in _SCHEDULES.values()}
+# step() of these needs no argument: no look at a signature in each training step.
+_NEED_NOTHING = {cls.step for cls in _SCHEDULES.values()}
 
 
 def _missing(function, kwargs):

@@ -26,6 +26,11 @@ MODULES = {
     "moe": [],
     "moe.layer": ["MoE"],
     "moe.utils": ["is_moe_param", "split_params_into_different_moe_groups_for_optimizer"],
+    "ops": [],
+    "ops.adagrad": ["DeepSpeedCPUAdagrad"],
+    "ops.adam": ["DeepSpeedCPUAdam", "FusedAdam"],
+    "ops.lamb": ["FusedLamb"],
+    "ops.lion": ["DeepSpeedCPULion", "FusedLion"],
     "runtime": [],
     "runtime.activation_checkpointing.checkpointing": ["configure"],
     "runtime.base_optimizer": ["DeepSpeedOptimizer"],
@@ -47,6 +52,7 @@ MODULES = {
 # Paths that lead to what is not there: importable, and an error that says so at the name.
 NOT_YET = {
     "moe.sharded_moe": ["TopKGate", "top1gating"],
+    "ops.aio": ["AsyncIOBuilder"],
     "pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "profiling.flops_profiler": ["FlopsProfiler", "get_model_profile"],
     "runtime.pipe.engine": ["PipelineEngine"],

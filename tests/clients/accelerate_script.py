@@ -17,7 +17,8 @@ JSON = {
                                                  "warmup_num_steps": "auto", "warmup_type": "linear"}},
 }
 # Name -> (whether the configuration is a JSON with "auto", mixed precision).
-CASES = {"JSON": (True, "no"), "bf16": (True, "bf16")}
+CASES = {"JSON": (True, "no"), "torch's optimizer and schedule": (False, "no"), "bf16": (True, "bf16"),
+         "fp16": (False, "fp16")}
 
 
 def from_torch(i):

@@ -12,7 +12,7 @@ import sys
 import plain
 import pytest
 
-FP32 = ["both from the JSON", "scheduler from Transformers"]
+FP32 = ["both from the JSON", "scheduler from Transformers", "both from Transformers"]
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +68,14 @@ def test_trainer_in_bf16_is_close_to_plain_torch(trainer, stage):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("case", ["JSON"])
+@pytest.mark.parametrize("case", ["JSON", "torch's optimizer and schedule"])
 def test_accelerate_equals_plain_torch(accelerate, case, stage):
     for row in rows(accelerate, case, stage):
         check_equal(row)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("case, dtype", [("bf16", "torch.bfloat16")])
+@pytest.mark.parametrize("case, dtype", [("bf16", "torch.bfloat16"), ("fp16", "torch.float16")])
 def test_accelerate_in_16_bits_is_close_to_plain_torch(accelerate, case, dtype, stage):
     for row in rows(accelerate, case, stage):
         check_close(row, dtype)

@@ -15,6 +15,7 @@ SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_min_lr": "auto", "warmu
 CASES = {
     "both from the JSON": ({"optimizer": OPTIMIZER, "scheduler": SCHEDULER}, False),
     "scheduler from Transformers": ({"optimizer": OPTIMIZER}, False),
+    "both from Transformers": ({}, False),
     "bf16": ({"optimizer": OPTIMIZER, "scheduler": SCHEDULER}, True),
 }
 

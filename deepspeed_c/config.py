@@ -70,8 +70,8 @@ def check_constructors(config):
             if name is not None and section == "scheduler":
                 lr_schedules.check(name, params)
             elif name is not None:
-                from .optimizer import resolve  # imports torch
-                resolve(name, params)
+                from .optimizer_choice import check  # imports torch
+                check(name, params)
         except (ValueError, TypeError, NotImplementedError) as error:
             errors.append(str(error))
     return errors

@@ -3,7 +3,6 @@
 One line for each fact, on stdout; the exit code is 0 whatever they are.
 """
 import argparse
-import importlib.util
 import os
 import platform
 import sys
@@ -61,12 +60,9 @@ def _shm():
 
 
 def _delegate():
-    import torch.distributed
-    if importlib.util.find_spec(f"{__package__}.comm.delegate") is None:
-        return "no: not yet"
-    if not torch.distributed.is_available():
-        return "no: this torch has no torch.distributed"
-    return f"yes: over {'gloo' if torch.distributed.is_gloo_available() else 'torch.distributed'}"
+    from torch import distributed
+    ready = distributed.is_available() and distributed.is_gloo_available()
+    return "yes: over gloo, for ranks that share no memory" if ready else "no: this torch has no gloo"
 
 
 def _deepspeeds():

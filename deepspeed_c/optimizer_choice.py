@@ -100,10 +100,16 @@ def _construct(cls, groups, keywords):
     return optimizer
 
 
+def check(name, params):
+    """(class, its keywords) of ``optimizer.type`` and ``optimizer.params``; ValueError or NotImplementedError names what
+    is wrong."""
+    cls = _class_of(name, params)
+    return cls, _keywords(name, cls, params)
+
+
 def by_name(name, params, groups):
     """The optimizer that ``optimizer.type`` and ``optimizer.params`` name, over groups (dicts with "params")."""
-    cls = _class_of(name, params)
-    keywords = _keywords(name, cls, params)
+    cls, keywords = check(name, params)
     if not groups:
         raise ValueError("there is nothing to train: no parameter in model_parameters requires a gradient")
     return _construct(cls, groups, keywords)

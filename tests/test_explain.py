@@ -48,7 +48,7 @@ def test_each_setting_has_its_value_and_where_it_comes_from(run):
         "train_batch_size": ("16", "line 2"),
         "train_micro_batch_size_per_gpu": ("8", "train_batch_size / gradient_accumulation_steps / 2 ranks"),
         "gradient_accumulation_steps": ("1", '1, because nothing says more ("auto" at line 3)'),
-        "optimizer.type": ('"Adam"', "line 4"),
+        "optimizer.type": ('"adam"', "line 4"),
         "optimizer.params.lr": ("0.001", "line 4"),
         "optimizer.params.betas": ("[0.9, 0.95]", "line 4"),
         "scheduler.type": ('"StepLR"', "line 5"),

@@ -9,6 +9,7 @@
 
 #include "comm.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 
 enum { DSC__LABEL_MAX = 64, DSC__CALL_TEXT_MAX = 192, DSC__REASON_MAX = 1024 };
@@ -26,6 +27,16 @@ struct dsc__print {
 struct dsc__parts {
     const size_t *n_send, *n_recv; /* elements to and from each rank */
     size_t n_max;                  /* the longest part between any two ranks; equal on all */
+};
+
+/* One end of a message under way. */
+struct dsc__message {
+    struct dsc_p2p what;
+    bool is_send, is_async, done;
+    int peer; /* once known */
+    void *lane;
+    size_t n_bytes, n_moved;
+    double since;
 };
 
 /* A group that is being opened. */
@@ -64,9 +75,21 @@ struct dsc_comm_backend {
     enum dsc_status (*all_to_all)(void *state, const struct dsc_coll *coll);
     enum dsc_status (*all_to_all_v)(void *state, const struct dsc_coll *coll,
                                     const struct dsc__parts *parts);
-    /* NULL where the back end has no messages between two ranks. */
-    enum dsc_status (*send)(void *state, const struct dsc_p2p *message);
-    enum dsc_status (*recv)(void *state, const struct dsc_p2p *message, int *from);
+    /* Messages between two ranks, from any thread; all NULL where there are none. advance does what
+     * can be done without waiting. wait returns when `mail` differs from what it was, or after a
+     * tenth of a second at most. check looks whether the message can still come. */
+    enum dsc_status (*message_advance)(void *state, struct dsc__message *message);
+    uint32_t (*mail)(void *state);
+    void (*message_wait)(void *state, uint32_t seen);
+    enum dsc_status (*message_check)(void *state, struct dsc__message *message, uint32_t seen);
+    /* A synchronous wait for a message has ended. */
+    void (*message_end)(void *state);
+    void (*ring_mail)(void *state); /* ends this rank's own waits */
+
+    /* By how much the number of this rank's unfinished asynchronous operations changes. May be
+     * NULL.
+     */
+    void (*posted)(void *state, enum dsc_comm_op op, int change);
 
     /* A communicator of some ranks, which alone call this. It need not have compared anything yet.
      * NULL where groups have their own way. */
@@ -91,11 +114,16 @@ struct dsc_comm_backend {
 struct dsc_comm {
     const struct dsc_comm_backend *backend;
     void *state;
-    struct dsc_comm_options options;
+    struct dsc_comm_options given;   /* as the caller gave them */
+    struct dsc_comm_options options; /* the same, but threads of ours never call the caller's */
     int rank, size;
     uint64_t sequence;
-    bool covered;           /* dsc_comm_cover */
-    enum dsc_status broken; /* what every later call returns; DSC_OK while the world is whole */
+    bool covered;       /* dsc_comm_cover */
+    atomic_bool silent; /* a failure is told to nobody: the process ends */
+    struct dsc__queue *_Atomic works,
+        *_Atomic messages; /* async.c, messages.c: NULL until first used */
+    _Atomic(enum dsc_status)
+        broken; /* what every later call returns; DSC_OK while the world is whole */
     char reason[DSC__REASON_MAX];
     atomic_flag busy;   /* two threads in one communicator would diverge silently */
     atomic_bool forked; /* set in a forked child */
@@ -112,6 +140,7 @@ void dsc__comm_delete(struct dsc_comm *comm);
 /* comm.c: the steps of every operation. enter: usable, and by nobody else at the moment. agree: the
  * next number, and the same fingerprint on every rank. leave: ends what enter began; a failure
  * breaks the communicator and is told to the other ranks. */
+enum dsc_status dsc__check_usable(const struct dsc_comm *comm);
 enum dsc_status dsc__enter(struct dsc_comm *comm);
 struct dsc__print dsc__print_of(const struct dsc_comm *comm, enum dsc_comm_op op,
                                 const char *label);
@@ -121,6 +150,49 @@ enum dsc_status dsc__leave(struct dsc_comm *comm, enum dsc_status status);
 /* A usable communicator and two buffers of these lengths that do not overlap. */
 enum dsc_status dsc__check_pair(const struct dsc_comm *comm, const char *call,
                                 const struct dsc_coll *coll, size_t n_src, size_t n_dst);
+
+/* async.c: a thread that works off a queue. */
+struct dsc_work {
+    atomic_int n_refs;
+    struct dsc__queue *queue;
+    struct dsc_work *next;
+    enum dsc_comm_op op;
+    struct dsc_coll coll;
+    size_t *counts; /* n_send, then n_recv; NULL for equal parts */
+    struct dsc__message message;
+    char label[DSC__LABEL_MAX];
+    bool done; /* these three under the queue's lock */
+    enum dsc_status status;
+    char reason[DSC__REASON_MAX];
+};
+typedef void (*dsc__serve_fn)(struct dsc__queue *queue);
+struct dsc__queue {
+    atomic_int n_refs;
+    struct dsc_comm *comm; /* only for its own thread */
+    dsc__serve_fn serve;
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct dsc_work *head, *tail;
+    atomic_bool stop;
+};
+/* A queue with its thread. */
+enum dsc_status dsc__queue_open(struct dsc_comm *comm, dsc__serve_fn serve,
+                                struct dsc__queue *_Atomic *out);
+/* Ends the thread, which ends what is in the queue. NULL is fine. */
+void dsc__queue_close(struct dsc__queue *queue);
+enum dsc_status dsc__work_new(struct dsc__queue *queue, enum dsc_comm_op op, const char *label,
+                              struct dsc_work **out);
+void dsc__queue_push(struct dsc__queue *queue, struct dsc_work *work);
+/* For the thread: takes the work out of the queue as ended with `status` and the last error. */
+void dsc__queue_end(struct dsc__queue *queue, struct dsc_work *work, enum dsc_status status);
+bool dsc__queue_empty(struct dsc__queue *queue);
+/* Waits until the asynchronous collectives before have ended. */
+enum dsc_status dsc__drain(struct dsc_comm *comm);
+/* Whether the caller is one of the communicator's own threads. */
+bool dsc__on_own_thread(const struct dsc_comm *comm);
+/* dsc_interrupt_fn of every communicator: context is the communicator. */
+bool dsc__interrupted(void *context);
 
 /* fork.c: the list of live communicators that the fork handler walks. */
 enum dsc_status dsc__fork_register(struct dsc_comm *comm);

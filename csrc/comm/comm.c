@@ -35,7 +35,10 @@ enum dsc_status dsc__comm_new(const struct dsc_comm_backend *backend,
     comm->backend = backend;
     comm->state = state;
     if (options)
-        comm->options = *options;
+        comm->given = *options;
+    comm->options = comm->given;
+    comm->options.interrupted = dsc__interrupted;
+    comm->options.interrupt_context = comm;
     comm->rank = rank;
     comm->size = size;
     atomic_flag_clear(&comm->busy);
@@ -54,9 +57,23 @@ void dsc__comm_delete(struct dsc_comm *comm) {
     dsc_free(comm);
 }
 
+static void close_queues(struct dsc_comm *comm) {
+    dsc__queue_close(comm->works);
+    dsc__queue_close(comm->messages);
+    comm->works = comm->messages = NULL;
+}
+
+void dsc_comm_halt(struct dsc_comm *comm) {
+    if (!comm || atomic_load(&comm->forked))
+        return;
+    comm->silent = true;
+    close_queues(comm);
+}
+
 void dsc_comm_close(struct dsc_comm *comm) {
     if (!comm || atomic_load(&comm->forked))
         return;
+    close_queues(comm);
     comm->backend->close(comm->state);
     dsc__comm_delete(comm);
 }
@@ -75,7 +92,7 @@ const char *dsc_comm_backend(const struct dsc_comm *comm) {
 
 /* ---- one call at a time, none after a failure, none in a forked child ---- */
 
-static enum dsc_status check_usable(const struct dsc_comm *comm) {
+enum dsc_status dsc__check_usable(const struct dsc_comm *comm) {
     if (atomic_load_explicit(&comm->forked, memory_order_relaxed))
         return DSC_FAIL(DSC_ESTATE, "a forked child cannot use its parent's communicator: only the "
                                     "process that opened it is a rank");
@@ -85,7 +102,9 @@ static enum dsc_status check_usable(const struct dsc_comm *comm) {
 }
 
 enum dsc_status dsc__enter(struct dsc_comm *comm) {
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
+    if (comm->works)
+        DSC_TRY(dsc__drain(comm));
     if (atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire))
         return DSC_FAIL(DSC_ESTATE, "an operation of this communicator is already running in "
                                     "another thread");
@@ -95,9 +114,10 @@ enum dsc_status dsc__enter(struct dsc_comm *comm) {
 /* Ends what enter began. A failure breaks the communicator and is told to the others. */
 enum dsc_status dsc__leave(struct dsc_comm *comm, enum dsc_status status) {
     if (status != DSC_OK) {
-        comm->broken = status;
         snprintf(comm->reason, sizeof comm->reason, "%s", dsc_last_error());
-        comm->backend->give_up(comm->state, status, comm->reason);
+        comm->broken = status;
+        if (!comm->silent)
+            comm->backend->give_up(comm->state, status, comm->reason);
     }
     atomic_flag_clear_explicit(&comm->busy, memory_order_release);
     return status;
@@ -112,9 +132,9 @@ void dsc_comm_abort(struct dsc_comm *comm, const char *reason) {
         reason = "no reason given";
     if (!atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire)) {
         if (comm->broken == DSC_OK) {
-            comm->broken = DSC_EDEAD;
             snprintf(comm->reason, sizeof comm->reason, "rank %d (this one) gave up: %s",
                      comm->rank, reason);
+            comm->broken = DSC_EDEAD;
         }
         atomic_flag_clear_explicit(&comm->busy, memory_order_release);
     }
@@ -124,11 +144,12 @@ void dsc_comm_abort(struct dsc_comm *comm, const char *reason) {
 void dsc_comm_leave(struct dsc_comm *comm) {
     if (!comm || atomic_load(&comm->forked))
         return;
+    close_queues(comm);
     if (!atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire)) {
         if (comm->broken == DSC_OK) {
-            comm->broken = DSC_ESTATE;
             snprintf(comm->reason, sizeof comm->reason,
                      "rank %d (this one) closed the communicator", comm->rank);
+            comm->broken = DSC_ESTATE;
         }
         atomic_flag_clear_explicit(&comm->busy, memory_order_release);
     }
@@ -190,7 +211,7 @@ static enum dsc_status check_overlap(const char *call, const char *inner, size_t
 enum dsc_status dsc__check_pair(const struct dsc_comm *comm, const char *call,
                                 const struct dsc_coll *coll, size_t n_src, size_t n_dst) {
     size_t size = dsc_dtype_size(coll->dtype);
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype(call, coll->dtype));
     DSC_TRY(check_buffer(call, n_dst > 0 ? "src" : "data", coll->src, n_src, 1, coll->dtype));
     DSC_TRY(check_buffer(call, "dst", coll->dst, n_dst, 1, coll->dtype));
@@ -242,7 +263,7 @@ static enum dsc_status run(struct dsc_comm *comm, const struct dsc_coll *coll, e
 }
 
 enum dsc_status dsc_comm_all_reduce(struct dsc_comm *comm, const struct dsc_coll *coll) {
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("all_reduce", coll->dtype));
     DSC_TRY(check_reduction("all_reduce", coll));
     DSC_TRY(check_buffer("all_reduce", "src", coll->src, coll->n_elems, 1, coll->dtype));
@@ -255,7 +276,7 @@ enum dsc_status dsc_comm_all_reduce(struct dsc_comm *comm, const struct dsc_coll
 
 enum dsc_status dsc_comm_reduce_scatter(struct dsc_comm *comm, const struct dsc_coll *coll) {
     size_t n_ranks = (size_t)comm->size;
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("reduce_scatter", coll->dtype));
     DSC_TRY(check_reduction("reduce_scatter", coll));
     DSC_TRY(check_buffer("reduce_scatter", "src", coll->src, coll->n_elems, n_ranks, coll->dtype));
@@ -270,7 +291,7 @@ enum dsc_status dsc_comm_reduce_scatter(struct dsc_comm *comm, const struct dsc_
 
 enum dsc_status dsc_comm_all_gather(struct dsc_comm *comm, const struct dsc_coll *coll) {
     size_t n_ranks = (size_t)comm->size;
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("all_gather", coll->dtype));
     DSC_TRY(check_buffer("all_gather", "src", coll->src, coll->n_elems, 1, coll->dtype));
     DSC_TRY(check_buffer("all_gather", "dst", coll->dst, coll->n_elems, n_ranks, coll->dtype));
@@ -282,7 +303,7 @@ enum dsc_status dsc_comm_all_gather(struct dsc_comm *comm, const struct dsc_coll
 }
 
 enum dsc_status dsc_comm_broadcast(struct dsc_comm *comm, const struct dsc_coll *coll) {
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("broadcast", coll->dtype));
     DSC_TRY(check_root(comm, "broadcast", coll->root));
     DSC_TRY(check_buffer("broadcast", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
@@ -292,7 +313,7 @@ enum dsc_status dsc_comm_broadcast(struct dsc_comm *comm, const struct dsc_coll 
 }
 
 enum dsc_status dsc_comm_reduce(struct dsc_comm *comm, const struct dsc_coll *coll) {
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("reduce", coll->dtype));
     DSC_TRY(check_reduction("reduce", coll));
     DSC_TRY(check_root(comm, "reduce", coll->root));
@@ -308,7 +329,7 @@ enum dsc_status dsc_comm_reduce(struct dsc_comm *comm, const struct dsc_coll *co
 
 enum dsc_status dsc_comm_gather(struct dsc_comm *comm, const struct dsc_coll *coll) {
     size_t n_ranks = (size_t)comm->size;
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("gather", coll->dtype));
     DSC_TRY(check_root(comm, "gather", coll->root));
     DSC_TRY(check_buffer("gather", "src", coll->src, coll->n_elems, 1, coll->dtype));
@@ -324,7 +345,7 @@ enum dsc_status dsc_comm_gather(struct dsc_comm *comm, const struct dsc_coll *co
 
 enum dsc_status dsc_comm_scatter(struct dsc_comm *comm, const struct dsc_coll *coll) {
     size_t n_ranks = (size_t)comm->size, n_payload = 0;
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("scatter", coll->dtype));
     DSC_TRY(check_root(comm, "scatter", coll->root));
     DSC_TRY(check_buffer("scatter", "dst", coll->dst, coll->n_elems, 1, coll->dtype));
@@ -341,7 +362,7 @@ enum dsc_status dsc_comm_scatter(struct dsc_comm *comm, const struct dsc_coll *c
 
 enum dsc_status dsc_comm_all_to_all(struct dsc_comm *comm, const struct dsc_coll *coll) {
     size_t n_ranks = (size_t)comm->size;
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     DSC_TRY(check_dtype("all_to_all", coll->dtype));
     DSC_TRY(check_buffer("all_to_all", "src", coll->src, coll->n_elems, n_ranks, coll->dtype));
     DSC_TRY(check_buffer("all_to_all", "dst", coll->dst, coll->n_elems, n_ranks, coll->dtype));
@@ -359,7 +380,7 @@ enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label) {
 
 enum dsc_status dsc_comm_meet(struct dsc_comm *comm, const char *label, uint64_t tag,
                               const void *mine, size_t n_bytes, void *all) {
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     if (n_bytes > DSC_MEET_MAX)
         return DSC_FAIL(DSC_EINVAL, "meet: %zu bytes; at most %d are allowed", n_bytes,
                         (int)DSC_MEET_MAX);
@@ -413,12 +434,12 @@ static uint64_t hash_of(const void *data, size_t n_bytes) {
 enum dsc_status dsc_comm_open_group(struct dsc_comm *parent, const struct dsc_comm_options *options,
                                     const int *ranks, int n_ranks, const char *name,
                                     struct dsc_comm **out) {
-    struct dsc__group group = {.options = options ? options : &parent->options,
+    struct dsc__group group = {.options = options ? options : &parent->given,
                                .ranks = ranks,
                                .size = n_ranks,
                                .name = name};
     struct dsc_comm *comm = NULL;
-    DSC_TRY(check_usable(parent));
+    DSC_TRY(dsc__check_usable(parent));
     DSC_TRY(check_group(parent, ranks, n_ranks, name, &group));
     group.key = hash_of(name, strlen(name)) | 1;
     if (n_ranks == 1)
@@ -443,7 +464,7 @@ enum dsc_status dsc_comm_open_group(struct dsc_comm *parent, const struct dsc_co
 
 enum dsc_status dsc_comm_window_open(struct dsc_comm *comm, size_t n_bytes, const char *label,
                                      struct dsc_window **out) {
-    DSC_TRY(check_usable(comm));
+    DSC_TRY(dsc__check_usable(comm));
     if (!dsc_comm_has_windows(comm))
         return DSC_FAIL(DSC_ENOTYET, "window: ranks of \"%s\" share no memory",
                         comm->backend->name);

@@ -133,6 +133,30 @@ enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_co
 /* Returns when every rank has come. */
 enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label);
 
+/* ---- asynchronous operations ---- */
+
+/* An operation that a thread of the communicator runs; operations of a communicator, synchronous or
+ * not, run in the order of their calls. */
+struct dsc_work;
+/* Hands over a collective with equal parts, a barrier, or (with counts, which are copied) an
+ * all_to_all with splits. Buffers stay the operation's until it is done; wrong arguments are the
+ * work's failure. */
+enum dsc_status dsc_comm_post(struct dsc_comm *comm, enum dsc_comm_op op,
+                              const struct dsc_coll *coll, const size_t *n_send,
+                              const size_t *n_recv, struct dsc_work **out);
+/* Whether it has ended, well or not. Never waits. */
+bool dsc_work_done(struct dsc_work *work);
+/* Waits, and returns how the operation ended; again and again if one likes. timeout_s <= 0 means
+ * none. DSC_ETIMEDOUT with "still runs" and DSC_EINTR end the wait, not the operation. */
+enum dsc_status dsc_work_wait(struct dsc_work *work, double timeout_s, dsc_interrupt_fn interrupted,
+                              void *context);
+/* A message's peer, once it is done: whom a recv from any rank heard. */
+int dsc_work_peer(struct dsc_work *work);
+/* Gives up the handle; an operation under way goes on. NULL is fine. */
+void dsc_work_release(struct dsc_work *work);
+/* Ends the communicator's threads without telling the other ranks: for the end of the process. */
+void dsc_comm_halt(struct dsc_comm *comm);
+
 /* ---- from one rank to another ---- */
 
 /* Messages of a pair of ranks with one tag arrive in order; they have no place in the sequence of
@@ -150,6 +174,9 @@ struct dsc_p2p {
 enum dsc_status dsc_comm_send(struct dsc_comm *comm, const struct dsc_p2p *message);
 /* *from receives the sender's rank; may be NULL. */
 enum dsc_status dsc_comm_recv(struct dsc_comm *comm, const struct dsc_p2p *message, int *from);
+/* The same without waiting. Messages under way do not wait for each other. */
+enum dsc_status dsc_comm_post_message(struct dsc_comm *comm, bool is_send,
+                                      const struct dsc_p2p *message, struct dsc_work **out);
 
 /* ---- what the engine builds on ---- */
 

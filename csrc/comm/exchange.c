@@ -1,15 +1,12 @@
-/* Operations whose lengths differ between ranks: all_to_all with splits, and messages.
+/* all_to_all with parts of any lengths.
  *
- * Decides: how lengths are compared. Splits: everybody gathers everybody's counts, so that all
- * ranks find the same contradiction. Messages: the back end compares when the two ends meet.
- * Invariant: as in comm.c, no data moves before the lengths agree. */
+ * Decides: how lengths are compared: everybody gathers everybody's counts, so that all ranks find
+ * the same contradiction. Invariant: as in comm.c, no data moves before the lengths agree. */
 #include "backend.h"
 
 #include "../alloc.h"
 
 #include <string.h>
-
-/* ---- all_to_all with splits ---- */
 
 /* counts: per rank, its n_send and then its n_recv. The first pair that disagrees, in rank order,
  * so that every rank names the same one. */
@@ -67,30 +64,4 @@ enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_co
         status = dsc__leave(comm, exchange(comm, coll, &parts, counts));
     dsc_free(counts);
     return status;
-}
-
-/* ---- messages ---- */
-
-static enum dsc_status check_message(const struct dsc_comm *comm, const char *call,
-                                     const struct dsc_p2p *message, int lowest) {
-    struct dsc_coll coll = {.src = message->data, .dtype = message->dtype};
-    if (message->peer < lowest || message->peer >= comm->size || message->peer == comm->rank)
-        return DSC_FAIL(DSC_EINVAL, "%s: the other rank is %d, this one %d of %d", call,
-                        message->peer, comm->rank, comm->size);
-    DSC_TRY(dsc__check_pair(comm, call, &coll, message->n_elems, 0));
-    if (!comm->backend->send)
-        return DSC_FAIL(DSC_ENOTYET, "%s: ranks of \"%s\" send no messages here", call,
-                        comm->backend->name);
-    return DSC_OK;
-}
-
-enum dsc_status dsc_comm_send(struct dsc_comm *comm, const struct dsc_p2p *message) {
-    DSC_TRY(check_message(comm, "send", message, 0));
-    return comm->backend->send(comm->state, message);
-}
-
-enum dsc_status dsc_comm_recv(struct dsc_comm *comm, const struct dsc_p2p *message, int *from) {
-    int sender = 0;
-    DSC_TRY(check_message(comm, "recv", message, -1));
-    return comm->backend->recv(comm->state, message, from ? from : &sender);
 }

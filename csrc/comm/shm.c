@@ -64,7 +64,7 @@ void dsc__shm_node_unref(struct dsc__shm_node *node) {
     close_fds(node);
     for (int r = 0; !node->world && r < node->size; r++)
         if (node->regions[r])
-            (void)munmap(node->regions[r], sizeof(struct dsc__shm_region));
+            (void)munmap(node->regions[r], dsc__shm_region_size(node->size));
     dsc__shm_world_unref(node->world);
     dsc_free(node->sockets);
     dsc_free(node->pidfds);
@@ -162,6 +162,14 @@ static const void *payload_of(void *state, int rank) {
     return shm->blocks[rank]->small[shm->sequence & 1];
 }
 
+static void posted(void *state, enum dsc_comm_op op, int change) {
+    struct dsc__shm *shm = state;
+    bool is_message = op == DSC_COMM_SEND || op == DSC_COMM_RECV;
+    _Atomic uint32_t *count = is_message ? &shm->node->regions[shm->node->rank]->n_messages
+                                         : &shm->blocks[shm->rank]->n_posted;
+    atomic_fetch_add(count, (uint32_t)change);
+}
+
 const struct dsc_comm_backend dsc__shm_backend = {
     .name = "shm",
     .state_size = sizeof(struct dsc__shm),
@@ -179,6 +187,13 @@ const struct dsc_comm_backend dsc__shm_backend = {
     .scatter = dsc__shm_scatter,
     .all_to_all = dsc__shm_all_to_all,
     .all_to_all_v = dsc__shm_all_to_all_v,
+    .message_advance = dsc__shm_message_advance,
+    .mail = dsc__shm_mail,
+    .message_wait = dsc__shm_message_wait,
+    .message_check = dsc__shm_message_check,
+    .message_end = dsc__shm_message_end,
+    .ring_mail = dsc__shm_ring_mail,
+    .posted = posted,
     .open_group = dsc__shm_open_group,
     .opened = dsc__shm_group_opened,
     .window_open = dsc__shm_window_open,

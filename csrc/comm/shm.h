@@ -22,6 +22,8 @@ enum {
     DSC__SHM_RING = 4,         /* fingerprints kept; 2 are needed, the rest is for texts */
     DSC__SHM_SMALL = 32 << 10, /* up to here data travels with the fingerprint */
     DSC__SHM_CHUNK = 1 << 20,  /* beyond, in chunks that stay in the caches */
+    DSC__SHM_LANES = 8,        /* messages on their way between two ranks, per direction */
+    DSC__SHM_LANE_BYTES = 256 << 10,
     DSC__SHM_BLOCKED_TEXT = 320,
     DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
 };
@@ -58,6 +60,23 @@ struct dsc__shm_blocked {
     _Atomic uint64_t text[DSC__SHM_BLOCKED_TEXT / sizeof(uint64_t)];
 };
 
+/* A message on its way; in the sender's region. */
+struct dsc__shm_lane {
+    _Alignas(128) _Atomic uint32_t claimed; /* by the sender; the receiver frees it */
+    _Atomic uint64_t stamp;                 /* from 1, stored after the fields below */
+    uint64_t tag, n_bytes;
+    uint32_t dtype;
+    char label[DSC__LABEL_MAX];
+    _Alignas(128) _Atomic uint64_t n_written;
+    _Alignas(128) _Atomic uint64_t n_read;
+    _Atomic uint32_t taken;                                 /* by a receiver */
+    _Alignas(DSC__SHM_PAGE) char data[DSC__SHM_LANE_BYTES]; /* a ring */
+};
+struct dsc__shm_mailbox {
+    _Atomic uint64_t n_stamps;
+    struct dsc__shm_lane lanes[DSC__SHM_LANES];
+};
+
 struct dsc__shm_entry {
     _Atomic uint64_t key;    /* of the group that is being opened, 0 otherwise */
     _Atomic uint32_t n_refs; /* members that have not closed the channel yet; 0: free */
@@ -72,8 +91,16 @@ struct dsc__shm_region {
     char reason[DSC__REASON_MAX];
     struct dsc__shm_blocked blocked;
     struct dsc__shm_entry entries[DSC__SHM_CHANNELS];
+    _Alignas(128) _Atomic uint32_t mail; /* changes when a message for or from this rank moved */
+    _Atomic uint32_t mail_sleepers;
+    _Atomic uint32_t n_messages; /* asynchronous ones that have not ended */
     struct dsc__shm_block blocks[DSC__SHM_CHANNELS];
+    struct dsc__shm_mailbox mailboxes[]; /* one per rank of the node: what goes there */
 };
+
+static inline size_t dsc__shm_region_size(int size) {
+    return sizeof(struct dsc__shm_region) + (size_t)size * sizeof(struct dsc__shm_mailbox);
+}
 
 struct dsc__shm_world; /* ranks as threads, see shm_threads.c */
 
@@ -87,7 +114,13 @@ struct dsc__shm_node {
     struct dsc__shm_region *regions[]; /* size */
 };
 
-enum dsc__shm_awaited { DSC__SHM_PRINT, DSC__SHM_PHASE, DSC__SHM_BELL, DSC__SHM_AWAITED_COUNT };
+enum dsc__shm_awaited {
+    DSC__SHM_PRINT,
+    DSC__SHM_PHASE,
+    DSC__SHM_BELL,
+    DSC__SHM_MAIL,
+    DSC__SHM_AWAITED_COUNT
+};
 
 /* How long waits of one kind spin before they sleep: adapts to how that went. */
 struct dsc__shm_spin {
@@ -227,6 +260,14 @@ enum dsc_status dsc__shm_look_for_standstill(struct dsc__shm *shm, const struct 
                                              int missing);
 /* The wait that look_for_standstill told about has ended. */
 void dsc__shm_end_look(struct dsc__shm *shm);
+
+/* ---- shm_mail.c: messages between two ranks ---- */
+enum dsc_status dsc__shm_message_advance(void *state, struct dsc__message *message);
+uint32_t dsc__shm_mail(void *state);
+void dsc__shm_message_wait(void *state, uint32_t seen);
+enum dsc_status dsc__shm_message_check(void *state, struct dsc__message *message, uint32_t seen);
+void dsc__shm_message_end(void *state);
+void dsc__shm_ring_mail(void *state);
 
 /* ---- shm_coll.c: algorithms ---- */
 enum dsc_status dsc__shm_all_reduce(void *state, const struct dsc_coll *coll);

@@ -119,7 +119,7 @@ void dsc_shm_listener_close(struct dsc_shm_listener *listener) {
 /* Makes and fills this rank's region; fds: memory, pidfd. The caller closes them. */
 static enum dsc_status own_region(struct dsc__shm *shm, struct dsc__shm_message *fds) {
     void *memory = NULL;
-    DSC_TRY(dsc__shm_memfd("deepspeed_c ranks", sizeof(struct dsc__shm_region), &fds->fds[0]));
+    DSC_TRY(dsc__shm_memfd("deepspeed_c ranks", dsc__shm_region_size(shm->size), &fds->fds[0]));
     fds->n_fds = 1;
     int pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
     if (pidfd < 0)
@@ -127,7 +127,7 @@ static enum dsc_status own_region(struct dsc__shm *shm, struct dsc__shm_message 
                         strerror(errno));
     fds->fds[1] = pidfd;
     fds->n_fds = 2;
-    DSC_TRY(dsc__shm_map(fds->fds[0], sizeof(struct dsc__shm_region), shm->rank, &memory));
+    DSC_TRY(dsc__shm_map(fds->fds[0], dsc__shm_region_size(shm->size), shm->rank, &memory));
     struct dsc__shm_region *region = shm->node->regions[shm->rank] = memory;
     region->pid = (int32_t)getpid();
     if (sched_getaffinity(0, sizeof region->cpus, &region->cpus) != 0)
@@ -140,7 +140,7 @@ static enum dsc_status adopt_region(struct dsc__shm *shm, int rank,
                                     struct dsc__shm_message *message) {
     void *memory = NULL;
     enum dsc_status status =
-        dsc__shm_map(message->fds[0], sizeof(struct dsc__shm_region), rank, &memory);
+        dsc__shm_map(message->fds[0], dsc__shm_region_size(shm->size), rank, &memory);
     if (status != DSC_OK) {
         dsc__shm_close_fds(message);
         return status;

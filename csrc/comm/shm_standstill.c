@@ -41,10 +41,13 @@ static void look_at(const struct dsc__shm_node *node, int rank, struct look *out
         out->epoch = 0;
 }
 
-/* Whether the rank still waits: the awaited one has not come, nor can it without its main thread.
- */
-static bool still_waits(const struct dsc__shm_node *node, const struct look *look) {
-    struct dsc__shm_block *block = &node->regions[look->waits_for]->blocks[look->slot];
+/* Whether `rank` still waits: the awaited one has not come, nor can it without its main thread. */
+static bool still_waits(const struct dsc__shm_node *node, int rank, const struct look *look) {
+    struct dsc__shm_region *awaited = node->regions[look->waits_for];
+    struct dsc__shm_block *block = &awaited->blocks[look->slot];
+    if (look->kind == DSC__SHM_MAIL)
+        return atomic_load(&awaited->n_messages) == 0 &&
+               atomic_load(&node->regions[rank]->mail) == (uint32_t)look->target;
     return atomic_load(&block->n_posted) == 0 &&
            !dsc__shm_has(block, (enum dsc__shm_awaited)look->kind, look->target);
 }
@@ -57,7 +60,7 @@ static int follow(const struct dsc__shm_node *node, uint64_t *mark) {
     int rank = node->rank, n = 0;
     do {
         look_at(node, rank, &look);
-        if (look.epoch == 0 || !still_waits(node, &look) || ++n > node->size)
+        if (look.epoch == 0 || !still_waits(node, rank, &look) || ++n > node->size)
             return 0;
         sum = sum * 0x100000001b3u + look.epoch * 1024 + (uint64_t)rank;
         rank = (int)look.waits_for;
@@ -83,7 +86,9 @@ static enum dsc_status fail(const struct dsc__shm_node *node, int n) {
 
 /* Only a main thread speaks for its rank: what other threads wait in, others may end. */
 static bool speaks_for_rank(const struct dsc__shm *shm) {
-    return shm->node->world || (pid_t)syscall(SYS_gettid) == getpid();
+    if (shm->node->world)
+        return !dsc__on_own_thread(shm->options->interrupt_context);
+    return (pid_t)syscall(SYS_gettid) == getpid();
 }
 
 static void tell(struct dsc__shm *shm, const struct dsc__shm_wait *wait, int missing) {
@@ -124,7 +129,8 @@ enum dsc_status dsc__shm_look_for_standstill(struct dsc__shm *shm, const struct 
 void dsc__shm_end_look(struct dsc__shm *shm) {
     struct dsc__shm_blocked *b = &shm->node->regions[shm->node->rank]->blocked;
     uint64_t epoch = atomic_load(&b->epoch);
+    if (epoch % 2 == 0 || !speaks_for_rank(shm))
+        return;
     shm->standstill = 0;
-    if (epoch % 2 == 1 && speaks_for_rank(shm))
-        atomic_store(&b->epoch, epoch + 1);
+    atomic_store(&b->epoch, epoch + 1);
 }

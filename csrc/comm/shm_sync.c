@@ -139,8 +139,8 @@ void dsc__shm_describe_wait(const struct dsc__shm *shm, const struct dsc__shm_wa
     char call[DSC__CALL_TEXT_MAX];
     const char *of = shm->name[0] ? " of group " : "";
     dsc__print_operation(&shm->current, call);
-    snprintf(text, DSC__SHM_BLOCKED_TEXT, "%s%s%s",
-             wait->kind == DSC__SHM_BELL ? wait->label : call, of, shm->name);
+    snprintf(text, DSC__SHM_BLOCKED_TEXT, "%s%s%s", wait->label ? wait->label : call, of,
+             shm->name);
 }
 
 static void describe_last(const struct dsc__shm *shm, int rank, char text[DSC__CALL_TEXT_MAX]) {

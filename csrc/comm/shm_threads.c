@@ -20,7 +20,7 @@ struct part {
 struct dsc__shm_world {
     atomic_int n_refs;
     size_t n_bytes;
-    struct dsc__shm_region *regions;
+    char *regions;                /* one behind the other */
     struct part *_Atomic parts[]; /* per rank: the part of the window that is being opened */
 };
 
@@ -44,7 +44,7 @@ void dsc__shm_world_unref(struct dsc__shm_world *world) {
 
 static enum dsc_status world_new(int size, struct dsc__shm_world **out) {
     void *block = NULL, *memory = NULL;
-    size_t n_bytes = (size_t)size * sizeof(struct dsc__shm_region);
+    size_t n_bytes = (size_t)size * dsc__shm_region_size(size);
     DSC_TRY(
         dsc_alloc(sizeof(struct dsc__shm_world) + (size_t)size * sizeof(struct part *), &block));
     enum dsc_status status = map_zeroed(n_bytes, &memory);
@@ -60,13 +60,18 @@ static enum dsc_status world_new(int size, struct dsc__shm_world **out) {
     return DSC_OK;
 }
 
+static struct dsc__shm_region *region_of(const struct dsc__shm_world *world, int rank, int size) {
+    return (struct dsc__shm_region *)(void *)(world->regions +
+                                              (size_t)rank * dsc__shm_region_size(size));
+}
+
 static enum dsc_status open_rank(const struct dsc_comm_options *options, int rank, int size,
                                  struct dsc__shm_world *world, struct dsc_comm **out) {
     struct dsc_comm *comm = NULL;
     struct dsc__shm_node *node = NULL;
     DSC_TRY(dsc__shm_node_new(rank, size, &node));
     for (int r = 0; r < size; r++)
-        node->regions[r] = &world->regions[r];
+        node->regions[r] = region_of(world, r, size);
     node->world = world;
     atomic_fetch_add(&world->n_refs, 1);
     enum dsc_status status = dsc__comm_new(&dsc__shm_backend, options, rank, size, &comm);
@@ -91,8 +96,9 @@ enum dsc_status dsc_comm_open_threads(const struct dsc_comm_options *options, in
     DSC_TRY(dsc__shm_check_world(0, size));
     DSC_TRY(world_new(size, &world));
     for (int r = 0; r < size; r++) {
-        world->regions[r].pid = (int32_t)getpid();
-        (void)sched_getaffinity(0, sizeof(cpu_set_t), &world->regions[r].cpus);
+        struct dsc__shm_region *region = region_of(world, r, size);
+        region->pid = (int32_t)getpid();
+        (void)sched_getaffinity(0, sizeof region->cpus, &region->cpus);
     }
     for (; n_open < size && status == DSC_OK; n_open += status == DSC_OK)
         status = open_rank(options, n_open, size, world, &out[n_open]);

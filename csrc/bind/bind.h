@@ -24,6 +24,7 @@ struct dsc_comm;
     X(config)                                                                                      \
     X(schedule)                                                                                    \
     X(comm)                                                                                        \
+    X(work)                                                                                        \
     X(engine)
 
 #define X(name) int dsc_bind_add_##name(PyObject *module);
@@ -33,7 +34,7 @@ DSC_BIND_MAP(X)
 struct dsc_bind_state {
     PyObject *config_error; /* deepspeed_c.DeepSpeedConfigError, a ValueError */
     PyObject *comm_error;   /* deepspeed_c.CommError, a RuntimeError */
-    PyTypeObject *config_type, *comm_type, *engine_type, *hook_type;
+    PyTypeObject *config_type, *comm_type, *work_type, *engine_type, *hook_type;
     PyObject *str_grad, *str_requires_grad, *str_dlpack; /* interned names */
     /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */
     PyTypeObject *exchange_type[4];
@@ -74,9 +75,21 @@ struct dsc_borrowed {
 int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what,
                     struct dsc_borrowed *out);
 
+/* The same for what is only moved: elements of any other type are DSC_U8, and n_elems then counts
+ * bytes. */
+int dsc_bind_borrow_any(struct dsc_bind_state *state, PyObject *tensor, const char *what,
+                        struct dsc_borrowed *out);
+
 /* A new one-dimensional NumPy array of DSC_F32, DSC_F64 or DSC_I64 and its memory, or NULL with an
  * exception. Imports NumPy when first called. */
 PyObject *dsc_bind_array(enum dsc_dtype dtype, Py_ssize_t count, void **data);
+
+/* A new Work around `core`, which it takes over or, on failure, gives up. `keep` (a new reference,
+ * taken over) stays alive until the operation has ended. `pending` is the list that keeps the Work;
+ * those that have ended leave it. */
+struct dsc_work;
+PyObject *dsc_bind_work(struct dsc_bind_state *state, struct dsc_work *core, PyObject *keep,
+                        PyObject *pending);
 
 /* The communicator of a Comm, borrowed: valid while the caller holds a reference to the object,
  * also after its close() (calls then fail). NULL with TypeError for another object, with

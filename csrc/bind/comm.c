@@ -1,17 +1,10 @@
-/* The type Comm: a communicator, its opening in two steps, and the collectives on CPU tensors.
+/* The type Comm: a communicator, its opening and its end. Its operations are in comm_calls.c.
  *
  * Invariant: one call at a time per Comm (`busy`, under the GIL); tensors are borrowed for the call
  * and the GIL is released for all of it. An engine may borrow the communicator (dsc_bind_comm):
  * close() then tells the other ranks at once, and the memory goes when the last reference to the
  * Comm does. One that is open when the interpreter ends is left to the end of the process. */
-#include "bind.h"
-
-#include "../comm/comm.h"
-
-typedef struct {
-    PyObject_HEAD struct dsc_comm *core; /* NULL once closed */
-    bool busy, lent, closed;
-} CommObject;
+#include "comm.h"
 
 static const char CAPSULE[] = "deepspeed_c.shm_listener";
 static const char CAPSULE_USED[] = "deepspeed_c.shm_listener, used";
@@ -20,8 +13,8 @@ static struct dsc_bind_state *state_of(CommObject *self) {
     return dsc_bind_state_of(Py_TYPE(self));
 }
 
-static int enter(CommObject *self, const char *what) {
-    if (!self->closed && !self->busy) {
+int dsc_bind_comm_enter(CommObject *self, const char *what) {
+    if (!self->closed && !self->busy && (self->n_messages == 0 || strcmp(what, "close") != 0)) {
         self->busy = true;
         return 0;
     }
@@ -31,8 +24,7 @@ static int enter(CommObject *self, const char *what) {
     return -1;
 }
 
-/* Ends what enter began: None, or the exception of the status. */
-static PyObject *leave(CommObject *self, enum dsc_status status) {
+PyObject *dsc_bind_comm_leave(CommObject *self, enum dsc_status status) {
     self->busy = false;
     return status == DSC_OK ? Py_NewRef(Py_None) : dsc_bind_raise(state_of(self), status);
 }
@@ -65,6 +57,9 @@ PyObject *dsc_bind_wrap_comm(PyTypeObject *type, struct dsc_comm *core) {
         return NULL;
     }
     self->core = core;
+    self->pending = PyList_New(0);
+    if (!self->pending)
+        Py_CLEAR(self);
     return (PyObject *)self;
 }
 
@@ -144,164 +139,61 @@ static PyObject *comm_shm(PyObject *type, PyObject *args) {
     return dsc_bind_wrap_comm((PyTypeObject *)type, core);
 }
 
-/* ---- collectives ---- */
+/* ---- groups ---- */
 
-static int borrow(CommObject *self, PyObject *tensor, const char *call, const char *name,
-                  struct dsc_borrowed *out) {
-    if (dsc_bind_borrow(state_of(self), tensor, name, out) < 0)
-        return -1;
-    if (out->on_cpu && out->contiguous)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s: %s must be %s", call, name,
-                 out->on_cpu ? "contiguous" : "on the CPU");
-    return -1;
-}
-
-static int op_of(const char *name, enum dsc_op *out) {
-    for (int op = 0; op < DSC_OP_COUNT; op++)
-        if (strcmp(name, dsc_op_name((enum dsc_op)op)) == 0) {
-            *out = (enum dsc_op)op;
-            return 0;
+/* The ranks of a sequence, in memory to be freed, or NULL with an exception. */
+static int *ranks_of(PyObject *sequence, Py_ssize_t *n) {
+    PyObject *fast = PySequence_Fast(sequence, "group: ranks must be a sequence of numbers");
+    int *ranks = NULL;
+    if (!fast)
+        return NULL;
+    *n = PySequence_Fast_GET_SIZE(fast);
+    ranks = PyMem_New(int, *n ? *n : 1);
+    for (Py_ssize_t i = 0; ranks && i < *n; i++) {
+        ranks[i] = (int)PyLong_AsLong(PySequence_Fast_GET_ITEM(fast, i));
+        if (PyErr_Occurred()) {
+            PyMem_Free(ranks);
+            ranks = NULL;
         }
-    PyErr_Format(PyExc_ValueError, "op is '%.50s'; 'sum', 'avg', 'min', 'max', 'prod' are allowed",
-                 name);
-    return -1;
+    }
+    if (!ranks && !PyErr_Occurred())
+        PyErr_NoMemory();
+    Py_DECREF(fast);
+    return ranks;
 }
 
-static int same_dtype(const char *call, const struct dsc_borrowed *output,
-                      const struct dsc_borrowed *input) {
-    if (output->dtype == input->dtype)
-        return 0;
-    PyErr_Format(PyExc_TypeError, "%s: output is %s, input is %s", call,
-                 dsc_dtype_name(output->dtype), dsc_dtype_name(input->dtype));
-    return -1;
-}
+PyDoc_STRVAR(group_doc,
+             "group(ranks, name, timeout=None) -> Comm\n\n"
+             "Collective over `ranks` only: a communicator of them, in this order, with a\n"
+             "sequence of its own. The name must be the same on all of them, and another\n"
+             "one for each group that is being opened at the same time.");
 
-/* The larger tensor has `size` times the elements of the smaller one. */
-static int check_parts(CommObject *self, const char *call, const char *large, size_t n_large,
-                       const char *small, size_t n_small) {
-    size_t n_ranks = (size_t)dsc_comm_size(self->core);
-    if (n_large % n_ranks == 0 && n_large / n_ranks == n_small)
-        return 0;
-    PyErr_Format(
-        PyExc_ValueError,
-        "%s: %s has %zu elements and %s %zu; with %zu ranks %s must have %zu times as many", call,
-        large, n_large, small, n_small, n_ranks, large, n_ranks);
-    return -1;
-}
-
-typedef enum dsc_status (*collective_fn)(struct dsc_comm *, const struct dsc_coll *);
-
-static PyObject *run(CommObject *self, const char *call, collective_fn collective,
-                     const struct dsc_coll *coll) {
+static PyObject *comm_group(CommObject *self, PyObject *args) {
+    PyObject *sequence, *timeout = Py_None;
+    const char *name;
+    Py_ssize_t n = 0;
+    struct dsc_comm *core = NULL;
     enum dsc_status status;
-    if (enter(self, call) < 0)
+    if (!PyArg_ParseTuple(args, "Os|O:group", &sequence, &name, &timeout) ||
+        dsc_bind_comm_enter(self, "group") < 0)
         return NULL;
+    struct dsc_comm_options options = options_of(0);
+    if (timeout != Py_None)
+        options.timeout_s = PyFloat_AsDouble(timeout);
+    int *ranks = PyErr_Occurred() ? NULL : ranks_of(sequence, &n);
+    if (!ranks) {
+        self->busy = false;
+        return NULL;
+    }
     Py_BEGIN_ALLOW_THREADS;
-    status = collective(self->core, coll);
+    status = dsc_comm_open_group(self->core, timeout == Py_None ? NULL : &options, ranks, (int)n,
+                                 name, &core);
     Py_END_ALLOW_THREADS;
-    return leave(self, status);
-}
-
-PyDoc_STRVAR(all_reduce_doc,
-             "all_reduce(tensor, op='sum', label=None)\n\n"
-             "Replaces every rank's tensor by all of them combined, in rank order.");
-
-static PyObject *comm_all_reduce(CommObject *self, PyObject *args) {
-    PyObject *tensor;
-    const char *op = "sum", *label = NULL;
-    struct dsc_borrowed t;
-    struct dsc_coll coll = {0};
-    if (!PyArg_ParseTuple(args, "O|sz:all_reduce", &tensor, &op, &label) ||
-        borrow(self, tensor, "all_reduce", "tensor", &t) < 0 || op_of(op, &coll.op) < 0)
-        return NULL;
-    coll.src = coll.dst = t.data;
-    coll.n_elems = t.n_elems;
-    coll.dtype = t.dtype;
-    coll.label = label;
-    return run(self, "all_reduce", dsc_comm_all_reduce, &coll);
-}
-
-PyDoc_STRVAR(
-    reduce_scatter_doc,
-    "reduce_scatter(output, input, op='sum', label=None)\n\n"
-    "output: this rank's part of all ranks' inputs combined; input is size times as long.");
-
-static PyObject *comm_reduce_scatter(CommObject *self, PyObject *args) {
-    PyObject *output, *input;
-    const char *op = "sum", *label = NULL;
-    struct dsc_borrowed out, in;
-    struct dsc_coll coll = {0};
-    if (!PyArg_ParseTuple(args, "OO|sz:reduce_scatter", &output, &input, &op, &label))
-        return NULL;
-    if (self->closed)
-        return enter(self, "reduce_scatter"), NULL;
-    if (borrow(self, output, "reduce_scatter", "output", &out) < 0 ||
-        borrow(self, input, "reduce_scatter", "input", &in) < 0 ||
-        same_dtype("reduce_scatter", &out, &in) < 0 || op_of(op, &coll.op) < 0 ||
-        check_parts(self, "reduce_scatter", "input", in.n_elems, "output", out.n_elems) < 0)
-        return NULL;
-    coll.src = in.data;
-    coll.dst = out.data;
-    coll.n_elems = out.n_elems;
-    coll.dtype = out.dtype;
-    coll.label = label;
-    return run(self, "reduce_scatter", dsc_comm_reduce_scatter, &coll);
-}
-
-PyDoc_STRVAR(all_gather_doc,
-             "all_gather(output, input, label=None)\n\n"
-             "output: all ranks' inputs in rank order; it is size times as long as input.");
-
-static PyObject *comm_all_gather(CommObject *self, PyObject *args) {
-    PyObject *output, *input;
-    const char *label = NULL;
-    struct dsc_borrowed out, in;
-    struct dsc_coll coll = {0};
-    if (!PyArg_ParseTuple(args, "OO|z:all_gather", &output, &input, &label))
-        return NULL;
-    if (self->closed)
-        return enter(self, "all_gather"), NULL;
-    if (borrow(self, output, "all_gather", "output", &out) < 0 ||
-        borrow(self, input, "all_gather", "input", &in) < 0 ||
-        same_dtype("all_gather", &out, &in) < 0 ||
-        check_parts(self, "all_gather", "output", out.n_elems, "input", in.n_elems) < 0)
-        return NULL;
-    coll.src = in.data;
-    coll.dst = out.data;
-    coll.n_elems = in.n_elems;
-    coll.dtype = in.dtype;
-    coll.label = label;
-    return run(self, "all_gather", dsc_comm_all_gather, &coll);
-}
-
-PyDoc_STRVAR(broadcast_doc, "broadcast(tensor, root=0, label=None)\n\n"
-                            "Replaces every rank's tensor by that of rank `root`.");
-
-static PyObject *comm_broadcast(CommObject *self, PyObject *args) {
-    PyObject *tensor;
-    int root = 0;
-    const char *label = NULL;
-    struct dsc_borrowed t;
-    if (!PyArg_ParseTuple(args, "O|iz:broadcast", &tensor, &root, &label) ||
-        borrow(self, tensor, "broadcast", "tensor", &t) < 0)
-        return NULL;
-    struct dsc_coll coll = {
-        .dst = t.data, .n_elems = t.n_elems, .dtype = t.dtype, .root = root, .label = label};
-    return run(self, "broadcast", dsc_comm_broadcast, &coll);
-}
-
-PyDoc_STRVAR(barrier_doc, "barrier(label=None)\n\nReturns once every rank has called it.");
-
-static PyObject *comm_barrier(CommObject *self, PyObject *args) {
-    const char *label = NULL;
-    enum dsc_status status;
-    if (!PyArg_ParseTuple(args, "|z:barrier", &label) || enter(self, "barrier") < 0)
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS;
-    status = dsc_comm_barrier(self->core, label);
-    Py_END_ALLOW_THREADS;
-    return leave(self, status);
+    PyMem_Free(ranks);
+    self->busy = false;
+    if (status != DSC_OK)
+        return dsc_bind_raise(state_of(self), status);
+    return dsc_bind_wrap_comm(Py_TYPE(self), core);
 }
 
 /* ---- ending ---- */
@@ -328,22 +220,41 @@ static PyObject *comm_close(CommObject *self, PyObject *unused) {
     (void)unused;
     if (self->closed)
         Py_RETURN_NONE;
-    if (enter(self, "close") < 0)
+    if (dsc_bind_comm_enter(self, "close") < 0)
         return NULL;
     self->closed = true;
-    if (self->lent) {
-        /* An engine may still refer to it: its next call must fail, not crash. */
-        dsc_comm_leave(self->core);
-    } else {
-        dsc_comm_close(self->core);
+    struct dsc_comm *core = self->core;
+    /* An engine may still refer to it: its next call must fail, not crash. */
+    if (!self->lent)
         self->core = NULL;
-    }
+    Py_BEGIN_ALLOW_THREADS;
+    if (self->lent)
+        dsc_comm_leave(core);
+    else
+        dsc_comm_close(core);
+    Py_END_ALLOW_THREADS;
     self->busy = false;
+    return PyList_SetSlice(self->pending, 0, PY_SSIZE_T_MAX, NULL) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+PyDoc_STRVAR(halt_doc,
+             "halt()\n\n"
+             "For the end of the process: ends asynchronous operations without telling the\n"
+             "other ranks, which see this process's end.");
+
+static PyObject *comm_halt(CommObject *self, PyObject *unused) {
+    (void)unused;
+    if (self->core) {
+        Py_BEGIN_ALLOW_THREADS;
+        dsc_comm_halt(self->core);
+        Py_END_ALLOW_THREADS;
+    }
     Py_RETURN_NONE;
 }
 
 static int comm_traverse(CommObject *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
+    Py_VISIT(self->pending);
     return 0;
 }
 
@@ -362,6 +273,7 @@ static void comm_dealloc(CommObject *self) {
      * and whoever watches the processes would take it for the cause. */
     if (!interpreter_ends())
         dsc_comm_close(self->core);
+    Py_XDECREF(self->pending);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -370,18 +282,20 @@ static void comm_dealloc(CommObject *self) {
 
 static PyObject *comm_rank(CommObject *self, void *unused) {
     (void)unused;
-    return self->core ? PyLong_FromLong(dsc_comm_rank(self->core)) : (enter(self, "rank"), NULL);
+    return self->core ? PyLong_FromLong(dsc_comm_rank(self->core))
+                      : (dsc_bind_comm_enter(self, "rank"), NULL);
 }
 
 static PyObject *comm_size(CommObject *self, void *unused) {
     (void)unused;
-    return self->core ? PyLong_FromLong(dsc_comm_size(self->core)) : (enter(self, "size"), NULL);
+    return self->core ? PyLong_FromLong(dsc_comm_size(self->core))
+                      : (dsc_bind_comm_enter(self, "size"), NULL);
 }
 
 static PyObject *comm_backend(CommObject *self, void *unused) {
     (void)unused;
     return self->core ? PyUnicode_FromString(dsc_comm_backend(self->core))
-                      : (enter(self, "backend"), NULL);
+                      : (dsc_bind_comm_enter(self, "backend"), NULL);
 }
 
 static PyObject *comm_closed(CommObject *self, void *unused) {
@@ -402,24 +316,26 @@ static PyMethodDef comm_methods[] = {
     {"listen", comm_listen, METH_NOARGS | METH_CLASS, listen_doc},
     {"shm", comm_shm, METH_VARARGS | METH_CLASS, shm_doc},
     {"delegate", dsc_bind_delegate, METH_VARARGS | METH_CLASS, dsc_bind_delegate_doc},
-    {"all_reduce", (PyCFunction)comm_all_reduce, METH_VARARGS, all_reduce_doc},
-    {"reduce_scatter", (PyCFunction)comm_reduce_scatter, METH_VARARGS, reduce_scatter_doc},
-    {"all_gather", (PyCFunction)comm_all_gather, METH_VARARGS, all_gather_doc},
-    {"broadcast", (PyCFunction)comm_broadcast, METH_VARARGS, broadcast_doc},
-    {"barrier", (PyCFunction)comm_barrier, METH_VARARGS, barrier_doc},
+    {"group", (PyCFunction)comm_group, METH_VARARGS, group_doc},
+#define X(name, text) {#name, (PyCFunction)dsc_bind_comm_##name, METH_VARARGS, #name text},
+    DSC_BIND_COMM_CALLS(X)
+#undef X
+        {"halt", (PyCFunction)comm_halt, METH_NOARGS, halt_doc},
     {"abort", (PyCFunction)comm_abort, METH_O, abort_doc},
     {"close", (PyCFunction)comm_close, METH_NOARGS, close_doc},
     {NULL},
 };
 
 static PyType_Slot comm_slots[] = {
-    {Py_tp_doc, "A fixed set of ranks that call the same operations in the same order.\n\n"
-                "Made by Comm.self_, Comm.shm and Comm.delegate. Tensors are contiguous CPU "
-                "tensors of float32,\n"
-                "bfloat16, float16, float64, int32 or int64. A call on wrong arguments raises\n"
-                "ValueError or TypeError and changes nothing; ranks that diverged, died, left or\n"
-                "gave up are a CommError, late ones a TimeoutError, and from then on every call\n"
-                "raises the same."},
+    {Py_tp_doc,
+     "A fixed set of ranks that call the same operations in the same order.\n\n"
+     "Made by Comm.self_, Comm.shm, Comm.delegate and group(). Tensors are contiguous CPU tensors, "
+     "of\n"
+     "float32, bfloat16, float16, float64, int32 or int64 where they are combined. With\n"
+     "is_async a call returns a Work. A call on wrong arguments raises\n"
+     "ValueError or TypeError and changes nothing; ranks that diverged, died, left or\n"
+     "gave up are a CommError, late ones a TimeoutError, and from then on every call\n"
+     "raises the same."},
     {Py_tp_traverse, comm_traverse},
     {Py_tp_dealloc, comm_dealloc},
     {Py_tp_methods, comm_methods},

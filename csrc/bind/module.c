@@ -32,6 +32,7 @@ static int module_exec(PyObject *module) {
     X(comm_error)                                                                                  \
     X(config_type)                                                                                 \
     X(comm_type)                                                                                   \
+    X(work_type)                                                                                   \
     X(engine_type)                                                                                 \
     X(hook_type)                                                                                   \
     X(str_grad)                                                                                    \

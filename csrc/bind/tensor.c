@@ -83,13 +83,22 @@ static bool is_dense(const struct dsc_borrowed *t) {
     return true;
 }
 
-static int describe(const DLTensor *tensor, const char *what, struct dsc_borrowed *out) {
+/* Elements of a type that the core does not have, as bytes. */
+static size_t bytes_of(DLDataType type) {
+    return (size_t)type.bits * type.lanes % 8 == 0 ? (size_t)type.bits * type.lanes / 8 : 0;
+}
+
+static int describe(const DLTensor *tensor, const char *what, bool any, struct dsc_borrowed *out) {
+    size_t scale = 1;
     if (tensor->ndim > 8) {
         PyErr_Format(PyExc_ValueError, "%s has %d dimensions, allowed: at most 8", what,
                      (int)tensor->ndim);
         return -1;
     }
-    if (dtype_of(tensor->dtype, &out->dtype) < 0) {
+    if (dtype_of(tensor->dtype, &out->dtype) < 0 && any && bytes_of(tensor->dtype) > 0) {
+        out->dtype = DSC_U8;
+        scale = bytes_of(tensor->dtype);
+    } else if (dtype_of(tensor->dtype, &out->dtype) < 0) {
         PyErr_Format(
             PyExc_TypeError,
             "%s has a dtype that the core does not have (DLPack code %d, %d bits), allowed: "
@@ -112,12 +121,13 @@ static int describe(const DLTensor *tensor, const char *what, struct dsc_borrowe
     out->contiguous = out->n_elems <= 1 || is_contiguous(out);
     out->dense = out->contiguous || is_dense(out);
     out->data = out->n_elems ? (char *)tensor->data + tensor->byte_offset : NULL;
+    out->n_elems *= scale;
     return 0;
 }
 
 /* __dlpack__ of a detached view. The capsule is dropped on return: its memory is the tensor's. */
 static int borrow_by_capsule(struct dsc_bind_state *state, PyObject *tensor, const char *what,
-                             struct dsc_borrowed *out) {
+                             bool any, struct dsc_borrowed *out) {
     int result = -1;
     PyObject *detached = NULL, *capsule = NULL;
     if (PyObject_HasAttrString(tensor, "detach"))
@@ -135,11 +145,11 @@ static int borrow_by_capsule(struct dsc_bind_state *state, PyObject *tensor, con
     }
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
-        result = describe(&managed->dl_tensor, what, out);
+        result = describe(&managed->dl_tensor, what, any, out);
     } else {
         DLManagedTensor *managed = PyCapsule_GetPointer(capsule, "dltensor");
         if (managed)
-            result = describe(&managed->dl_tensor, what, out);
+            result = describe(&managed->dl_tensor, what, any, out);
     }
 out:
     Py_XDECREF(capsule);
@@ -147,11 +157,11 @@ out:
     return result;
 }
 
-int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what,
-                    struct dsc_borrowed *out) {
+static int borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what, bool any,
+                  struct dsc_borrowed *out) {
     const DLPackExchangeAPI *api = table_of(state, Py_TYPE(tensor));
     if (!api)
-        return borrow_by_capsule(state, tensor, what, out);
+        return borrow_by_capsule(state, tensor, what, any, out);
     DLTensor view;
     memset(&view, 0, sizeof view);
     if (api->dltensor_from_py_object_no_sync(tensor, &view) != 0) {
@@ -164,7 +174,17 @@ int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *
         Py_XDECREF(trace);
         return -1;
     }
-    return describe(&view, what, out);
+    return describe(&view, what, any, out);
+}
+
+int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *what,
+                    struct dsc_borrowed *out) {
+    return borrow(state, tensor, what, false, out);
+}
+
+int dsc_bind_borrow_any(struct dsc_bind_state *state, PyObject *tensor, const char *what,
+                        struct dsc_borrowed *out) {
+    return borrow(state, tensor, what, true, out);
 }
 
 int dsc_bind_add_tensor(PyObject *module) {

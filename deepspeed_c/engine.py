@@ -16,7 +16,7 @@ from .optimizer import CoreOptimizer, DeepSpeedOptimizer
 from .optimizer_run import CoreRun, ForeignRun
 from .report import StepReport
 from .runtime import lr_schedules
-from .utils.logging import log_dist, logger
+from .utils.logging import log_dist, logger, set_log_level_from_string
 from .utils.tensor_fragment import claim, release
 
 
@@ -87,6 +87,8 @@ class DeepSpeedEngine(torch.nn.Module):
         self.local_rank = _local_rank(args)
         self._config = _core.Config(config, self.world_size)
         self.config = self._config.source
+        if self.log_level() is not None:
+            set_log_level_from_string(self.log_level())
         self._sizes = [self._config.get(key) for key in _SIZES]
         self._managed = self._config.get("managed_gradient_accumulation")
         self._autocast = _autocast_of(self._config)

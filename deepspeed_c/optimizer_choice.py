@@ -101,8 +101,8 @@ def _construct(cls, groups, keywords):
 
 
 def check(name, params):
-    """(class, its keywords) of ``optimizer.type`` and ``optimizer.params``; ValueError or NotImplementedError names what
-    is wrong."""
+    """(class, its keywords) of ``optimizer.type`` and ``optimizer.params``; ValueError or NotImplementedError names
+    what is wrong."""
     cls = _class_of(name, params)
     return cls, _keywords(name, cls, params)
 

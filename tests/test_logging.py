@@ -2,7 +2,9 @@
 import logging
 
 import pytest
+import torch
 
+import deepspeed_c
 from deepspeed_c.utils import logging as ds_logging
 from deepspeed_c.utils.logging import logger
 
@@ -59,3 +61,14 @@ def test_the_level_goes_by_name_and_a_wrong_name_is_an_error(lines):
     other = logging.getLogger("another")
     ds_logging.set_log_level_from_string("error", other)
     assert other.level == logging.ERROR and ds_logging.get_current_level() == logging.INFO
+
+
+def test_the_configuration_can_set_the_level(lines):
+    config = {"train_batch_size": 1, "log_level": "INFO"}
+    engine = deepspeed_c.initialize(model=torch.nn.Linear(1, 1), config=config)[0]
+    assert engine.log_level() == "info" and ds_logging.get_current_level() == logging.INFO
+    assert any("DeepSpeed info" in message for _, message in lines)
+    with pytest.raises(ValueError, match='log_level is "loud"'):
+        deepspeed_c.initialize(model=torch.nn.Linear(1, 1), config={**config, "log_level": "loud"})
+    deepspeed_c.initialize(model=torch.nn.Linear(1, 1), config={"train_batch_size": 1})
+    assert ds_logging.get_current_level() == logging.INFO

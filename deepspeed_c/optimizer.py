@@ -60,6 +60,15 @@ class CoreOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 p.grad = None
 
+    def load_state_dict(self, state_dict):
+        """As torch's, but states keep their dtype: torch would round fp32 states to the parameter's."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, saved in state_dict["state"].items():
+            for name in self.state_names:
+                if name in saved:
+                    self.state[params[number]][name] = saved[name].clone()
+
     def bind(self, engine):
         """From here on `engine` runs this optimizer."""
         self._engine = weakref.ref(engine)

@@ -25,7 +25,8 @@ struct dsc_comm;
     X(schedule)                                                                                    \
     X(comm)                                                                                        \
     X(work)                                                                                        \
-    X(engine)
+    X(engine)                                                                                      \
+    X(stepper)
 
 #define X(name) int dsc_bind_add_##name(PyObject *module);
 DSC_BIND_MAP(X)
@@ -79,6 +80,9 @@ int dsc_bind_borrow(struct dsc_bind_state *state, PyObject *tensor, const char *
  * bytes. */
 int dsc_bind_borrow_any(struct dsc_bind_state *state, PyObject *tensor, const char *what,
                         struct dsc_borrowed *out);
+
+/* Whether two dense tensors have their elements in the same order. */
+bool dsc_bind_same_layout(const struct dsc_borrowed *a, const struct dsc_borrowed *b);
 
 /* A new one-dimensional NumPy array of DSC_F32, DSC_F64 or DSC_I64 and its memory, or NULL with an
  * exception. Imports NumPy when first called. */

@@ -85,17 +85,6 @@ static int view_param(EngineObject *self, Py_ssize_t i) {
     return 0;
 }
 
-static bool same_layout(const struct dsc_borrowed *a, const struct dsc_borrowed *b) {
-    if (a->contiguous && b->contiguous)
-        return true;
-    if (a->n_dims != b->n_dims)
-        return false;
-    for (int i = 0; i < a->n_dims; i++)
-        if (a->shape[i] != b->shape[i] || (a->shape[i] != 1 && a->strides[i] != b->strides[i]))
-            return false;
-    return a->dense;
-}
-
 /* Borrows a gradient in the parameter's own layout. *held is replaced where a copy had to be made.
  */
 static int borrow_grad(EngineObject *self, Py_ssize_t i, PyObject **held,
@@ -120,7 +109,7 @@ static int borrow_grad(EngineObject *self, Py_ssize_t i, PyObject **held,
         return 0;
     if (dsc_bind_borrow(state, tensor, name, &param) < 0)
         return -1;
-    if (same_layout(&param, out))
+    if (dsc_bind_same_layout(&param, out))
         return 0;
     PyObject *copy = PyObject_CallFunctionObjArgs(self->conform, tensor, *held, NULL);
     if (!copy)

@@ -187,6 +187,19 @@ int dsc_bind_borrow_any(struct dsc_bind_state *state, PyObject *tensor, const ch
     return borrow(state, tensor, what, true, out);
 }
 
+bool dsc_bind_same_layout(const struct dsc_borrowed *a, const struct dsc_borrowed *b) {
+    if (a->n_elems != b->n_elems)
+        return false;
+    if (a->contiguous && b->contiguous)
+        return true;
+    if (a->n_dims != b->n_dims)
+        return false;
+    for (int i = 0; i < a->n_dims; i++)
+        if (a->shape[i] != b->shape[i] || (a->shape[i] != 1 && a->strides[i] != b->strides[i]))
+            return false;
+    return a->dense;
+}
+
 int dsc_bind_add_tensor(PyObject *module) {
     struct dsc_bind_state *state = dsc_bind_module_state(module);
     state->str_grad = PyUnicode_InternFromString("grad");

@@ -21,3 +21,8 @@ class FusedLamb(CoreOptimizer):
         super().__init__(params, {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps,
                                   "eps_inside_sqrt": eps_inside_sqrt, "weight_decay": weight_decay,
                                   "max_coeff": max_coeff, "min_coeff": min_coeff})
+
+    def get_lamb_coeffs(self):
+        """The ratios |p| / |u| that the last step() used, clamped, one per parameter that it stepped; [] where an
+        engine runs the optimizer."""
+        return [] if self._stepper is None else list(self._stepper.trust_ratios)

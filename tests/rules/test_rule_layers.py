@@ -11,7 +11,7 @@ LAYERS = [
     ("base", ["dsc", "status", "alloc", "log"]),
     ("kernels and pure arithmetic", [
         "kernels/", "fpenv", "pool", "arena", "lr", "scaler", "clip", "shuffle", "partition", "space", "source", "wire",
-        "topo", "tensor", "optim", "lamb", "config", "config_*",
+        "topo", "tensor", "optim", "lamb", "stepping", "config", "config_*",
     ]),
     ("communication", ["comm/"]),
     ("what the engine is made of", ["bucket", "bucket_*", "fetch", "spread", "update", "moe", "shard"]),

@@ -88,6 +88,16 @@ def test_a_script_called_deepspeed_is_no_deepspeed(tmp_path, monkeypatch):
     assert foreign.package() is None
 
 
+def test_the_distribution_of_compat_is_told_from_deepspeed_by_its_version(tmp_path, monkeypatch):
+    info = tmp_path / "deepspeed-1.dist-info"
+    info.mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for version, expected in (("0.19.8+deepspeed.c.0.1.0",) * 2, ("0.19.8", None)):
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {version}\n")
+        importlib.invalidate_caches()
+        assert foreign.compat_version() == expected
+
+
 LAUNCHER = """
 import subprocess, sys
 code = "from deepspeed_c import foreign; foreign.refuse()"

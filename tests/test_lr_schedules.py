@@ -443,6 +443,21 @@ def test_one_cycle_moves_the_betas_that_the_core_steps_with():
     torch.testing.assert_close(engine.module.weight, plain_module.weight, rtol=1e-5, atol=1e-6)
 
 
+def cycle_on_ranks(rank, world, stage):
+    torch.manual_seed(3)
+    params = {"cycle_min_lr": 0.01, "cycle_max_lr": 0.2, "cycle_first_step_size": 3, "cycle_second_step_size": 2}
+    engine = start({"type": "OneCycle", "params": params}, "AdamW", train_batch_size=2 * world,
+                   zero_optimization={"stage": stage})[0]
+    for _ in range(6):
+        run(engine)
+    return engine.get_lr(), engine.get_mom(), [p.tolist() for p in engine.module.parameters()]
+
+
+def test_a_schedule_moves_alike_on_every_rank_and_stage(ranks):
+    results = [outcome for stage in (0, 2) for outcome in ranks(2, cycle_on_ranks, stage)]
+    assert results[0][:2] == ([0.01], [(0.9, 0.99)]) and all(result == results[0] for result in results)
+
+
 def test_parameters_of_a_schedule_are_checked_by_initialize():
     with pytest.raises(ValueError, match="scheduler.params.step_size is required by StepLR"):
         start({"type": "StepLR"})

@@ -49,5 +49,7 @@ while [ "$round" -le "$rounds" ]; do
     ours 2 comm_bench.py --impl gloo
     round=$((round + 1))
 done
+echo "-- optim.py" | tee -a "$out"
+"$python" "$here/optim.py" | tee -a "$out"
 rm -f "$out.err" "$out.said"
 exit $failed

@@ -205,6 +205,30 @@ def test_states_outlive_the_engine():
     assert torch.equal(state, before)
 
 
+# Bytes per stepped element: states, a foreign optimizer's gradients; a 16-bit model adds 4 for masters.
+BYTES = {"adagrad": 4, "lion": 4, "lamb": 8, "momentum": 4, "rmsprop": 4, "adafactor": 4}
+
+
+def bytes_held(rank, world, stage, dtype):
+    torch.set_num_threads(1)
+    wrong = []
+    for name, size in BYTES.items():
+        engine = start(SECTIONS[name], stage, dtype, zero_allow_untested_optimizer=True)
+        train(engine, rank, range(1), dtype)
+        counters = engine._core.counters()
+        sums = 4 * counters["owned_elems"] if stage == 1 else 0
+        expected = counters["owned_elems"] * (size + (4 if dtype != "fp32" else 0)) + sums
+        if counters["private_bytes"] != expected:
+            wrong.append((name, counters["private_bytes"], expected))
+        engine.destroy()
+    return wrong
+
+
+@pytest.mark.parametrize("stage, dtype", [(1, "fp32"), (2, "bf16")])
+def test_memory_is_that_of_the_table(ranks, stage, dtype):
+    assert ranks(2, bytes_held, stage, dtype) == [[], []]
+
+
 # ---- errors ----
 
 def test_wrong_optimizers_are_named():

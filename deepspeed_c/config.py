@@ -5,6 +5,7 @@ all errors and warnings at once. What is read and what is allowed is the core's 
 Exit code: 0 where the configuration can train, 1 where it cannot, 2 where the options or the file are at fault.
 """
 import argparse
+import inspect
 import json
 import re
 import signal
@@ -22,21 +23,19 @@ _TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[{}\[\]]')
 
 def explain(config, world_size=1, lines=None):
     """The list of Setting of a _core.Config, in the table's order: one for each key that is no section, and for each
-    key of a dict that is given.
+    parameter of the optimizer and the schedule.
 
-    lines: {path as written: line of the file}, for the origins.
+    lines: {path as written: line of the file}, for the origins. ValueError for what check_constructors() finds.
     """
     settings, lines = [], lines or {}
     for key in _core.config_keys():
         path = key["path"]
         if key["type"] == "section" or "[]" in path:
             continue
-        value = config.get(path)
-        if key["type"] == "dict" and value:
-            settings += [Setting(f"{path}.{name}", inner, _place(f"{path}.{name}", f"{config.origin(path)[0]}.{name}",
-                                                                 lines), False, key) for name, inner in value.items()]
+        if path in _CHECKS and config.get(path.replace("params", "type")) is not None:
+            settings += _parameters(config, key, lines)
         else:
-            settings.append(Setting(path, value, *_origin(config, key, world_size, lines), key))
+            settings.append(Setting(path, config.get(path), *_origin(config, key, world_size, lines), key))
     return settings
 
 
@@ -62,19 +61,45 @@ def lines_of(text):
 
 def check_constructors(config):
     """Errors, as sentences, that only the classes named by optimizer.type and scheduler.type can tell."""
-    from .runtime import lr_schedules
     errors = []
-    for section in "optimizer", "scheduler":
-        name, params = config.get(f"{section}.type"), config.subtree(f"{section}.params") or {}
+    for path, check in _CHECKS.items():
+        name = config.get(path.replace("params", "type"))
         try:
-            if name is not None and section == "scheduler":
-                lr_schedules.check(name, params)
-            elif name is not None:
-                from .optimizer_choice import check  # imports torch
-                check(name, params)
+            if name is not None:
+                check(name, config.get(path) or {})
         except (ValueError, TypeError, NotImplementedError) as error:
             errors.append(str(error))
     return errors
+
+
+def _check_optimizer(name, params):
+    from .optimizer_choice import check  # imports torch
+    return check(name, params)
+
+
+def _check_schedule(name, params):
+    from .runtime.lr_schedules import check
+    return check(name, params), params
+
+
+# Path of a class's parameters -> function(name, params): (class, keywords), or an error.
+_CHECKS = {"optimizer.params": _check_optimizer, "scheduler.params": _check_schedule}
+
+
+def _parameters(config, key, lines):
+    """A Setting for each parameter of the class that a section names."""
+    path = key["path"]
+    name, given = config.get(path.replace("params", "type")), config.get(path) or {}
+    cls, keywords = _CHECKS[path](name, given)
+    defaults = {parameter.name: parameter.default for parameter in inspect.signature(cls).parameters.values()
+                if parameter.default is not parameter.empty}
+    found = {parameter: (value, _place(f"{path}.{parameter}", f"{config.origin(path)[0]}.{parameter}", lines), False)
+             for parameter, value in given.items()}
+    for parameter, value in keywords.items():
+        found.setdefault(parameter, (value, f"follows from {name}", False))
+    for parameter, value in defaults.items():
+        found.setdefault(parameter, (value, f"default of {cls.__name__}", True))
+    return [Setting(f"{path}.{parameter}", *row, key) for parameter, row in found.items()]
 
 
 def _origin(config, key, world_size, lines):

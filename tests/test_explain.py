@@ -73,6 +73,15 @@ def test_all_shows_defaults_too_and_effects_what_keys_do(run):
     assert table["gradient_clipping"] == ("1.0", "default; largest global gradient norm; 0 turns clipping off")
 
 
+def test_all_shows_what_the_classes_take_by_default(run):
+    _, table, _ = run('{"train_batch_size": 1,\n "optimizer": {"type": "AdamW", "params": {"lr": 0.5}},\n'
+                      ' "scheduler": {"type": "LRRangeTest"}}', "--all")
+    assert table["optimizer.params.lr"] == ("0.5", "line 2")
+    assert table["optimizer.params.adam_w_mode"] == ("true", "follows from AdamW")
+    assert table["optimizer.params.eps"] == ("1e-08", "default of FusedAdam")
+    assert table["scheduler.params.lr_range_test_step_size"] == ("2000", "default of LRRangeTest")
+
+
 @pytest.mark.parametrize("sizes, derived", [
     ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 3},
      {"gradient_accumulation_steps": ("4", "train_batch_size / train_micro_batch_size_per_gpu / 2 ranks")}),

@@ -25,7 +25,7 @@ _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _timeout = None  # (weak reference to the default group, what init_distributed was given for it, as a timedelta)
 _opened = None  # (weak reference to the default group, its Comm)
-_made = None  # (weak reference to the default group that init_distributed made, the pid that made it)
+_used = None  # (weak reference to the default group that init_distributed made or adopted, the pid that did)
 
 
 def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_port=29500, verbose=True, timeout=None,
@@ -43,10 +43,12 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     Reads RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; with none of them this process is a world of one.
     Raises ValueError naming variables that are missing or wrong, RuntimeError, NotImplementedError.
     """
-    global _timeout, _made
+    global _timeout, _used
     if isinstance(config, dict) and (config.get("comms_logger") or {}).get("enabled"):
         raise NotImplementedError('init_distributed: "comms_logger" is not yet')
     if dist.is_initialized():
+        if _used is None or _used[0]() is not dist.group.WORLD:
+            _used = weakref.ref(dist.group.WORLD), os.getpid()
         if timeout is not None:
             _timeout = weakref.ref(dist.group.WORLD), timeout
         return
@@ -61,7 +63,7 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     _wait_for_rank_0(where, timeout.total_seconds())
     dist.init_process_group(backend, timeout=timeout, **where)
     _timeout = weakref.ref(dist.group.WORLD), timeout
-    _made = weakref.ref(dist.group.WORLD), os.getpid()
+    _used = weakref.ref(dist.group.WORLD), os.getpid()
     _open_at_once()
     if verbose and dist.get_rank() == 0:
         logger.info("torch.distributed: %s, %d ranks", backend, dist.get_world_size())
@@ -95,12 +97,12 @@ def destroy_process_group(group=None):
 
 @atexit.register
 def _end():
-    """At exit: a gloo group that nobody destroyed is destroyed, because its threads otherwise end the process by
-    abort() in some of the runs. The communicator stays open: the others see this process's end when it has ended, so
+    """At exit: a gloo group that nobody destroyed, an adopted one too, is destroyed, because its threads otherwise end
+    the process by abort() in one of ten runs. The communicator stays open: the others see this process's end when it has ended, so
     that none of them can fail before the rank that is the cause."""
-    if _made is None or not dist.is_initialized() or _made[0]() is not dist.group.WORLD:
+    if _used is None or not dist.is_initialized() or _used[0]() is not dist.group.WORLD:
         return
-    if _made[1] != os.getpid():
+    if _used[1] != os.getpid():
         # A forked child: the group's destructor would join threads that a fork does not copy, so it must never run.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     elif dist.get_backend() == "gloo":

@@ -254,6 +254,23 @@ def test_a_process_that_destroys_nothing_ends_with_code_0_and_so_does_its_forked
     assert [code for _, code in ends] == [0, 0], ends
 
 
+ADOPTED = """
+import atexit, os, sys, torch.distributed as dist
+atexit.register(lambda: os.write(2, b"whole" if dist.is_initialized() else b"destroyed"))  # runs after ours
+dist.init_process_group("gloo")
+import deepspeed_c
+deepspeed_c.init_distributed()
+dist.barrier()
+"""
+
+
+def test_an_adopted_gloo_group_that_nobody_destroyed_is_destroyed_at_exit():
+    """Its threads would end the process by abort() in some of the runs, whoever made it."""
+    done = subprocess.run([sys.executable, "-c", ADOPTED], capture_output=True, text=True, timeout=60, env={
+        **os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"})
+    assert (done.returncode, done.stderr) == (0, "destroyed")
+
+
 def adopted(rank, world):
     dist.init_process_group("gloo", timeout=timedelta(seconds=1.5))
     group = dist.group.WORLD

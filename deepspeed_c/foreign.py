@@ -79,7 +79,7 @@ def command():
         return None, False
     try:
         with open(path, "rb") as file:
-            return path, b"deepspeed_c" in file.read(4096)
+            return path, b"deepspeed_c.launcher" in file.read(4096)
     except OSError:
         return path, False
 

@@ -137,7 +137,7 @@ def script(folder, text):
 
 
 def test_the_command_on_path_is_ours_or_named(tmp_path, monkeypatch, capsys):
-    theirs = script(tmp_path / "theirs", "from deepspeed.launcher.runner import main")
+    theirs = script(tmp_path / "theirs", "# /opt/deepspeed_c/bin\nfrom deepspeed.launcher.runner import main")
     ours = script(tmp_path / "ours", "from deepspeed_c.launcher.runner import main")
     for path, expected in ((theirs, f"ANOTHER: {theirs}"), (ours, f"deepspeed_c: {ours}"), (None, "none on PATH")):
         monkeypatch.setenv("PATH", str(path.parent) if path else str(tmp_path))

@@ -57,6 +57,10 @@ class _Run:
         raise ValueError(f"a state of {self._names[i]} has shape {tuple(value.shape)}; allowed: {tuple(p.shape)} or "
                          f"{(n,)}")
 
+    def master_of(self, i):
+        """This rank's fragment of parameter i's fp32 master, over the core's memory; None where it has none."""
+        return self._masters.get(i)
+
     def _numbers(self):
         """Number of each trained parameter in torch's order of state dicts: group by group."""
         index = {id(p): i for i, p in enumerate(self._params)}
@@ -177,6 +181,11 @@ class CoreRun(_Run):
         self._take_back()
         self._steps.copy_(saved["steps"])
 
+    def states_of(self, i):
+        """{name: fragment} of parameter i's states on this rank; what is written there counts."""
+        self._take()
+        return {name: t for name, t in self._shown.get(i, {}).items() if name != "step"}
+
     def _take_back(self):
         for i, shown in self._shown.items():
             self.optimizer.state[self._params[i]] = dict(shown)
@@ -242,6 +251,12 @@ class ForeignRun(_Run):
     def step(self):
         """The boundary; returns the core's report."""
         return self._core.step(self.optimizer.param_groups, self._run)
+
+    def states_of(self, i):
+        """{name: fragment} of parameter i's states on this rank; what is written there counts."""
+        n = self._parts[i][1]
+        return {name: t for name, t in self.optimizer.state.get(self._params[i], {}).items()
+                if isinstance(t, torch.Tensor) and t.numel() == n and t.dim() > 0}
 
     def _packed_state(self):
         state = self.optimizer.state

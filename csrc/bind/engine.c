@@ -560,7 +560,7 @@ static PyObject *engine_end_deferring(EngineObject *self, PyObject *unused) {
 }
 
 /* A float32 CPU tensor with as many elements as parameter i. */
-static int borrow_values(EngineObject *self, Py_ssize_t i, PyObject *tensor, size_t n_elems,
+static int borrow_values(EngineObject *self, Py_ssize_t i, PyObject *tensor,
                          struct dsc_borrowed *out) {
     if (i < 0 || i >= self->n_params) {
         PyErr_Format(PyExc_IndexError, "parameter %zd of %zd", i, self->n_params);
@@ -569,12 +569,12 @@ static int borrow_values(EngineObject *self, Py_ssize_t i, PyObject *tensor, siz
     if (dsc_bind_borrow(state_of(self), tensor, "values", out) < 0)
         return -1;
     if (out->on_cpu && out->contiguous && out->dtype == DSC_F32 &&
-        out->n_elems == (n_elems == SIZE_MAX ? self->shapes[i].n_elems : n_elems))
+        out->n_elems == self->shapes[i].n_elems)
         return 0;
     PyErr_Format(PyExc_ValueError,
                  "values of %s must be a contiguous float32 CPU tensor of %zu "
                  "elements",
-                 name_of(self, i), n_elems == SIZE_MAX ? self->shapes[i].n_elems : n_elems);
+                 name_of(self, i), self->shapes[i].n_elems);
     return -1;
 }
 
@@ -587,7 +587,7 @@ static PyObject *full_grad(EngineObject *self, PyObject *args, bool get) {
     double into_grad = 0;
     enum dsc_status status;
     if (!PyArg_ParseTuple(args, "nO:full_grad", &i, &tensor) ||
-        borrow_values(self, i, tensor, SIZE_MAX, &t) < 0 ||
+        borrow_values(self, i, tensor, &t) < 0 ||
         enter(self, get ? "safe_get_full_grad" : "safe_set_full_grad") < 0)
         return NULL;
     int failed = view_all(self);
@@ -811,34 +811,6 @@ static PyObject *engine_part(EngineObject *self, PyObject *args) {
     return Py_BuildValue("(nn)", (Py_ssize_t)begin, (Py_ssize_t)n);
 }
 
-/* set_state(index, which, values): the part that this rank holds. */
-static PyObject *engine_set_state(EngineObject *self, PyObject *args) {
-    Py_ssize_t index;
-    int which;
-    PyObject *tensor;
-    struct dsc_borrowed t;
-    if (!PyArg_ParseTuple(args, "niO:set_state", &index, &which, &tensor))
-        return NULL;
-    if (index < 0 || index >= self->n_params || which < -1 || which >= DSC_OPTIM_MAX_STATES) {
-        PyErr_Format(PyExc_IndexError, "set_state(%zd, %d): allowed: 0 to %zd, -1 to %d", index,
-                     which, self->n_params - 1, DSC_OPTIM_MAX_STATES - 1);
-        return NULL;
-    }
-    if (enter(self, "set_state") < 0)
-        return NULL;
-    self->busy = false;
-    struct dsc_held held = dsc_engine_held(self->core, (size_t)index, which);
-    if (!held.values) {
-        PyErr_Format(PyExc_ValueError, "set_state: this rank holds no such values of %s",
-                     name_of(self, index));
-        return NULL;
-    }
-    if (borrow_values(self, index, tensor, held.n, &t) < 0)
-        return NULL;
-    memcpy(held.values, t.data, held.n * sizeof *held.values);
-    Py_RETURN_NONE;
-}
-
 static PyObject *engine_steps(EngineObject *self, PyObject *unused) {
     (void)unused;
     if (enter(self, "steps") < 0)
@@ -927,8 +899,6 @@ static PyMethodDef engine_methods[] = {
      "the caller stores values * factor in .grad. Collective."},
     {"part", (PyCFunction)engine_part, METH_VARARGS,
      "part(i, rank) -> (begin, n): the elements of parameter i that a rank steps."},
-    {"set_state", (PyCFunction)engine_set_state, METH_VARARGS,
-     "set_state(i, which, values): replaces what state(i, which) shows, by a float32 tensor."},
     {"step", (PyCFunction)engine_step, METH_VARARGS,
      "step(param_groups, run=None): the boundary; returns a report as a dict. run: called between\n"
      "gradients and values, where the optimizer is foreign."},

@@ -16,8 +16,6 @@ __all__ = ["safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_opti
            "safe_set_local_fp32_param", "safe_set_local_grad", "safe_set_local_optimizer_state",
            "safe_update_full_grad_vectorized"]
 
-_MASTER = -1  # where others are numbers of optimizer states
-
 # Which engine trains a parameter, by id: a parameter itself must stay picklable.
 _PLACES = {}
 
@@ -72,72 +70,90 @@ def _flat(param, value, call, shape=None):
     return flat(laid)
 
 
-def _which(engine, key, call):
-    names = engine.optimizer.state_names
-    if key not in names:
-        raise ValueError(f"{call}: optim_state_key is {key!r}; allowed: {', '.join(names) or 'none'}")
-    return names.index(key)
-
-
 # ---- parts ----
 
 
-def _get_part(engine, index, which):
-    """This rank's part as a fresh flat tensor, None where it has none."""
-    held = engine._core.state(index, which)
-    if held is not None:
-        return torch.from_numpy(held[1])
+def _state(engine, index, key, call):
+    """This rank's fragment of a state, None where it has none of this parameter's elements."""
+    fragment = engine._run.states_of(index).get(key)
+    if fragment is None and engine._core.part(index, engine.global_rank)[1]:
+        have = ", ".join(engine.optimizer.state_names or engine._run.states_of(index)) or "none"
+        raise ValueError(f"{call}: optim_state_key is {key!r}; allowed: {have} (a state that the first step makes is "
+                         "not there before)")
+    return fragment
+
+
+def _part(engine, index, key, call):
+    """This rank's part of the master (key None) or of a state, flat, over the memory itself; None where it has none.
+    An fp32 parameter is its own master."""
     begin, n = engine._core.part(index, engine.global_rank)
-    if n == 0 or which != _MASTER:
+    held = engine._run.master_of(index) if key is None else _state(engine, index, key, call)
+    if n == 0:
         return None
-    return flat(engine._params[index])[begin:begin + n].to(torch.float32, copy=True)
+    if held is None:
+        return flat(engine._params[index])[begin:begin + n]
+    return held.detach() if held.dim() == 1 else flat(held)
 
 
-def _set_part(engine, index, which, values):
-    begin, n = engine._core.part(index, engine.global_rank)
-    if engine._core.state(index, which) is not None:
-        engine._core.set_state(index, which, values)
-    elif which != _MASTER:
-        raise ValueError("the optimizer has no state yet: it is made in the first step")
-    if which == _MASTER:
-        with torch.no_grad():
-            flat(engine._params[index])[begin:begin + n].copy_(values)
-
-
-def _get_full(param, which):
+def _get_full(param, key, call):
     """All ranks' parts together. Collective."""
     engine, index = _place(param)
     core, comm = engine._core, engine._comm
     whole = torch.zeros(param.numel(), dtype=torch.float32)
-    mine = _get_part(engine, index, which)
-    begin, n = core.part(index, engine.global_rank)
+    mine = problem = None
+    try:
+        mine = _part(engine, index, key, call)
+    except ValueError as error:
+        problem = error
+    if key is not None:  # a rank without elements of this parameter cannot know the names
+        fine = torch.tensor([problem is None], dtype=torch.int32)
+        comm.all_reduce(fine, "min", call)
+        if not fine:
+            raise problem or ValueError(f"{call}: optim_state_key is {key!r}, which another rank does not have")
     if mine is not None:
+        begin, n = core.part(index, engine.global_rank)
         whole[begin:begin + n] = mine
     if comm.size > 1 and engine.zero_optimization_stage() > 0:
         for rank in range(comm.size):
             begin, n = core.part(index, rank)
             if n:
-                comm.broadcast(whole[begin:begin + n], rank, "safe_get")
+                comm.broadcast(whole[begin:begin + n], rank, call)
     return _shaped(param, whole)
 
 
-def _set_full(param, which, value, call):
+def _put(engine, index, key, values, call):
+    """Replaces this rank's part by `values` (flat); a master's parameter follows."""
+    part = _part(engine, index, key, call)
+    with torch.no_grad():
+        part.copy_(values)
+        if key is None:
+            begin, n = engine._core.part(index, engine.global_rank)
+            flat(engine._params[index])[begin:begin + n].copy_(values)
+
+
+def _set_full(param, key, value, call):
     engine, index = _must(param, call)
     values = _flat(param, value, call)
     begin, n = engine._core.part(index, engine.global_rank)
     if n:
-        _set_part(engine, index, which, values[begin:begin + n])
-    if which == _MASTER:
+        _put(engine, index, key, values[begin:begin + n], call)
+    if key is None:
         with torch.no_grad():
             flat(param).copy_(values)
 
 
-def _set_local(param, which, value, call):
+def _get_local(param, key, call):
+    place = _place(param)
+    part = None if place is None else _part(*place, key, call)
+    return None if part is None else part.to(torch.float32, copy=True)
+
+
+def _set_local(param, key, value, call):
     engine, index = _must(param, call)
     n = engine._core.part(index, engine.global_rank)[1]
     if n == 0:
         raise ValueError(f"{call}: this rank steps no element of this parameter")
-    _set_part(engine, index, which, _flat(param, value, call, (n,)))
+    _put(engine, index, key, _flat(param, value, call, (n,)), call)
 
 
 # ---- the interface ----
@@ -145,26 +161,24 @@ def _set_local(param, which, value, call):
 
 def safe_get_full_fp32_param(param):
     """The fp32 values of a parameter, in its shape. Collective; None where no engine trains it."""
-    return None if _place(param) is None else _get_full(param, _MASTER)
+    return None if _place(param) is None else _get_full(param, None, "safe_get_full_fp32_param")
 
 
 def safe_set_full_fp32_param(param, value):
     """Replaces the parameter and its fp32 master on this rank; call it on all ranks with the same value."""
-    _set_full(param, _MASTER, value, "safe_set_full_fp32_param")
+    _set_full(param, None, value, "safe_set_full_fp32_param")
 
 
 def safe_get_full_optimizer_state(param, optim_state_key):
     """An optimizer state ("exp_avg", ...) in the parameter's shape. Collective; None where no engine trains it."""
-    place = _place(param)
-    if place is None:
+    if _place(param) is None:
         return None
-    return _get_full(param, _which(place[0], optim_state_key, "safe_get_full_optimizer_state"))
+    return _get_full(param, optim_state_key, "safe_get_full_optimizer_state")
 
 
 def safe_set_full_optimizer_state(param, value, optim_state_key):
     """Replaces an optimizer state; call it on all ranks with the same value."""
-    call = "safe_set_full_optimizer_state"
-    _set_full(param, _which(_must(param, call)[0], optim_state_key, call), value, call)
+    _set_full(param, optim_state_key, value, "safe_set_full_optimizer_state")
 
 
 def safe_get_full_grad(param):
@@ -193,27 +207,22 @@ def safe_set_full_grad(param, value):
 
 def safe_get_local_fp32_param(param):
     """This rank's part of the fp32 values, one dimension."""
-    place = _place(param)
-    return None if place is None else _get_part(*place, _MASTER)
+    return _get_local(param, None, "safe_get_local_fp32_param")
 
 
 def safe_set_local_fp32_param(param, value):
     """Replaces this rank's part; other ranks see it in their parameter after the next step."""
-    _set_local(param, _MASTER, value, "safe_set_local_fp32_param")
+    _set_local(param, None, value, "safe_set_local_fp32_param")
 
 
 def safe_get_local_optimizer_state(param, optim_state_key):
-    """This rank's part of an optimizer state, one dimension; None before the state exists."""
-    place = _place(param)
-    if place is None:
-        return None
-    return _get_part(*place, _which(place[0], optim_state_key, "safe_get_local_optimizer_state"))
+    """This rank's part of an optimizer state, one dimension."""
+    return _get_local(param, optim_state_key, "safe_get_local_optimizer_state")
 
 
 def safe_set_local_optimizer_state(param, value, optim_state_key):
     """Replaces this rank's part of an optimizer state."""
-    call = "safe_set_local_optimizer_state"
-    _set_local(param, _which(_must(param, call)[0], optim_state_key, call), value, call)
+    _set_local(param, optim_state_key, value, "safe_set_local_optimizer_state")
 
 
 def safe_get_local_grad(param):

@@ -101,7 +101,7 @@ def test_backward_and_scale_gradient_multiply_by_the_scale():
     p = torch.nn.Parameter(torch.tensor(2.0))
     scaler = make(init_scale=8.0)
     scaler.backward(3 * p)
-    assert p.grad == 24
+    assert p.grad == 24 and scaler.scale_loss(p).item() == 16
     assert scaler.scale_gradient(None, (p.grad, None), None) == (192, None)
 
 

@@ -68,9 +68,17 @@ def print_rank_0(message, debug=False, force=False):
         log_dist(message, ranks=[0], level=logging.INFO if debug else logging.DEBUG)
 
 
+def get_log_level_from_string(log_level_str):
+    """The level (int) of this name, of any case. ValueError lists the names."""
+    try:
+        return log_levels[log_level_str.lower()]
+    except (KeyError, AttributeError):
+        raise ValueError(f"log level {log_level_str!r} is not one of {', '.join(log_levels)}") from None
+
+
 def set_log_level_from_string(log_level_str, custom_logger=None):
     """Sets the level of the logger (or of another one) by name, of any case. ValueError lists the names."""
-    (custom_logger or logger).setLevel(_level(log_level_str))
+    (custom_logger or logger).setLevel(get_log_level_from_string(log_level_str))
 
 
 def get_current_level():
@@ -80,11 +88,4 @@ def get_current_level():
 
 def should_log_le(max_log_level_str):
     """Whether the logger's level is at most the one named: whether such lines are shown."""
-    return get_current_level() <= _level(max_log_level_str)
-
-
-def _level(name):
-    try:
-        return log_levels[name.lower()]
-    except (KeyError, AttributeError):
-        raise ValueError(f"log level {name!r} is not one of {', '.join(log_levels)}") from None
+    return get_current_level() <= get_log_level_from_string(max_log_level_str)

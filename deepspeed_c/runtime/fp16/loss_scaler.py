@@ -35,9 +35,13 @@ class LossScalerBase:
         """The gradients (a tuple of tensors or None) times the scale: a backward hook."""
         return tuple(None if grad is None else grad * self.cur_scale for grad in grad_in)
 
+    def scale_loss(self, loss):
+        """The loss times the scale."""
+        return loss * self.cur_scale
+
     def backward(self, loss, retain_graph=False):
         """Runs autograd from the scaled loss."""
-        (loss * self.cur_scale).backward(retain_graph=retain_graph)
+        self.scale_loss(loss).backward(retain_graph=retain_graph)
 
     def update_scale(self, overflow):
         """Goes on by one optimizer step; a scale that is not dynamic stays."""
@@ -94,8 +98,10 @@ class DynamicLossScaler(LossScalerBase):
             raise RuntimeError(AT_MINIMUM) from error
 
     def has_overflow(self, params):
-        """Whether a gradient among `params` is not finite."""
+        """Whether a gradient among `params` is not finite on this rank; ranks have to agree before update_scale."""
         return any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in params)
+
+    has_overflow_serial = has_overflow
 
 
 def CreateLossScaler(dtype, static_loss_scale, dynamic_scaling, dynamic_loss_args):

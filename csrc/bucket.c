@@ -15,6 +15,8 @@ enum {
     BOUNDARY_SLOTS_PER_PEER = 3,
     EARLY_SLOT_ELEMS = 256 * 1024,
     EARLY_SLOTS_AT_START = 16,
+    /* What one rank sends at a time where ranks share no memory. */
+    REMOTE_ELEMS = 1024 * 1024,
 };
 
 /* ---- where things are ---- */
@@ -47,21 +49,24 @@ static const char *tag_data(const struct dsc_buckets *set, int rank, uint64_t ta
 }
 
 const float *dsc_buckets_sums(const struct dsc_buckets *set, int owner) {
-    if (set->private_sums)
-        return owner == set->rank ? set->private_sums : NULL;
+    struct dsc_range owned = dsc_space_owned(set->space, owner);
+    if (set->private_sums) /* of this rank's range, or of all */
+        return owned.begin >= set->held.begin && owned.end <= set->held.end
+                   ? set->private_sums + (owned.begin - set->held.begin)
+                   : NULL;
     return (const float *)(const void *)(set->window->base[owner] + set->sums_offset);
 }
 
 float *dsc__bucket_own_sums(struct dsc_buckets *set) {
     if (set->private_sums)
-        return set->private_sums;
+        return set->private_sums + (dsc_space_owned(set->space, set->rank).begin - set->held.begin);
     return (float *)(void *)(set->window->base[set->rank] + set->sums_offset);
 }
 
 static float *sums_at(struct dsc_buckets *set, const struct dsc__bucket *bucket) {
     size_t offset = bucket->range.begin - dsc_space_owned(set->space, bucket->owner).begin;
     if (set->private_sums)
-        return set->private_sums + offset;
+        return dsc__bucket_own_sums(set) + offset;
     return (float *)(void *)(set->window->base[bucket->owner] + set->sums_offset) + offset;
 }
 
@@ -154,10 +159,13 @@ static void add_own(const struct sum_job *job, struct dsc_range range, float *ds
 }
 
 /* What stays between rounds has the precision that data_types.grad_accum_dtype asks for. */
-static void round_sums(float *sums, enum dsc_dtype dtype, size_t n) {
+void dsc__bucket_round_sums(const struct dsc_buckets *set, float *sums) {
+    enum dsc_dtype dtype = set->options.accum;
     uint16_t narrow[DSC_BLOCK];
-    dsc_kernels()->from_f32[dtype](narrow, sums, n);
-    dsc_kernels()->to_f32[dtype](sums, narrow, n);
+    if (dtype == DSC_F32)
+        return;
+    dsc_kernels()->from_f32[dtype](narrow, sums, DSC_BLOCK);
+    dsc_kernels()->to_f32[dtype](sums, narrow, DSC_BLOCK);
 }
 
 /* Block by block, so that a block stays in the first-level cache while all ranks are added. */
@@ -170,8 +178,8 @@ static void sum_blocks(void *context, size_t first_block, size_t end_block) {
         float *dst = sums + k * DSC_BLOCK;
         if (job->first)
             memset(dst, 0, DSC_BLOCK * sizeof *dst);
-        else if (job->set->options.accum != DSC_F32)
-            round_sums(dst, job->set->options.accum, DSC_BLOCK);
+        else
+            dsc__bucket_round_sums(job->set, dst);
         for (int rank = 0; rank < job->set->size; rank++) {
             if (job->own && rank == job->set->rank)
                 add_own(job, range, dst);
@@ -278,6 +286,11 @@ static enum dsc_status lay_slots(struct dsc_buckets *set) {
     return dsc_alloc(set->slot_elems / DSC_BLOCK * sizeof *set->squares, (void **)&set->squares);
 }
 
+enum dsc_status dsc__bucket_hold(struct dsc_buckets *set, struct dsc_range range) {
+    set->held = range;
+    return dsc_arena_alloc(dsc_range_size(range) * sizeof(float), (void **)&set->private_sums);
+}
+
 static enum dsc_status open_window(struct dsc_buckets *set) {
     size_t most_buckets = 0, most_elems = 0;
     for (int r = 0; r < set->size; r++) {
@@ -292,9 +305,7 @@ static enum dsc_status open_window(struct dsc_buckets *set) {
         dsc_round_up(set->sums_offset + (shared ? most_elems * sizeof(float) : 0), 4096);
     size_t n_bytes = set->slots_offset + (size_t)set->max_slots * set->slot_elems * sizeof(float);
     if (!shared)
-        DSC_TRY(
-            dsc_arena_alloc(dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float),
-                            (void **)&set->private_sums));
+        DSC_TRY(dsc__bucket_hold(set, dsc_space_owned(set->space, set->rank)));
     return dsc_comm_window_open(set->comm, n_bytes, "engine: gradient buckets", &set->window);
 }
 
@@ -314,6 +325,16 @@ static void populate(struct dsc_buckets *set) {
     }
 }
 
+static enum dsc_status open_local(struct dsc_buckets *set) {
+    set->reclaim_bell = dsc_comm_bell(set->comm) - 1;
+    DSC_TRY(dsc_alloc(set->space->n_segments * sizeof *set->arrived, (void **)&set->arrived));
+    DSC_TRY(lay_buckets(set));
+    DSC_TRY(lay_slots(set));
+    DSC_TRY(open_window(set));
+    populate(set);
+    return DSC_OK;
+}
+
 enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *space,
                                  const struct dsc_bucket_options *options,
                                  struct dsc_buckets **out) {
@@ -327,24 +348,18 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
     set->round = 1;
     set->step = 1;
     set->slot_dtype = dsc_wire_dtype(&options->wire, space->dtype);
-    set->reclaim_bell = dsc_comm_bell(comm) - 1;
+    bool shares = dsc_comm_has_windows(comm);
     size_t cap = options->early ? EARLY_SLOT_ELEMS : BOUNDARY_SLOT_ELEMS;
+    if (!shares)
+        cap = REMOTE_ELEMS / (size_t)set->size / DSC_BLOCK * DSC_BLOCK;
     size_t share = dsc_space_most_owned(space);
     set->slot_elems = dsc_max(dsc_min(options->bucket_elems, dsc_min(cap, share)), 1);
     set->slot_elems = dsc_round_up(set->slot_elems, DSC_BLOCK);
-    enum dsc_status status =
-        dsc_alloc(space->n_segments * sizeof *set->arrived, (void **)&set->arrived);
-    if (status == DSC_OK)
-        status = lay_buckets(set);
-    if (status == DSC_OK)
-        status = lay_slots(set);
-    if (status == DSC_OK)
-        status = open_window(set);
+    enum dsc_status status = shares ? open_local(set) : dsc__remote_open(set);
     if (status != DSC_OK) {
         dsc_buckets_close(set);
         return status;
     }
-    populate(set);
     *out = set;
     return DSC_OK;
 }
@@ -354,9 +369,10 @@ void dsc_buckets_close(struct dsc_buckets *set) {
         return;
     if (set->window)
         dsc_comm_window_close(set->comm, set->window);
+    if (set->remote)
+        dsc__remote_close(set);
     if (set->private_sums)
-        dsc_arena_free(set->private_sums,
-                       dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float));
+        dsc_arena_free(set->private_sums, dsc_range_size(set->held) * sizeof(float));
     dsc_free(set->squares);
     dsc_free(set->backlog);
     dsc_free(set->outstanding);
@@ -372,12 +388,13 @@ struct dsc_bucket_counters dsc_buckets_counters(const struct dsc_buckets *set) {
 }
 
 size_t dsc_buckets_private_bytes(const struct dsc_buckets *set) {
-    return set->private_sums
-               ? dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float)
-               : 0;
+    size_t staging = set->remote ? dsc__remote_bytes(set) : 0;
+    return staging + (set->private_sums ? dsc_range_size(set->held) * sizeof(float) : 0);
 }
 
 size_t dsc_buckets_shared_bytes(const struct dsc_buckets *set) {
+    if (set->remote)
+        return 0;
     size_t sums = set->private_sums
                       ? 0
                       : dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float);

@@ -9,6 +9,8 @@
  * settles, reads its own gradients where they lie, and takes the norm while the sums are in cache.
  * Early (stage 2, or overlap_comm): gradients arrive one by one inside backward; whoever completes
  * a bucket settles it; nothing waits before the boundary. A rank that is ahead takes more slots.
+ * Where ranks share no memory there is the exchange only, as one walk of all ranks over chunks of
+ * all owners.
  *
  * Invariant: the sums depend on the published values and the order of ranks and rounds only, never
  * on time, bucket size or who settles (contract N1). */
@@ -45,9 +47,14 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
 void dsc_buckets_close(struct dsc_buckets *buckets);
 
 /* At the boundary: publishes and settles everything; adds the squares of this rank's sums to norm.
+ * Where ranks share no memory, also for one round of several: source NULL is nothing, norm NULL
+ * takes none, and all ranks must have set the same dtype (dsc_buckets_set_dtype).
  */
 enum dsc_status dsc_buckets_exchange(struct dsc_buckets *buckets, const struct dsc_source *source,
                                      struct dsc_norm *norm, const char *label);
+
+/* Where ranks share no memory: adds the squares of this rank's sums. */
+void dsc_buckets_norm(struct dsc_buckets *buckets, struct dsc_norm *norm);
 
 /* Early. What contributions are from the next round on: of the model's dtype, or fp32 where they
  * are sums over micro-steps; they travel as options.wire says. The same on all ranks or not: a tag

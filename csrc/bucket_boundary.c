@@ -32,30 +32,44 @@ struct copy_job {
     const struct dsc_buckets *set;
     const struct dsc_source *source;
     struct dsc_range range;
-    enum dsc_dtype dtype;
+    enum dsc_dtype own, to; /* as this rank would send it, and as it is sent */
     char *slot;
 };
+
+static void copy_part(const struct copy_job *job, const struct dsc_segment *segment,
+                      struct dsc_range part, char *dst) {
+    enum dsc_dtype dtype;
+    const struct dsc_wire *wire = &job->set->options.wire;
+    const void *src = dsc_source_at(job->source, segment, part.begin, &dtype);
+    size_t n = dsc_range_size(part);
+    if (src && job->own == job->to) {
+        dsc_wire_pack(wire, dst, job->to, src, dtype, n);
+        return;
+    }
+    memset(dst, 0, n * dsc_dtype_size(job->to));
+    if (src) /* another rank brings fp32 sums */
+        dsc_wire_add(wire, (float *)(void *)dst, job->own, src, dtype, n);
+}
 
 static void copy_blocks(void *context, size_t begin, size_t end) {
     const struct copy_job *job = context;
     struct dsc_range range = {job->range.begin + begin * DSC_BLOCK,
                               job->range.begin + end * DSC_BLOCK};
-    size_t elem_size = dsc_dtype_size(job->dtype), at = range.begin;
+    size_t elem_size = dsc_dtype_size(job->to), at = range.begin;
     char *base = job->slot - job->range.begin * elem_size;
     struct dsc_parts it = dsc_parts(job->set->space, range);
     while (dsc_parts_next(&it)) {
-        enum dsc_dtype dtype;
-        const void *src = dsc_source_at(job->source, it.segment, it.part.begin, &dtype);
-        size_t n = dsc_range_size(it.part);
         memset(base + at * elem_size, 0, (it.part.begin - at) * elem_size);
-        if (!src)
-            memset(base + it.part.begin * elem_size, 0, n * elem_size);
-        else
-            dsc_wire_pack(&job->set->options.wire, base + it.part.begin * elem_size, job->dtype,
-                          src, dtype, n);
+        copy_part(job, it.segment, it.part, base + it.part.begin * elem_size);
         at = it.part.end;
     }
     memset(base + at * elem_size, 0, (range.end - at) * elem_size);
+}
+
+void dsc__bucket_pack(const struct dsc_buckets *set, const struct dsc_source *source,
+                      struct dsc_range range, enum dsc_dtype to, char *dst) {
+    struct copy_job job = {set, source, range, dsc__bucket_slot_dtype(set, source), to, dst};
+    dsc_pool_run(set->options.pool, dsc_range_size(range) / DSC_BLOCK, 32, copy_blocks, &job);
 }
 
 static bool has_data(const struct dsc_buckets *set, const struct dsc_source *source,
@@ -80,10 +94,7 @@ static bool publish_from_source(struct dsc_buckets *set, size_t b,
         if (slot < 0)
             return false;
         enum dsc_dtype dtype = dsc__bucket_slot_dtype(set, source);
-        struct copy_job job = {set, source, bucket->range, dtype,
-                               dsc__bucket_slot(set, set->rank, slot)};
-        dsc_pool_run(set->options.pool, dsc_range_size(bucket->range) / DSC_BLOCK, 32, copy_blocks,
-                     &job);
+        dsc__bucket_pack(set, source, bucket->range, dtype, dsc__bucket_slot(set, set->rank, slot));
         tag = dsc__bucket_tag(slot, dtype);
     }
     dsc__bucket_post(set, b, tag);
@@ -93,6 +104,8 @@ static bool publish_from_source(struct dsc_buckets *set, size_t b,
 
 enum dsc_status dsc_buckets_exchange(struct dsc_buckets *set, const struct dsc_source *source,
                                      struct dsc_norm *norm, const char *label) {
+    if (set->remote)
+        return dsc__remote_exchange(set, source, norm, label);
     size_t at = set->first[set->rank], end = set->first[set->rank + 1], b = 0;
     struct cursor cursor = {0, 1};
     double since = dsc_comm_now();

@@ -248,6 +248,8 @@ void dsc_buckets_put_sums(struct dsc_buckets *set, size_t segment, const float *
     float *sums = dsc__bucket_own_sums(set);
     for (size_t i = part.begin; i < part.end; i++)
         sums[i - owned.begin] = values[i - where->begin] * factor;
+    if (set->remote)
+        return;
     for (size_t at = part.begin; at < part.end;) { /* the norm that settlements took is stale */
         size_t b = dsc__bucket_at(set, at);
         dsc__bucket_record(set, b)->norm_round = 0;
@@ -294,6 +296,10 @@ void dsc_buckets_set_phase(struct dsc_buckets *set, bool in_backward, bool last)
 }
 
 void dsc_buckets_reset(struct dsc_buckets *set) {
+    if (set->remote) {
+        dsc__remote_reset(set);
+        return;
+    }
     dsc_buckets_leave_boundary(set);
     set->step++;
     for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++) {

@@ -1,4 +1,4 @@
-/* What the three bucket files share: the records in the window, the state of one rank, the
+/* What the bucket files share: the records in the window, the state of one rank, the
  * primitive moves. Nobody else includes it.
  *
  * The window of rank r holds, in this order: a header, a control record for each bucket that r
@@ -65,7 +65,9 @@ struct dsc_buckets {
 
     struct dsc_window *window;
     size_t record_stride, sums_offset, slots_offset;
-    float *private_sums; /* NULL where the sums are in the window */
+    float *private_sums;        /* NULL where the sums are in the window */
+    struct dsc_range held;      /* what private_sums are of */
+    struct dsc__remote *remote; /* where ranks share no memory: no window, buckets nor slots */
 
     int32_t n_slots, max_slots;
     int32_t *free_slots, n_free;
@@ -104,5 +106,23 @@ void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_sour
 /* Settles a bucket where all entries are there. Never waits: if another rank holds the lock, that
  * rank looks again after it has unlocked. */
 void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b);
+
+/* dst (of type `to`, at range.begin) = a source's values as they travel, zero where there is none.
+ */
+void dsc__bucket_pack(const struct dsc_buckets *set, const struct dsc_source *source,
+                      struct dsc_range range, enum dsc_dtype to, char *dst);
+/* What the precision of options.accum leaves of a block of sums between two rounds. */
+void dsc__bucket_round_sums(const struct dsc_buckets *set, float *sums);
+
+/* Private sums of a range: what this rank reads of them. */
+enum dsc_status dsc__bucket_hold(struct dsc_buckets *set, struct dsc_range range);
+
+/* bucket_remote.c */
+enum dsc_status dsc__remote_open(struct dsc_buckets *set);
+void dsc__remote_close(struct dsc_buckets *set);
+enum dsc_status dsc__remote_exchange(struct dsc_buckets *set, const struct dsc_source *source,
+                                     struct dsc_norm *norm, const char *label);
+void dsc__remote_reset(struct dsc_buckets *set);
+size_t dsc__remote_bytes(const struct dsc_buckets *set);
 
 #endif

@@ -175,7 +175,8 @@ enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_o
     e->rank = dsc_comm_rank(comm);
     e->size = dsc_comm_size(comm);
     e->pid = getpid();
-    e->early = e->size > 1 && (options->stage == 2 || options->overlap);
+    e->remote = !dsc_comm_has_windows(comm);
+    e->early = e->size > 1 && !e->remote && (options->stage == 2 || options->overlap);
     e->keeps = e->size == 1 || options->stage < 2;
     e->folds = !options->narrow_sums;
     e->n_params = n_params;
@@ -275,7 +276,7 @@ enum dsc_status dsc_engine_begin_backward(struct dsc_engine *e, bool boundary, i
      * round. */
     if (e->round_open)
         DSC_TRY(dsc__engine_end_round(e, NULL));
-    for (size_t s = 0; !e->keeps && !e->deferring && s < e->n_spaces; s++)
+    for (size_t s = 0; e->early && !e->keeps && !e->deferring && s < e->n_spaces; s++)
         DSC_TRY(dsc_buckets_wait_turn(e->holdings[s].buckets, "backward (others are behind)"));
     e->boundary = boundary;
     tell_buckets(e, true);
@@ -290,7 +291,9 @@ enum dsc_status dsc_engine_end_backward(struct dsc_engine *e, bool boundary, int
         return status;
     e->n_micro++;
     bool folds = e->has_16bit && e->folds;
-    if (!e->keeps && !e->deferring) {
+    if (!e->keeps && !e->deferring && e->remote) {
+        *need |= DSC_NEED_HAND_OVER;
+    } else if (!e->keeps && !e->deferring) {
         status = dsc__engine_end_round(e, NULL);
     } else if (boundary && !e->deferring) {
         e->pending_16bit = folds;
@@ -337,6 +340,16 @@ enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t i, const void 
 
 bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param) {
     return e->param_space[param] >= 0 && e->params[param].dtype != DSC_F32;
+}
+
+enum dsc_status dsc_engine_hand_over(struct dsc_engine *e, struct dsc_view *views) {
+    uint64_t saved = dsc_fp_enter();
+    for (size_t i = 0; i < e->n_params; i++)
+        e->touched[i] |= e->param_space[i] >= 0 && views[i].grad;
+    dsc_engine_check(e, views);
+    enum dsc_status status = dsc__engine_hand_over(e, views);
+    dsc_fp_leave(saved);
+    return status;
 }
 
 enum dsc_status dsc_engine_fold(struct dsc_engine *e, const struct dsc_view *views) {
@@ -417,6 +430,8 @@ double dsc_engine_scale(const struct dsc_engine *e) {
 
 struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *e) {
     struct dsc_engine_counters sum = {0};
+    if (e->spread)
+        sum.private_bytes += dsc_spread_private_bytes(e->spread);
     for (size_t s = 0; s < e->n_spaces; s++) {
         const struct dsc_holding *holding = &e->holdings[s];
         size_t n_stepped = dsc_range_size(holding->stepped);

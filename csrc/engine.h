@@ -75,14 +75,18 @@ bool dsc_engine_early(const struct dsc_engine *engine);
 /* What the caller must do with gradients at this point: bits. */
 enum dsc_engine_need {
     DSC_NEED_NOTHING = 0,
-    DSC_NEED_FOLD = 1,  /* call fold, then drop the gradients of 16-bit parameters */
-    DSC_NEED_CHECK = 2, /* call check */
+    DSC_NEED_FOLD = 1,      /* call fold, then drop the gradients of 16-bit parameters */
+    DSC_NEED_CHECK = 2,     /* call check */
+    DSC_NEED_HAND_OVER = 4, /* call hand_over, then drop all gradients */
 };
 /* Around each backward pass. `boundary`: the step follows. */
 enum dsc_status dsc_engine_begin_backward(struct dsc_engine *engine, bool boundary, int *need);
 enum dsc_status dsc_engine_end_backward(struct dsc_engine *engine, bool boundary, int *need);
 /* Adds 16-bit gradients to this rank's fp32 sums. */
 enum dsc_status dsc_engine_fold(struct dsc_engine *engine, const struct dsc_view *views);
+/* Stage 2 where ranks share no memory: the gradients of a backward pass go to their owners.
+ * Collective, with ranks that call step too. */
+enum dsc_status dsc_engine_hand_over(struct dsc_engine *engine, struct dsc_view *views);
 /* Forgets this rank's fp32 sums of the open step, as zero_grad means it. What has been published
  * (stage 2, overlap) is with its owner and stays. */
 void dsc_engine_drop_sums(struct dsc_engine *engine);

@@ -40,7 +40,7 @@ enum dsc_status dsc_engine_end_deferring(struct dsc_engine *e, struct dsc_view *
 
 /* Whether gradients of the open step are with their owners; the same on all ranks. */
 static bool handed_over(const struct dsc_engine *e) {
-    return e->early && (!e->keeps || e->boundary);
+    return !e->keeps || (e->early && e->boundary);
 }
 
 /* All of this step's gradients become settled sums. */
@@ -48,7 +48,7 @@ static enum dsc_status settle_all(struct dsc_engine *e, struct dsc_view *views) 
     uint32_t n_rounds;
     DSC_TRY(dsc__engine_make_sources(e, views));
     DSC_TRY(dsc__engine_end_rounds(e, views, &n_rounds));
-    for (size_t s = 0; s < e->n_spaces; s++)
+    for (size_t s = 0; e->early && s < e->n_spaces; s++)
         DSC_TRY(dsc_buckets_wait_settled(e->holdings[s].buckets, n_rounds, e->label));
     return DSC_OK;
 }

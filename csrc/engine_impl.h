@@ -2,8 +2,10 @@
  *
  * Names: a world of one has no buckets; an engine `keeps` gradients when they stay with this rank
  * until the boundary (stages 0 and 1, or a world of one) and is `early` when they are handed over
- * inside backward (stage 2, or overlap). Invariant: an early engine at stage 0 or 1 hands over in
- * the boundary's backward only, so that micro-steps add up as without overlap. */
+ * inside backward (stage 2, or overlap). Where ranks share no memory none is early: at stage 2 a
+ * round is exchanged when a backward pass ends (engine_remote.c). Invariant: an early engine at
+ * stage 0 or 1 hands over in the boundary's backward only, so that micro-steps add up as without
+ * overlap. */
 #ifndef DSC_ENGINE_IMPL_H
 #define DSC_ENGINE_IMPL_H
 
@@ -34,8 +36,10 @@ struct dsc_engine {
     int rank, size;
     pid_t pid; /* that opened it: a forked child has no windows */
     bool early, keeps, has_16bit, has_f32;
-    bool folds;     /* 16-bit gradients add up in fp32 over micro-steps */
-    bool deferring; /* see dsc_engine_begin_deferring */
+    bool remote;     /* ranks share no memory: never early */
+    bool any_folded; /* as of the last meeting: some rank brings fp32 sums of 16-bit gradients */
+    bool folds;      /* 16-bit gradients add up in fp32 over micro-steps */
+    bool deferring;  /* see dsc_engine_begin_deferring */
 
     size_t n_params;
     struct dsc_param *params;
@@ -91,6 +95,18 @@ enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *vi
                                        uint32_t *n_rounds);
 /* A round of its own for what the sources hold. */
 enum dsc_status dsc__engine_hand_over(struct dsc_engine *e, struct dsc_view *views);
+/* engine_remote.c. A round with what the views hold; a rank that is at its boundary takes part with
+ * nothing. Collective. */
+enum dsc_status dsc__engine_remote_round(struct dsc_engine *e, struct dsc_view *views);
+/* At the boundary: takes part in the rounds of ranks that are still in backward passes. */
+enum dsc_status dsc__engine_remote_gate(struct dsc_engine *e);
+/* As dsc__engine_end_rounds. */
+enum dsc_status dsc__engine_remote_end_rounds(struct dsc_engine *e, struct dsc_view *views,
+                                              uint32_t *n_rounds);
+/* Every rank's contributions have the same type. */
+void dsc__engine_remote_set_dtypes(struct dsc_engine *e);
+/* Whether the sources hold anything. */
+bool dsc__engine_anything_left(const struct dsc_engine *e);
 /* What the sum over ranks is divided by; wire.divisor is a part of it that is done already. */
 double dsc__engine_divisor(const struct dsc_engine *e);
 

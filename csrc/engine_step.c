@@ -19,6 +19,7 @@ struct dsc__plan {
     double first_lr;
     uint64_t frozen_hash; /* of the parameters that are not to be stepped */
     uint32_t refused;     /* this rank cannot step, and the others must not wait for it */
+    uint32_t folded;      /* brings fp32 sums of 16-bit gradients; need not agree */
 };
 
 static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *groups) {
@@ -66,8 +67,10 @@ static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *m
         return DSC_OK;
     DSC_TRY(dsc_comm_meet(e->comm, e->label, 1, mine, sizeof *mine, e->meeting));
     memcpy(&first, e->meeting, sizeof first);
+    e->any_folded = false;
     for (int r = 0; r < e->size; r++) {
         memcpy(&other, e->meeting + (size_t)r * sizeof other, sizeof other);
+        e->any_folded |= other.folded != 0;
         if (other.refused && r != e->rank)
             return DSC_FAIL(DSC_EINVAL,
                             "rank %d cannot step (its own error says why); nothing has changed", r);
@@ -87,7 +90,6 @@ static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *m
     return DSC_OK;
 }
 
-/* The most rounds that any rank needs. */
 static enum dsc_status meet_rounds(struct dsc_engine *e, uint32_t mine, uint32_t *most) {
     DSC_TRY(dsc_comm_meet(e->comm, e->label, 4, &mine, sizeof mine, e->meeting));
     *most = mine;
@@ -119,7 +121,7 @@ static enum dsc_status end_last_round(struct dsc_engine *e, struct dsc_view *vie
     return DSC_OK;
 }
 
-static bool anything_left(const struct dsc_engine *e) {
+bool dsc__engine_anything_left(const struct dsc_engine *e) {
     enum dsc_dtype dtype;
     for (size_t i = 0; i < e->n_params; i++)
         if (e->param_space[i] >= 0 &&
@@ -132,8 +134,10 @@ static bool anything_left(const struct dsc_engine *e) {
 enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *views,
                                        uint32_t *n_rounds) {
     dsc_engine_check(e, views); /* usually nothing is left to look at */
+    if (e->remote)
+        return dsc__engine_remote_end_rounds(e, views, n_rounds);
     DSC_TRY(end_last_round(e, views));
-    bool left = anything_left(e);
+    bool left = dsc__engine_anything_left(e);
     DSC_TRY(meet_rounds(e, e->n_rounds + left, n_rounds));
     for (; e->n_rounds < *n_rounds; left = false) {
         dsc__engine_open_round(e);
@@ -144,8 +148,12 @@ enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *vi
 
 enum dsc_status dsc__engine_hand_over(struct dsc_engine *e, struct dsc_view *views) {
     DSC_TRY(dsc__engine_make_sources(e, views));
-    dsc__engine_open_round(e);
-    DSC_TRY(end_last_round(e, views));
+    if (e->remote) {
+        DSC_TRY(dsc__engine_remote_round(e, views));
+    } else {
+        dsc__engine_open_round(e);
+        DSC_TRY(end_last_round(e, views));
+    }
     e->n_folded = 0;
     return DSC_OK;
 }
@@ -193,9 +201,23 @@ static void norm_alone(struct dsc_engine *e, struct dsc_norm *norm) {
     }
 }
 
+/* The same at stage 2 where ranks share no memory: rounds are exchanged already. */
+static enum dsc_status reduce_rounds(struct dsc_engine *e, struct dsc_view *views,
+                                     struct dsc_norm *norm) {
+    uint32_t n_rounds;
+    DSC_TRY(dsc__engine_end_rounds(e, views, &n_rounds));
+    for (size_t s = 0; s < e->n_spaces; s++)
+        dsc_buckets_norm(e->holdings[s].buckets, norm);
+    return DSC_OK;
+}
+
 static enum dsc_status reduce(struct dsc_engine *e, struct dsc_view *views, struct dsc_norm *norm) {
     if (e->early)
         return reduce_early(e, views, norm);
+    if (!e->keeps)
+        return reduce_rounds(e, views, norm);
+    if (e->remote)
+        dsc__engine_remote_set_dtypes(e);
     if (e->size == 1)
         norm_alone(e, norm);
     for (size_t s = 0; e->size > 1 && s < e->n_spaces; s++)
@@ -309,6 +331,7 @@ static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_view *v
     struct dsc__plan plan;
     memset(&plan, 0, sizeof plan);
     plan.refused = refused;
+    plan.folded = e->n_folded > 0;
     if (!refused) {
         plan.frozen_hash = frozen_hash(e, views);
         plan.hyper_hash = hyper_hash(e, groups);
@@ -318,7 +341,9 @@ static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_view *v
              (unsigned long long)e->n_boundaries + 1);
     for (size_t s = 0; e->early && s < e->n_spaces; s++)
         dsc_buckets_at_boundary(e->holdings[s].buckets);
-    enum dsc_status status = meet_plan(e, &plan);
+    enum dsc_status status = dsc__engine_remote_gate(e);
+    if (status == DSC_OK)
+        status = meet_plan(e, &plan);
     for (size_t s = 0; status != DSC_OK && e->early && s < e->n_spaces; s++)
         dsc_buckets_leave_boundary(e->holdings[s].buckets);
     return status;
@@ -373,7 +398,9 @@ enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
             return dsc_optim_check(e->options.optim, &groups[g], g); /* its text, again */
         }
     uint64_t saved = dsc_fp_enter();
+    (void)dsc_comm_cover(e->comm, true); /* what follows the plan's meeting follows from it */
     enum dsc_status status = step(e, views, groups, report);
+    (void)dsc_comm_cover(e->comm, false);
     dsc_fp_leave(saved);
     return status;
 }
@@ -401,10 +428,12 @@ enum dsc_status dsc_engine_end_step(struct dsc_engine *e, struct dsc_view *views
     e->between = false;
     uint64_t saved = dsc_fp_enter();
     enum dsc_status status = meet_optimizers(e, failed);
+    (void)dsc_comm_cover(e->comm, true);
     for (size_t s = 0; status == DSC_OK && !failed && s < e->n_spaces; s++) {
         struct dsc_update update = update_of(e, views, s, 0);
         status = dsc_update_values(&update, &e->holdings[s]);
     }
+    (void)dsc_comm_cover(e->comm, false);
     enum dsc_status end = end_step(e, report);
     dsc_fp_leave(saved);
     return status != DSC_OK ? status : end;

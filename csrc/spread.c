@@ -15,7 +15,9 @@ struct line {
 
 struct dsc_spread {
     struct dsc_comm *comm;
-    struct dsc_window *window;
+    struct dsc_window *window; /* NULL where ranks share no memory */
+    char *gathered;            /* there: a chunk of each rank, and then the one to send */
+    size_t n_stride;           /* bytes from one rank's to the next */
     int rank, size;
     size_t halves_offset;
     uint32_t n_committed; /* mine */
@@ -34,6 +36,14 @@ enum dsc_status dsc_spread_open(struct dsc_comm *comm, struct dsc_spread **out) 
     spread->comm = comm;
     spread->rank = dsc_comm_rank(comm);
     spread->size = (int)size;
+    if (!dsc_comm_has_windows(comm)) {
+        *out = spread;
+        enum dsc_status status =
+            dsc_arena_alloc(dsc_spread_private_bytes(spread), (void **)&spread->gathered);
+        if (status != DSC_OK)
+            dsc_free(spread);
+        return status;
+    }
     spread->halves_offset = dsc_round_up((1 + size) * sizeof(struct line), 4096);
     enum dsc_status status =
         dsc_comm_window_open(comm, spread->halves_offset + 2 * (size_t)HALF_BYTES,
@@ -48,10 +58,15 @@ enum dsc_status dsc_spread_open(struct dsc_comm *comm, struct dsc_spread **out) 
     return DSC_OK;
 }
 
+size_t dsc_spread_private_bytes(const struct dsc_spread *spread) {
+    return spread->window ? 0 : ((size_t)spread->size + 1) * HALF_BYTES;
+}
+
 void dsc_spread_close(struct dsc_spread *spread) {
     if (!spread)
         return;
     dsc_comm_window_close(spread->comm, spread->window);
+    dsc_arena_free(spread->gathered, dsc_spread_private_bytes(spread));
     dsc_free(spread);
 }
 
@@ -70,6 +85,10 @@ static bool all_released(const struct dsc_spread *spread, uint32_t count) {
 
 enum dsc_status dsc_spread_acquire(struct dsc_spread *spread, const char *label, void **out) {
     double since = dsc_comm_now();
+    if (!spread->window) {
+        *out = spread->gathered + (size_t)spread->size * HALF_BYTES;
+        return DSC_OK;
+    }
     for (;;) {
         uint32_t bell = dsc_comm_bell(spread->comm);
         if (all_released(spread, spread->n_committed - 1))
@@ -81,15 +100,33 @@ enum dsc_status dsc_spread_acquire(struct dsc_spread *spread, const char *label,
 }
 
 void dsc_spread_commit(struct dsc_spread *spread) {
+    if (!spread->window)
+        return;
     spread->n_committed++;
     atomic_store_explicit(&lines_of(spread, spread->rank)[0].n, spread->n_committed,
                           memory_order_release);
     dsc_comm_ring_others(spread->comm);
 }
 
+enum dsc_status dsc_spread_share(struct dsc_spread *spread, size_t n_bytes, const char *label) {
+    if (spread->window)
+        return DSC_OK;
+    struct dsc_coll coll = {.src = spread->gathered + (size_t)spread->size * HALF_BYTES,
+                            .dst = spread->gathered,
+                            .n_elems = n_bytes,
+                            .dtype = DSC_U8,
+                            .label = label};
+    spread->n_stride = n_bytes;
+    return dsc_comm_all_gather(spread->comm, &coll);
+}
+
 enum dsc_status dsc_spread_take(struct dsc_spread *spread, int owner, const char *label,
                                 const void **out) {
     double since = dsc_comm_now();
+    if (!spread->window) {
+        *out = spread->gathered + (size_t)owner * spread->n_stride;
+        return DSC_OK;
+    }
     for (;;) {
         uint32_t bell = dsc_comm_bell(spread->comm);
         uint32_t n = atomic_load_explicit(&lines_of(spread, owner)[0].n, memory_order_acquire);
@@ -102,6 +139,8 @@ enum dsc_status dsc_spread_take(struct dsc_spread *spread, int owner, const char
 }
 
 void dsc_spread_release(struct dsc_spread *spread, int owner) {
+    if (!spread->window)
+        return;
     spread->n_taken[owner]++;
     atomic_store_explicit(&lines_of(spread, owner)[1 + spread->rank].n, spread->n_taken[owner],
                           memory_order_release);

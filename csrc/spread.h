@@ -2,7 +2,8 @@
  *
  * Decides: the order and the staging: an owner writes a chunk into one of two halves of its
  * staging, the others copy it while it works on the next. The staging is small enough to stay in
- * cache, so new values cross memory once. Invariant: a half is written again only after every other
+ * cache, so new values cross memory once. Where ranks share no memory, chunks are gathered instead,
+ * one of each owner at a time. Invariant: a half is written again only after every other
  * rank has released it. */
 #ifndef DSC_SPREAD_H
 #define DSC_SPREAD_H
@@ -22,9 +23,14 @@ void dsc_spread_close(struct dsc_spread *spread);
 enum dsc_status dsc_spread_acquire(struct dsc_spread *spread, const char *label, void **out);
 /* Lets the others see it. */
 void dsc_spread_commit(struct dsc_spread *spread);
+/* After this rank's chunk, if it has one, and before those of others are taken: n_bytes of the
+ * longest chunk, equal on all ranks. Collective. */
+enum dsc_status dsc_spread_share(struct dsc_spread *spread, size_t n_bytes, const char *label);
 /* The next chunk of `owner`, in the order of its commits; waits for it. */
 enum dsc_status dsc_spread_take(struct dsc_spread *spread, int owner, const char *label,
                                 const void **out);
 void dsc_spread_release(struct dsc_spread *spread, int owner);
+/* Private staging; what lies in a window is not counted here. */
+size_t dsc_spread_private_bytes(const struct dsc_spread *spread);
 
 #endif

@@ -232,21 +232,24 @@ static enum dsc_status spread(const struct dsc_update *update, const struct dsc_
     int rank = dsc_comm_rank(update->comm), size = dsc_comm_size(update->comm);
     /* All ranks walk the same number of chunks: that of the largest range. */
     size_t most = dsc_space_most_owned(holding->space);
-    for (size_t k = 0; k * DSC_SPREAD_ELEMS < most; k++)
-        for (int d = 0; d < size; d++) {
+    for (size_t at = 0, k = 0; at < most; at += DSC_SPREAD_ELEMS, k++) {
+        size_t n_bytes =
+            dsc_min(DSC_SPREAD_ELEMS, most - at) * dsc_dtype_size(holding->space->dtype);
+        struct dsc_range chunk = chunk_of(dsc_space_owned(holding->space, rank), k);
+        if (dsc_range_size(chunk) > 0)
+            DSC_TRY(do_chunk(update, holding, pass, chunk));
+        DSC_TRY(dsc_spread_share(update->spread, n_bytes, update->label));
+        for (int d = 1; d < size; d++) {
             int owner = (rank + d) % size;
-            struct dsc_range chunk = chunk_of(dsc_space_owned(holding->space, owner), k);
             const void *values;
+            chunk = chunk_of(dsc_space_owned(holding->space, owner), k);
             if (dsc_range_size(chunk) == 0)
                 continue;
-            if (d == 0) {
-                DSC_TRY(do_chunk(update, holding, pass, chunk));
-                continue;
-            }
             DSC_TRY(dsc_spread_take(update->spread, owner, update->label, &values));
             copy_in(update, holding->space, chunk, values);
             dsc_spread_release(update->spread, owner);
         }
+    }
     return DSC_OK;
 }
 

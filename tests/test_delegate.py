@@ -1,10 +1,12 @@
 """The `delegate` communicator: ranks that share no memory. Same bits as `shm`, errors on every rank within seconds."""
+import itertools
 import os
 import signal
 import threading
 import time
 
 import pytest
+import test_stages
 import torch
 import torch.distributed as dist
 from ranks import die
@@ -142,7 +144,7 @@ def test_ranks_that_wait_in_different_channels_are_an_error_naming_both(ranks):
 def slow(rank, world):
     comm = opened()
     if rank == 1:
-        time.sleep(5)
+        time.sleep(4)
     comm.barrier("a")
     if rank == 0:
         time.sleep(3)
@@ -156,9 +158,9 @@ def test_a_slow_rank_is_waited_for(ranks):
 
 def late(rank, world):
     from datetime import timedelta
-    comm = opened(timedelta(seconds=3))
+    comm = opened(timedelta(seconds=1.5))
     if rank == 1:
-        time.sleep(6)
+        time.sleep(3)
         return
     comm.barrier("here")
 
@@ -188,3 +190,23 @@ def test_ctrl_c_ends_a_wait(ranks):
 def test_an_unknown_backend_is_an_error_that_names_it(ranks):
     for outcome in ranks.outcomes(2, slow, env={"DSC_COMM_BACKEND": "tcp"}):
         assert outcome.error == "ValueError" and "'tcp'" in outcome.text
+
+
+# ---- the engine ----
+
+
+def trained(rank, world, dtype, gas):
+    """{(stage, overlap, bucket): hash of the parameters and the norm} after a few steps."""
+    torch.set_num_threads(1)
+    found = {}
+    for stage, overlap, bucket in itertools.product((0, 1, 2), (False, True), (1e3, 5e8)):
+        bits, norm, _ = test_stages.run(rank, stage, dtype, gas, overlap, bucket, n_steps=3)
+        found[stage, overlap, bucket] = test_stages.hash_of(bits), norm
+    return found
+
+
+@pytest.mark.parametrize("world, dtype, gas", [
+    (2, "fp32", 1), (2, "fp32", 3), (2, "bf16", 1), (2, "bf16", 3), (2, "fp16", 1), (2, "fp16", 3), (4, "bf16", 3)])
+def test_training_over_the_delegate_gives_the_bits_of_shm(ranks, world, dtype, gas):
+    shm = ranks(world, trained, dtype, gas, timeout=180)
+    assert ranks(world, trained, dtype, gas, env=FORCED, timeout=180) == shm

@@ -406,13 +406,15 @@ static int satisfy(EngineObject *self, int need) {
         Py_BEGIN_ALLOW_THREADS if (need & DSC_NEED_CHECK) dsc_engine_check(self->core, self->views);
         if (need & DSC_NEED_FOLD)
             status = dsc_engine_fold(self->core, self->views);
+        if (need & DSC_NEED_HAND_OVER)
+            status = dsc_engine_hand_over(self->core, self->views);
         Py_END_ALLOW_THREADS if (status != DSC_OK) {
             dsc_bind_raise(state_of(self), status);
             failed = -1;
         }
     }
-    if (!failed && need & DSC_NEED_FOLD)
-        failed = forget_grads(self, true);
+    if (!failed && need & (DSC_NEED_FOLD | DSC_NEED_HAND_OVER))
+        failed = forget_grads(self, !(need & DSC_NEED_HAND_OVER));
     drop_grads(self);
     return failed;
 }

@@ -489,8 +489,10 @@ bool dsc_comm_has_windows(const struct dsc_comm *comm) {
     return comm->backend->window_open != NULL;
 }
 
-void dsc_comm_cover(struct dsc_comm *comm, bool covered) {
+bool dsc_comm_cover(struct dsc_comm *comm, bool covered) {
+    bool before = comm->covered;
     comm->covered = covered;
+    return before;
 }
 
 void dsc_comm_ring(struct dsc_comm *comm, int rank) {

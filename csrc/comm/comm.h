@@ -126,8 +126,9 @@ enum dsc_status dsc_comm_scatter(struct dsc_comm *comm, const struct dsc_coll *c
 /* Part r of dst = part `rank` of rank r's src; both have size * n_elems. */
 enum dsc_status dsc_comm_all_to_all(struct dsc_comm *comm, const struct dsc_coll *coll);
 /* The same with parts of any lengths, one after the other: n_send[r] elements for rank r, n_recv[r]
- * from it (coll->n_elems counts for nothing). Ranks whose counts contradict each other all get
- * DSC_EDIVERGED, before data moves. */
+ * from it. Ranks whose counts contradict each other all get DSC_EDIVERGED, before data moves.
+ * coll->n_elems counts for nothing, except under dsc_comm_cover, where counts are not compared:
+ * then it is the longest part between any two ranks. */
 enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_coll *coll,
                                       const size_t *n_send, const size_t *n_recv);
 /* Returns when every rank has come. */
@@ -185,8 +186,9 @@ bool dsc_comm_has_windows(const struct dsc_comm *comm);
 
 /* Operations between cover(true) and cover(false) were agreed on as a whole by the caller (its plan
  * was part of the last meet's tag), so that each needs no agreement of its own where that costs a
- * round trip over a network. Back ends where it does not compare as ever. */
-void dsc_comm_cover(struct dsc_comm *comm, bool covered);
+ * round trip over a network. Returns what was set before. Back ends where it does not compare as
+ * ever. */
+bool dsc_comm_cover(struct dsc_comm *comm, bool covered);
 
 /* Every rank brings n_bytes (<= DSC_MEET_MAX) and receives everyone's, in rank order, in `all`
  * (size * n_bytes). `label` and `tag` are fingerprinted: ranks that come with different ones all

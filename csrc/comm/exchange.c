@@ -46,6 +46,18 @@ static enum dsc_status exchange(struct dsc_comm *comm, const struct dsc_coll *co
     return parts->n_max > 0 ? comm->backend->all_to_all_v(comm->state, coll, parts) : DSC_OK;
 }
 
+/* What was agreed on as a whole includes the counts. */
+static enum dsc_status covered_exchange(struct dsc_comm *comm, const struct dsc_coll *coll,
+                                        struct dsc__parts *parts) {
+    struct dsc__print print = dsc__print_of(comm, DSC_COMM_ALL_TO_ALL_V, coll->label);
+    parts->n_max = coll->n_elems;
+    DSC_TRY(dsc__enter(comm));
+    enum dsc_status status = dsc__agree(comm, &print, NULL, 0);
+    if (status == DSC_OK && parts->n_max > 0)
+        status = comm->backend->all_to_all_v(comm->state, coll, parts);
+    return dsc__leave(comm, status);
+}
+
 enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_coll *coll,
                                       const size_t *n_send, const size_t *n_recv) {
     size_t size = (size_t)comm->size, n_in = 0, n_out = 0;
@@ -58,6 +70,8 @@ enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_co
         n_out += n_recv[r];
     }
     DSC_TRY(dsc__check_pair(comm, "all_to_all", coll, n_in, n_out));
+    if (comm->covered && comm->backend->agrees_by_message)
+        return covered_exchange(comm, coll, &parts);
     DSC_TRY(dsc_alloc(2 * size * (size + 1) * sizeof(uint64_t), &counts));
     enum dsc_status status = dsc__enter(comm);
     if (status == DSC_OK)

@@ -109,7 +109,7 @@ class Mover:
         try:
             return self._store.add(key, by)
         except _LOST as error:
-            return _gone(error)
+            return self._gone(error)
 
     def put(self, key, text, once):
         try:
@@ -118,14 +118,14 @@ class Mover:
             else:
                 self._store.set(key, text.decode(errors="replace"))
         except _LOST as error:
-            return _gone(error)
+            return self._gone(error)
         return None
 
     def look(self, key):
         try:
             return self._store.get(key) if self._store.check([key]) else None
         except _LOST as error:
-            return _gone(error)
+            return self._gone(error)
 
     def dead(self):
         """Names a rank of this machine whose process has ended, as bytes; None where there is none."""
@@ -135,6 +135,11 @@ class Mover:
             if where == here and not _lives(pid):
                 return f"rank {rank} (pid {pid})".encode()
         return None
+
+    def _gone(self, error):
+        text = f"the job's store, in rank 0's process or the launcher's, cannot be reached: {_reason(error)}"
+        dead = self.dead()
+        return f"{dead.decode()} died or ended ({text})" if dead else text
 
     # ---- the end ----
 
@@ -178,10 +183,6 @@ def _reason(error):
     """The first line of torch's text, without the place in its source."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return text.rpartition("] ")[2].partition(". This is typically")[0] if text.startswith("[") else text
-
-
-def _gone(error):
-    return f"the job's store, in rank 0's process or the launcher's, cannot be reached: {_reason(error)}"
 
 
 @atexit.register

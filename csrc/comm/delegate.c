@@ -337,6 +337,7 @@ static void leave(void *state) {
 
 static void give_up(void *state, enum dsc_status status, const char *reason) {
     dsc__delegate_tell(state, "broken", status, reason);
+    dsc__delegate_linger(state, status, reason);
 }
 
 static void free_parts(struct dsc__delegate *d) {

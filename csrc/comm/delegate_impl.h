@@ -46,5 +46,7 @@ enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status stat
 /* The reason for all other ranks of the channel; the first one stays. */
 void dsc__delegate_tell(struct dsc__delegate *d, const char *list, enum dsc_status status,
                         const char *reason);
+/* After it: gives the others time to hear it where this process holds the board. */
+void dsc__delegate_linger(struct dsc__delegate *d, enum dsc_status status, const char *reason);
 
 #endif

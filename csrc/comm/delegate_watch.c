@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 enum { SLICE_MS = 100, LOOK_EACH = 10, POST_AT = 15, NAMED_MAX = 4, READ_MAX = 16 };
+#define LINGER_S 1.5
 
 /* ---- what the board says ---- */
 
@@ -44,6 +45,24 @@ void dsc__delegate_tell(struct dsc__delegate *d, const char *list, enum dsc_stat
     snprintf(text, sizeof text, "%d %d %d %s", (int)status, d->comm->rank, (int)getpid(), reason);
     /* Whoever cannot be told sees this process's end; and the error stays what it was. */
     if (d->ops.put(d->ops.context, key, text, true) != DSC_OK)
+        (void)DSC_FAIL(status, "%s", reason);
+}
+
+/* The store ends with the process of rank 0, whose exception may end it at once: it stays until all
+ * ranks know, or have had the time to look. */
+void dsc__delegate_linger(struct dsc__delegate *d, enum dsc_status status, const char *reason) {
+    const struct timespec pause = {.tv_nsec = 20 * 1000000};
+    double since = dsc_comm_now();
+    char key[DSC_BOARD_KEY_MAX];
+    int64_t n_know = 0;
+    snprintf(key, sizeof key, "know/%s", d->channel);
+    enum dsc_status result = add(d, key, 1, &n_know);
+    while (result == DSC_OK && d->ops.job_rank == 0 && n_know < d->comm->size &&
+           dsc_comm_now() - since < LINGER_S) {
+        (void)nanosleep(&pause, NULL);
+        result = add(d, key, 0, &n_know);
+    }
+    if (result != DSC_OK)
         (void)DSC_FAIL(status, "%s", reason);
 }
 

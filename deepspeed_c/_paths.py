@@ -177,7 +177,8 @@ def attributes(module):
         return value
 
     def listing():
-        return sorted({*vars(sys.modules[module]), *names, *children})
+        there = {name for name, home in names.items() if not isinstance(home, _Later)}
+        return sorted({*vars(sys.modules[module]), *there, *children})
 
     return find, listing
 
@@ -244,7 +245,8 @@ _finder = _Finder()
 
 def install():
     """Has `import` follow the table. First in line, because a folder's own finder would make some modules twice."""
-    sys.meta_path.insert(0, _finder)
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
 
 
 def also_as(root):

@@ -98,8 +98,8 @@ def destroy_process_group(group=None):
 @atexit.register
 def _end():
     """At exit: a gloo group that nobody destroyed, an adopted one too, is destroyed, because its threads otherwise end
-    the process by abort() in one of ten runs. The communicator stays open: the others see this process's end when it has ended, so
-    that none of them can fail before the rank that is the cause."""
+    the process by abort() in one of ten runs. The communicator stays open: the others see this process's end when it
+    has ended, so that none of them can fail before the rank that is the cause."""
     if _used is None or not dist.is_initialized() or _used[0]() is not dist.group.WORLD:
         return
     if _used[1] != os.getpid():

@@ -131,8 +131,10 @@ static enum dsc_status allocate(struct dsc_engine *e, const struct dsc_param *pa
     DSC_TRY(dsc_alloc(n * sizeof *e->changed, (void **)&e->changed));
     DSC_TRY(dsc_alloc((size_t)e->n_groups * sizeof *e->args, (void **)&e->args));
     DSC_TRY(dsc_alloc((size_t)e->size * DSC_MEET_MAX, (void **)&e->meeting));
-    DSC_TRY(dsc_alloc(2 * DSC__ENGINE_RUN * sizeof *e->squares, (void **)&e->squares));
+    DSC_TRY(dsc_alloc(DSC__ENGINE_RUN * sizeof *e->squares, (void **)&e->squares));
     DSC_TRY(dsc_arena_alloc((size_t)e->n_groups * sizeof *e->steps, (void **)&e->steps));
+    if (e->options.optim == DSC_OPTIM_LAMB)
+        DSC_TRY(dsc_alloc(DSC_LAMB_NORMS * sizeof *e->lamb_norms, (void **)&e->lamb_norms));
     DSC_TRY(dsc_pool_open(e->options.n_threads, &e->pool));
     return dsc_space_build(params, n, e->size, e->options.whole, &e->spaces, &e->n_spaces,
                            e->param_space, e->param_segment);
@@ -217,6 +219,7 @@ void dsc_engine_close(struct dsc_engine *e) {
     dsc_free(e->local);
     dsc_free(e->holdings);
     dsc_arena_free(e->steps, (size_t)e->n_groups * sizeof *e->steps);
+    dsc_free(e->lamb_norms);
     dsc_free(e->squares);
     dsc_free(e->meeting);
     dsc_free(e->args);

@@ -21,7 +21,6 @@
 #define DSC__HASH_START ((uint64_t)0xcbf29ce484222325u)
 
 enum { DSC__ENGINE_RUN = 4 * DSC_BLOCK };
-_Static_assert((int)DSC__ENGINE_RUN >= (int)DSC_LAMB_RUN, "squares serve both");
 
 /* Where the first non-finite element of a step was seen on this rank. */
 struct dsc__culprit {
@@ -58,9 +57,10 @@ struct dsc_engine {
     struct dsc_spread *spread;
     int n_groups;
     struct dsc_optim_args *args;
-    float *steps;    /* per group: steps taken; SGD counts those with momentum */
-    double *squares; /* two per block of one DSC__ENGINE_RUN batch: the norm's, LAMB's */
-    char *meeting;   /* size * DSC_MEET_MAX */
+    float *steps;                /* per group: steps taken; SGD counts those with momentum */
+    double *squares;             /* per block of one DSC__ENGINE_RUN batch, world of one */
+    struct dsc_norm *lamb_norms; /* NULL for other optimizers */
+    char *meeting;               /* size * DSC_MEET_MAX */
 
     struct dsc_scaler scaler;
     uint64_t n_boundaries, n_micro; /* micro-steps of the open step */

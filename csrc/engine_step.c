@@ -284,7 +284,7 @@ static struct dsc_update update_of(struct dsc_engine *e, struct dsc_view *views,
                                .source = &e->sources[s],
                                .args = e->args,
                                .grad_scale = grad_scale,
-                               .squares = e->squares,
+                               .norms = e->lamb_norms,
                                .label = e->label,
                                .changed = e->changed};
 }

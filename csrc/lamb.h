@@ -6,11 +6,12 @@
 #ifndef DSC_LAMB_H
 #define DSC_LAMB_H
 
+#include "clip.h"
 #include "optim.h"
 #include "pool.h"
 
-/* Blocks that one round of the pool takes; `squares` has two numbers for each. */
-enum { DSC_LAMB_RUN = 1024 };
+/* A piece of work is DSC_LAMB_GRAIN blocks; one round of the pool takes at most DSC_LAMB_PIECES. */
+enum { DSC_LAMB_GRAIN = 32, DSC_LAMB_PIECES = 256, DSC_LAMB_NORMS = 2 * DSC_LAMB_PIECES };
 
 struct dsc_lamb_job {
     struct dsc_pool *pool;
@@ -21,7 +22,7 @@ struct dsc_lamb_job {
      * is there. Called from the pool's threads, once per block, before the block's p is read. */
     const float *(*gradient)(void *context, size_t begin, size_t n, float *scratch);
     void *context;
-    double *squares; /* 2 * DSC_LAMB_RUN */
+    struct dsc_norm *norms; /* DSC_LAMB_NORMS, for work */
 };
 
 /* Returns the trust ratio. */

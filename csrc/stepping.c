@@ -22,9 +22,21 @@ static void rounded_back(enum dsc_dtype dtype, void *data, size_t at, size_t n,
         dsc_kernels()->from_f32[dtype]((char *)data + at * dsc_dtype_size(dtype), values, n);
 }
 
+static bool all_f32(const struct dsc_stepped *s) {
+    return s->p_dtype == DSC_F32 && s->grad_dtype == DSC_F32 && s->state_dtype == DSC_F32;
+}
+
 static void do_runs(void *context, size_t begin, size_t end) {
     const struct job *job = context;
     const struct dsc_stepped *s = job->stepped;
+    if (all_f32(s)) { /* nothing to keep in cache between loops */
+        size_t at = begin * RUN, n = dsc_min(end * RUN, s->n) - at;
+        float *state[DSC_OPTIM_MAX_STATES] = {NULL};
+        for (int k = 0; k < DSC_OPTIM_MAX_STATES && s->state[k]; k++)
+            state[k] = (float *)s->state[k] + at;
+        dsc_optim_apply(job->args, (float *)s->p + at, state, (const float *)s->grad + at, n);
+        return;
+    }
     float wide_p[RUN], wide_grad[RUN], wide_state[DSC_OPTIM_MAX_STATES][RUN];
     for (size_t i = begin; i < end; i++) {
         size_t at = i * RUN, n = dsc_min(RUN, s->n - at);
@@ -46,10 +58,13 @@ static const float *gradient(void *context, size_t begin, size_t n, float *scrat
 }
 
 enum dsc_status dsc_stepping_run(struct dsc_pool *pool, const struct dsc_optim_args *args,
-                                 double *squares, struct dsc_stepped *stepped) {
+                                 struct dsc_norm *norms, struct dsc_stepped *stepped) {
     if (args->kind != DSC_OPTIM_LAMB) {
         struct job job = {args, stepped};
-        dsc_pool_run(pool, (stepped->n + RUN - 1) / RUN, 8, do_runs, &job);
+        size_t n_runs = (stepped->n + RUN - 1) / RUN;
+        /* Long pieces suit the memory; there have to be enough of them to share. */
+        size_t grain = dsc_min(dsc_max(n_runs / 16, 8), 128);
+        dsc_pool_run(pool, n_runs, grain, do_runs, &job);
         return DSC_OK;
     }
     if (stepped->p_dtype != DSC_F32 || stepped->state_dtype != DSC_F32)
@@ -63,7 +78,7 @@ enum dsc_status dsc_stepping_run(struct dsc_pool *pool, const struct dsc_optim_a
                                .n = stepped->n,
                                .gradient = gradient,
                                .context = stepped,
-                               .squares = squares};
+                               .norms = norms};
     stepped->trust_ratio = dsc_lamb_step(&job);
     return DSC_OK;
 }

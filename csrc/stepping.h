@@ -19,9 +19,9 @@ struct dsc_stepped {
     double trust_ratio; /* LAMB: what came out */
 };
 
-/* squares: 2 * DSC_LAMB_RUN numbers, for LAMB only. LAMB takes fp32 parameters and states:
+/* norms: DSC_LAMB_NORMS of them, for LAMB only. LAMB takes fp32 parameters and states:
  * DSC_ETYPE for others. The caller has set the floating-point state. */
 enum dsc_status dsc_stepping_run(struct dsc_pool *pool, const struct dsc_optim_args *args,
-                                 double *squares, struct dsc_stepped *stepped);
+                                 struct dsc_norm *norms, struct dsc_stepped *stepped);
 
 #endif

@@ -182,7 +182,7 @@ static void lamb_parameters(const struct job *job) {
             .n = dsc_range_size(it.part),
             .gradient = whole_gradient,
             .context = &whole,
-            .squares = job->update->squares,
+            .norms = job->update->norms,
         };
         (void)dsc_lamb_step(&lamb);
     }

@@ -32,7 +32,7 @@ struct dsc_update {
     const struct dsc_source *source;   /* gradients in a world of one */
     const struct dsc_optim_args *args; /* per group */
     double grad_scale;                 /* for a foreign optimizer; `args` have it in them */
-    double *squares;                   /* LAMB: 2 * DSC_LAMB_RUN */
+    struct dsc_norm *norms;            /* LAMB: DSC_LAMB_NORMS */
     const char *label;                 /* for waits */
     atomic_bool *changed; /* per parameter: set where a 16-bit value is not its master's: somebody
                              else wrote it, and the master takes it before the step */

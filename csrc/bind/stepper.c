@@ -12,7 +12,7 @@
 typedef struct {
     PyObject_HEAD struct dsc_pool *pool;
     enum dsc_optim_kind kind;
-    double *squares;
+    struct dsc_norm *norms;
     bool busy;
 } StepperObject;
 
@@ -30,7 +30,7 @@ static PyObject *stepper_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (status == DSC_OK && self->kind == DSC_OPTIM_FOREIGN)
         status = DSC_FAIL(DSC_EINVAL, "a foreign optimizer has no rule in the core");
     if (status == DSC_OK)
-        status = dsc_alloc(2 * DSC_LAMB_RUN * sizeof *self->squares, (void **)&self->squares);
+        status = dsc_alloc(DSC_LAMB_NORMS * sizeof *self->norms, (void **)&self->norms);
     if (status == DSC_OK)
         status = dsc_pool_open(n_threads, &self->pool);
     if (status == DSC_OK)
@@ -43,7 +43,7 @@ static PyObject *stepper_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
 static void stepper_dealloc(StepperObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     dsc_pool_close(self->pool);
-    dsc_free(self->squares);
+    dsc_free(self->norms);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -103,7 +103,7 @@ static enum dsc_status run_rows(StepperObject *self, const struct dsc_optim_args
     enum dsc_status status = DSC_OK;
     uint64_t saved = dsc_fp_enter();
     for (Py_ssize_t i = 0; status == DSC_OK && i < n; i++)
-        status = dsc_stepping_run(self->pool, args, self->squares, &rows[i]);
+        status = dsc_stepping_run(self->pool, args, self->norms, &rows[i]);
     dsc_fp_leave(saved);
     return status;
 }

@@ -17,7 +17,9 @@ enum { TOTAL = 1000 + 17 + 5000 + 33 + 2048 + 12345 };
 
 struct setup {
     int size, stage, n_micro;
-    bool overlap, delays, momentum_sgd, slow_rank;
+    bool overlap, delays, slow_rank, whole;
+    int n_threads; /* of a rank; 0: one */
+    enum dsc_optim_kind optim;
     size_t bucket;
     enum dsc_dtype dtype;
     double scale;
@@ -154,6 +156,21 @@ static void backward(struct rank_job *job, struct dsc_engine *engine, struct mod
     satisfy(engine, model, s->dtype, need);
 }
 
+/* What somebody else's optimizer might do: p -= g / 8, or with whole parameters p -= g[0] / 8. */
+static void step_foreign(struct dsc_engine *engine, struct model *model, enum dsc_dtype dtype,
+                         bool whole) {
+    for (size_t p = 0; p < N_PARAMS; p++) {
+        struct dsc_held grad = dsc_engine_held(engine, p, DSC_HELD_GRADIENT);
+        struct dsc_held master = dsc_engine_held(engine, p, DSC_HELD_MASTER);
+        CHECK(dtype == DSC_F32 ? !master.values : master.n == grad.n);
+        CHECK(!whole || grad.n == 0 || (grad.begin == 0 && grad.n == sizes[p]));
+        float *values =
+            dtype == DSC_F32 ? (float *)(void *)model->data[p] + grad.begin : master.values;
+        for (size_t i = 0; grad.values && i < grad.n; i++)
+            values[i] -= grad.values[whole ? 0 : i] / 8;
+    }
+}
+
 static void *run_rank(void *context) {
     struct rank_job *job = context;
     const struct setup *s = job->setup;
@@ -163,8 +180,9 @@ static void *run_rank(void *context) {
                                          .clip = 1.0,
                                          .skip_nonfinite = true,
                                          .many_micro_steps = s->n_micro > 1,
-                                         .optim = s->momentum_sgd ? DSC_OPTIM_SGD : DSC_OPTIM_ADAM,
-                                         .n_threads = 1};
+                                         .optim = s->optim,
+                                         .whole = s->whole,
+                                         .n_threads = s->n_threads ? s->n_threads : 1};
     dsc_scaler_init_static(&options.scaler, s->scale);
     struct dsc_param params[N_PARAMS];
     for (int p = 0; p < N_PARAMS; p++)
@@ -174,6 +192,8 @@ static void *run_rank(void *context) {
                                    .beta1 = 0.9,
                                    .beta2 = 0.999,
                                    .eps = 1e-8,
+                                   .max_coeff = 10,
+                                   .min_coeff = 0.01,
                                    .momentum = 0.9,
                                    .decoupled = true,
                                    .bias_correction = true,
@@ -182,6 +202,7 @@ static void *run_rank(void *context) {
                                    .beta1 = 0.8,
                                    .beta2 = 0.99,
                                    .eps = 1e-8,
+                                   .max_coeff = 10,
                                    .momentum = 0.5,
                                    .bias_correction = true}};
     struct model model;
@@ -196,6 +217,10 @@ static void *run_rank(void *context) {
             backward(job, engine, &model, step, micro, &seed);
         maybe_delay(job, &seed);
         CHECK_OK(dsc_engine_step(engine, view(&model, s->dtype), groups, &job->out.last));
+        if (s->optim == DSC_OPTIM_FOREIGN) {
+            step_foreign(engine, &model, s->dtype, s->whole);
+            CHECK_OK(dsc_engine_end_step(engine, view(&model, s->dtype), false, &job->out.last));
+        }
         memset(model.has_grad, 0, sizeof model.has_grad);
         job->out.norm[step] = job->out.last.norm;
         job->out.stepped[step] = job->out.last.stepped;
@@ -272,13 +297,14 @@ static const struct setup plain = {.size = 2,
                                    .poison_step = -1,
                                    .unused_param = -1};
 
-static void sweep(int size, int n_micro, bool delays, bool momentum_sgd) {
+static void sweep(int size, int n_micro, bool delays, enum dsc_optim_kind optim, bool whole) {
     for (int dtype = 0; dtype < DSC_TRAIN_DTYPE_COUNT; dtype++) {
         struct setup base = plain;
         base.size = size;
         base.n_micro = n_micro;
         base.dtype = (enum dsc_dtype)dtype;
-        base.momentum_sgd = momentum_sgd;
+        base.optim = optim;
+        base.whole = whole;
         base.unused_param = 5;
         struct setup other = base;
         other.delays = delays;
@@ -296,22 +322,74 @@ static void sweep(int size, int n_micro, bool delays, bool momentum_sgd) {
 }
 
 static void stages_overlap_and_buckets_agree_on_2_ranks(void) {
-    sweep(2, 1, false, false);
+    sweep(2, 1, false, DSC_OPTIM_ADAM, false);
 }
 static void stages_overlap_and_buckets_agree_on_4_ranks(void) {
-    sweep(4, 1, false, false);
+    sweep(4, 1, false, DSC_OPTIM_ADAM, false);
 }
 static void three_micro_steps_agree_on_2_ranks(void) {
-    sweep(2, 3, false, false);
+    sweep(2, 3, false, DSC_OPTIM_ADAM, false);
 }
 static void three_micro_steps_agree_on_4_ranks(void) {
-    sweep(4, 3, false, true);
+    sweep(4, 3, false, DSC_OPTIM_SGD, false);
 }
 static void random_delays_change_no_bit_2_ranks(void) {
-    sweep(2, 1, true, true);
+    sweep(2, 1, true, DSC_OPTIM_SGD, false);
 }
 static void random_delays_change_no_bit_3_ranks(void) {
-    sweep(3, 2, true, false);
+    sweep(3, 2, true, DSC_OPTIM_ADAM, false);
+}
+
+static void lamb_agrees_over_stages_on_2_ranks(void) {
+    sweep(2, 1, true, DSC_OPTIM_LAMB, false);
+}
+static void lamb_agrees_over_stages_on_4_ranks(void) {
+    sweep(4, 3, false, DSC_OPTIM_LAMB, false);
+}
+static void lion_and_adagrad_agree_over_stages_on_3_ranks(void) {
+    sweep(3, 1, false, DSC_OPTIM_LION, false);
+    sweep(3, 1, false, DSC_OPTIM_ADAGRAD, false);
+}
+static void a_foreign_optimizer_agrees_over_stages_on_2_ranks(void) {
+    sweep(2, 1, true, DSC_OPTIM_FOREIGN, false);
+}
+static void a_foreign_optimizer_of_whole_parameters_agrees_over_stages_on_4_ranks(void) {
+    sweep(4, 1, false, DSC_OPTIM_FOREIGN, true);
+}
+
+static void lamb_does_not_depend_on_threads(void) {
+    struct setup a = plain;
+    a.size = 1;
+    a.optim = DSC_OPTIM_LAMB;
+    a.dtype = DSC_BF16;
+    struct setup b = a;
+    b.n_threads = 3;
+    check_same(&a, &b);
+    struct outcome *x = run(&b);
+    CHECK(x->allocs_in_last_step == 0);
+    free(x);
+}
+
+static void cuts_between_parameters_stand_nearest_to_equal_shares(void) {
+    struct dsc_param params[11];
+    int space_of[11];
+    size_t segment_of[11], n_spaces;
+    struct dsc_space *spaces;
+    for (int i = 0; i < 11; i++)
+        params[i] = (struct dsc_param){i == 5 ? 40000 : 1000, DSC_F32, 0};
+    CHECK_OK(dsc_space_build(params, 11, 3, true, &spaces, &n_spaces, space_of, segment_of));
+    CHECK(n_spaces == 1 && spaces->cuts[0] == 0 && spaces->cuts[3] == spaces->n_elems);
+    for (int r = 0; r < 3; r++) {
+        struct dsc_range owned = dsc_space_owned(spaces, r);
+        struct dsc_parts it = dsc_parts(spaces, owned);
+        CHECK(owned.begin % DSC_BLOCK == 0 && owned.begin <= owned.end);
+        while (dsc_parts_next(&it))
+            CHECK(dsc_range_size(it.part) == it.segment->n_elems);
+    }
+    /* 50,000 elements: the border nearest to 16,667 is 5,000, that nearest to 33,333 is 45,000. */
+    CHECK(spaces->segments[5].begin == spaces->cuts[1]);
+    CHECK(spaces->segments[6].begin == spaces->cuts[2]);
+    dsc_space_free(spaces, n_spaces);
 }
 
 static void a_world_of_one_agrees_over_stages(void) {
@@ -401,6 +479,13 @@ static void a_stage_that_is_not_there_says_so(void) {
 
 static const struct test_case cases[] = {
     CASE(a_stage_that_is_not_there_says_so),
+    CASE(lamb_agrees_over_stages_on_2_ranks),
+    CASE(lamb_agrees_over_stages_on_4_ranks),
+    CASE(lion_and_adagrad_agree_over_stages_on_3_ranks),
+    CASE(a_foreign_optimizer_agrees_over_stages_on_2_ranks),
+    CASE(a_foreign_optimizer_of_whole_parameters_agrees_over_stages_on_4_ranks),
+    CASE(lamb_does_not_depend_on_threads),
+    CASE(cuts_between_parameters_stand_nearest_to_equal_shares),
     CASE(a_world_of_one_agrees_over_stages),
     CASE(stages_overlap_and_buckets_agree_on_2_ranks),
     CASE(stages_overlap_and_buckets_agree_on_4_ranks),

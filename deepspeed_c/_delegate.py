@@ -6,14 +6,16 @@ but the staging, which lives as long as they may.
 """
 import atexit
 import ctypes
+import math
 import os
+import time
 import weakref
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from ._core import Comm, shm_node
+from ._core import Comm, CommError, shm_node
 
 STAGING_BYTES = 8 << 20  # two chunks to send, two to receive
 _PREFIX = "deepspeed_c/delegate"
@@ -42,7 +44,6 @@ class Mover:
     def __init__(self, store, channel, rank, size, places, timeout):
         self._store = store
         self._places = places
-        self._rank = rank
         self._pid = os.getpid()
         self._work = None
         self._tensors = ()
@@ -129,12 +130,8 @@ class Mover:
 
     def dead(self):
         """Names a rank of this machine whose process has ended, as bytes; None where there is none."""
-        here = self._places[self._rank].rpartition(" ")[0]
-        for rank, text in enumerate(self._places):
-            where, _, pid = text.rpartition(" ")
-            if where == here and not _lives(pid):
-                return f"rank {rank} (pid {pid})".encode()
-        return None
+        name = _dead(self._places)
+        return name and name.encode()
 
     def _gone(self, error):
         text = f"the job's store, in rank 0's process or the launcher's, cannot be reached: {_reason(error)}"
@@ -156,10 +153,11 @@ class Mover:
 
 
 def open_comm(store, channel, rank, places, timeout):
-    """The communicator of all the job's ranks over a gloo group of its own. Collective.
+    """A communicator of some or all of the default group's ranks, over a gloo group of its own. Collective.
 
-    store: the default group's. channel: text, equal on all ranks and no other communicator's.
-    places: place() of every rank. timeout: seconds of one operation, 0 for none.
+    store: the default group's. channel: text, equal on all its ranks and no other communicator's, past or present.
+    rank: this one's place. places: place() of every rank. timeout: seconds of one operation, 0 for none.
+    Raises TimeoutError, CommError where ranks do not come.
     """
     try:
         store = store.clone()  # a connection of its own: another thread may wait in the store
@@ -167,8 +165,34 @@ def open_comm(store, channel, rank, places, timeout):
         pass  # a store without connections
     size = len(places)
     limit = timedelta(seconds=timeout) if timeout > 0 else _NEVER
-    mover = Mover(dist.PrefixStore(_PREFIX, store), channel, rank, size, places, limit)
-    return Comm.delegate(mover, channel, rank, size, rank, size, timeout)
+    store = dist.PrefixStore(_PREFIX, store)
+    _meet(store, channel, places, timeout)
+    mover = Mover(store, channel, rank, size, places, limit)
+    return Comm.delegate(mover, channel, rank, size, dist.get_rank(), dist.get_world_size(), timeout)
+
+
+def _meet(store, channel, places, timeout):
+    """gloo's own connecting handles no signal and no death, so it begins when all ranks are there."""
+    deadline, pause = time.monotonic() + (timeout or math.inf), 0.001
+    came = store.add(f"open/{channel}", 1)
+    while came < len(places):
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"{came} of {len(places)} ranks came to open the communicator \"{channel}\" within "
+                               f"{timeout:.1f} s")
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.05)
+        if pause == 0.05 and (dead := _dead(places)):
+            raise CommError(f"{dead} died or ended before the communicator \"{channel}\" was open")
+        came = store.add(f"open/{channel}", 0)
+
+
+def _dead(places):
+    here = place().rpartition(" ")[0]
+    for rank, text in enumerate(places):
+        where, _, pid = text.rpartition(" ")
+        if where == here and not _lives(pid):
+            return f"rank {rank} (pid {pid})"
+    return None
 
 
 def _lives(pid):

@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import models
 import pytest
 import test_stages
 import torch
@@ -210,3 +211,89 @@ def trained(rank, world, dtype, gas):
 def test_training_over_the_delegate_gives_the_bits_of_shm(ranks, world, dtype, gas):
     shm = ranks(world, trained, dtype, gas, timeout=180)
     assert ranks(world, trained, dtype, gas, env=FORCED, timeout=180) == shm
+
+
+def step(engine, rank, micro=1):
+    for _ in range(micro):
+        engine.backward(engine(torch.ones(2, 8) + rank).square().mean())
+    engine.step()
+
+
+def small_engine(stage):
+    import deepspeed_c as deepspeed
+    torch.set_num_threads(1)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 300), torch.nn.Linear(300, 3))
+    return deepspeed.initialize(model=module, model_parameters=module.parameters(), config=models.config(stage))[0]
+
+
+def step_against_barrier(rank, world, stage):
+    from deepspeed_c import comm
+    engine = small_engine(stage)
+    step(engine, rank)
+    if rank == 1:
+        comm.barrier()
+    step(engine, rank)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_step_against_a_users_barrier_is_an_error_naming_both(ranks, stage):
+    for outcome in ranks.outcomes(2, step_against_barrier, stage, env=FORCED):
+        assert outcome.error == "CommError" and outcome.seconds < 12, outcome.describe()
+        assert "barrier" in outcome.text and "step 2" in outcome.text, outcome.text
+        assert outcome.exit_code == 0
+
+
+def dies_in_training(rank, world, stage):
+    engine = small_engine(stage)
+    for i in range(50):
+        if rank == 1 and i == 5:
+            threading.Timer(0.01, die).start()
+        step(engine, rank)
+    time.sleep(20)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_rank_killed_in_training_is_an_error_on_all_within_seconds(ranks, stage):
+    found = ranks.outcomes(3, dies_in_training, stage, env=FORCED)
+    for outcome in (found[0], found[2]):
+        assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
+        assert "rank 1" in outcome.text and "died or ended" in outcome.text, outcome.text
+        assert outcome.exit_code == 0
+
+
+def unequal(rank, world):
+    """Ranks with unequal numbers of backward passes at stage 2; then one whose settings differ."""
+    engine = small_engine(2)
+    for i in range(3):
+        step(engine, rank, 1 + (i + rank) % 3)
+    bits = models.bits(engine.module)
+    engine.optimizer.param_groups[0]["lr"] = 0.5 if rank == 0 else 0.25
+    engine.backward(engine(torch.ones(2, 8)).square().mean())
+    with pytest.raises(ValueError, match="lr 0.5 on rank 0 and 0.25 on rank 1"):
+        engine.step()
+    engine.optimizer.param_groups[0]["lr"] = 0.5
+    engine.step()
+    return bits, models.bits(engine.module)
+
+
+def test_unequal_numbers_of_backward_passes_give_the_bits_of_shm(ranks):
+    shm = ranks(3, unequal)
+    assert ranks(3, unequal, env=FORCED) == shm
+    assert len(set(shm)) == 1
+
+
+def asynchronous(rank, world):
+    comm = opened()
+    from deepspeed_c import comm as public
+    tensors = [torch.full((100_000,), float(rank + i)) for i in range(5)]
+    works = [public.all_reduce(t, async_op=True) for t in tensors]
+    x = torch.ones(4)
+    public.all_reduce(x)
+    for work in works:
+        work.wait()
+    return [t[-1].item() for t in tensors], x.tolist(), comm.backend
+
+
+def test_asynchronous_operations(ranks):
+    sums = [1.0 + 2 * i for i in range(5)]
+    assert ranks(2, asynchronous, env=FORCED) == [(sums, [2.0] * 4, "delegate")] * 2

@@ -271,8 +271,12 @@ static void comm_dealloc(CommObject *self) {
     PyObject_GC_UnTrack(self);
     /* A rank that raised must not tell the others before it has ended: one of them would end first,
      * and whoever watches the processes would take it for the cause. */
-    if (!interpreter_ends())
-        dsc_comm_close(self->core);
+    if (!interpreter_ends()) {
+        struct dsc_comm *core = self->core;
+        Py_BEGIN_ALLOW_THREADS; /* a thread of the communicator may need it to end */
+        dsc_comm_close(core);
+        Py_END_ALLOW_THREADS;
+    }
     Py_XDECREF(self->pending);
     type->tp_free(self);
     Py_DECREF(type);

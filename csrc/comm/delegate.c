@@ -35,10 +35,10 @@ static enum dsc_status run_move(struct dsc__delegate *d, const struct dsc_move *
 
 /* ---- agreement ---- */
 
-static uint64_t hash_of(const struct dsc__print *print) {
-    const unsigned char *bytes = (const unsigned char *)print;
+static uint64_t hash_bytes(const void *data, size_t n_bytes) {
+    const unsigned char *bytes = data;
     uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
-    for (size_t i = 0; i < sizeof *print; i++)
+    for (size_t i = 0; i < n_bytes; i++)
         hash = (hash ^ bytes[i]) * 0x100000001b3u;
     return hash;
 }
@@ -58,7 +58,7 @@ static enum dsc_status gather(struct dsc__delegate *d, const void *mine, size_t 
 static enum dsc_status agree(void *state, const struct dsc__print *mine, const void *payload,
                              size_t n_payload) {
     struct dsc__delegate *d = state;
-    int64_t hash = (int64_t)hash_of(mine), least[2] = {hash, ~hash};
+    int64_t hash = (int64_t)hash_bytes(mine, sizeof *mine), least[2] = {hash, ~hash};
     struct dsc_move move = {
         .kind = DSC_MOVE_MINIMUM, .dst = fill_area(d, 0), .n_bytes = sizeof least};
     d->current = *mine;
@@ -382,6 +382,15 @@ static const struct dsc_comm_backend delegate_backend = {
     .leave = leave,
 };
 
+/* A long name keeps its beginning, and stays apart from others. */
+static void name_channel(struct dsc__delegate *d, const char *name) {
+    if (strlen(name) < sizeof d->channel)
+        snprintf(d->channel, sizeof d->channel, "%s", name);
+    else
+        snprintf(d->channel, sizeof d->channel, "%.28s~%016llx", name,
+                 (unsigned long long)hash_bytes(name, strlen(name)));
+}
+
 static enum dsc_status allocate(struct dsc__delegate *d, size_t size) {
     DSC_TRY(dsc_alloc(size * sizeof *d->prints, (void **)&d->prints));
     DSC_TRY(dsc_alloc(size * DSC_MEET_MAX, (void **)&d->payloads));
@@ -412,7 +421,7 @@ enum dsc_status dsc_comm_open_delegate(const struct dsc_comm_options *options,
     d = comm->state;
     d->comm = comm;
     d->ops = *delegate;
-    snprintf(d->channel, sizeof d->channel, "%s", delegate->channel);
+    name_channel(d, delegate->channel);
     d->area = delegate->n_staging / 4 / ALIGN * ALIGN;
     d->watch.seen = -1;
     if ((status = allocate(d, (size_t)size)) != DSC_OK) {

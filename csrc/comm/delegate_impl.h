@@ -11,7 +11,8 @@ enum { DSC__CHANNEL_MAX = 48 };
  */
 struct dsc__watch {
     int n_slices;
-    bool posted;       /* this rank counts as blocked on the board */
+    bool posted;       /* on the board */
+    bool counts;       /* as a rank that is blocked */
     bool hopeful;      /* and as one whose operation will end */
     int64_t seen;      /* `moves` when all were blocked at the last look; -1: they were not */
     uint64_t sequence; /* posted under */

@@ -91,7 +91,9 @@ static enum dsc_status check_board(struct dsc__delegate *d) {
 
 /* ---- a standstill ---- */
 
-/* Counts this rank among the blocked. The operation before is one that somebody has left behind. */
+/* Counts this rank among the blocked; in a thread of the communicator's own only as one that has
+ * come to the operation, since the rank itself goes on. The operation before is one that somebody
+ * has left behind. */
 static enum dsc_status post(struct dsc__delegate *d) {
     char key[DSC_BOARD_KEY_MAX], text[DSC_BOARD_TEXT_MAX], call[DSC__CALL_TEXT_MAX];
     int64_t here, behind, ahead, unused;
@@ -99,7 +101,9 @@ static enum dsc_status post(struct dsc__delegate *d) {
     dsc__print_operation(&d->current, call);
     snprintf(key, sizeof key, "where/%d", d->ops.job_rank);
     snprintf(text, sizeof text, "%s of \"%s\"", call, d->channel);
-    DSC_TRY(d->ops.put(d->ops.context, key, text, false));
+    d->watch.counts = !dsc__on_own_thread(d->comm);
+    if (d->watch.counts)
+        DSC_TRY(d->ops.put(d->ops.context, key, text, false));
     DSC_TRY(add_here(d, sequence, 1, &here));
     DSC_TRY(add_here(d, sequence - 1, 0, &behind));
     DSC_TRY(add_here(d, sequence + 1, 0, &ahead));
@@ -107,7 +111,8 @@ static enum dsc_status post(struct dsc__delegate *d) {
     if (d->watch.hopeful)
         DSC_TRY(add(d, "hope", 1, &unused));
     DSC_TRY(add(d, "moves", 1, &unused));
-    DSC_TRY(add(d, "blocked", 1, &unused));
+    if (d->watch.counts)
+        DSC_TRY(add(d, "blocked", 1, &unused));
     d->watch.sequence = sequence;
     d->watch.posted = true;
     return DSC_OK;
@@ -116,7 +121,8 @@ static enum dsc_status post(struct dsc__delegate *d) {
 static void unpost(struct dsc__delegate *d) {
     int64_t unused;
     d->watch.posted = false;
-    if (add(d, "blocked", -1, &unused) != DSC_OK || add(d, "moves", 1, &unused) != DSC_OK)
+    if (add(d, "blocked", d->watch.counts ? -1 : 0, &unused) != DSC_OK ||
+        add(d, "moves", 1, &unused) != DSC_OK)
         return; /* the next wait finds the board gone */
     (void)add_here(d, d->watch.sequence, -1, &unused);
     if (d->watch.hopeful)

@@ -107,7 +107,7 @@ class DeepSpeedEngine(torch.nn.Module):
         self._handles = []
         self._finalizer = weakref.finalize(self, _remove_hooks, self._handles)
         self._places = {}
-        self.optimizer = self.basic_optimizer = self._core = None
+        self.optimizer = self.basic_optimizer = self._run = self._core = None
         self.module = model
         self.lr_scheduler = self.training_dataloader = None
         try:
@@ -127,6 +127,7 @@ class DeepSpeedEngine(torch.nn.Module):
 
     def _choose_optimizer(self, optimizer, model_parameters):
         """The caller's optimizer, the configuration's, or None."""
+        self._made_optimizer = optimizer is None
         name = self._config.get("optimizer.type")
         if optimizer is not None:
             if name is not None:
@@ -477,6 +478,8 @@ class DeepSpeedEngine(torch.nn.Module):
         its parameters in ordinary private storage. Idempotent."""
         self._finalizer()
         release(self._places)
+        if self._run is not None:
+            self._run.release()
         if self._core is not None:
             self._core.close()
             self._core = None

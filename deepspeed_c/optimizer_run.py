@@ -30,6 +30,11 @@ class _Run:
         self._masters = {i: self._held(i, _MASTER) for i in range(len(self._params))}
         self._masters = {i: m for i, m in self._masters.items() if m is not None}
 
+    def release(self):
+        """Gives up what the core has lent, so that it can be freed. What stands in the caller's own optimizer stays
+        its own."""
+        self._masters = {}
+
     @property
     def _core(self):
         engine = self._engine()
@@ -129,6 +134,13 @@ class CoreRun(_Run):
         self._show()
         self._take()
 
+    def release(self):
+        super().release()
+        engine = self._engine()
+        if engine is not None and engine._made_optimizer:
+            self.optimizer.state.clear()
+        self._shown, self._steps = {}, None
+
     def _show(self):
         for i in range(len(self._params)):
             tensors = {name: self._held(i, k) for k, name in enumerate(self.state_names)}
@@ -206,6 +218,10 @@ class ForeignRun(_Run):
             for name, value in state.items():
                 if isinstance(value, torch.Tensor) and value.shape == p.shape and p.dim():
                     state[name] = self._fragment_of(i, value)
+
+    def release(self):
+        super().release()
+        self._grads, self._fragments = [], {}
 
     def _fragment(self, i):
         """A leaf over this rank's fp32 part of parameter i; None where it has none."""

@@ -1,5 +1,6 @@
 """Optimizers of the engine: by name, as objects, in the core and by torch; contract N1 for each."""
 import copy
+import gc
 import io
 import itertools
 import pickle
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import deepspeed_c as deepspeed
+from deepspeed_c import _core
 
 SECTIONS = {
     "adagrad": {"type": "Adagrad", "params": {"lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.1,
@@ -195,14 +197,45 @@ def test_what_is_written_into_states_takes_effect():
         torch.testing.assert_close(before - p.detach(), torch.full((3,), 1.5))
 
 
-def test_states_outlive_the_engine():
-    engine = start(SECTIONS["lion"])
-    train(engine, 0, range(1))
-    state = engine.optimizer.state[engine.module.head.weight]["exp_avg"]
+def test_states_that_somebody_holds_outlive_the_engine():
+    module = models.make(Net)
+    given = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    engine = start(given, dtype="bf16", module=module)
+    train(engine, 0, range(1), "bf16")
+    state = given.state[module.head.weight]["exp_avg"]
     before = state.clone()
     engine.destroy()
     del engine
-    assert torch.equal(state, before)
+    gc.collect()
+    assert torch.equal(state, before) and state.any()
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_destroy_frees_what_nobody_holds(name):
+    gc.collect()
+    before = _core.alloc_counters()["n_bytes"]
+    engine = start(SECTIONS[name], dtype="bf16")
+    train(engine, 0, range(1), "bf16")
+    engine.destroy()
+    gc.collect()
+    assert _core.alloc_counters()["n_bytes"] == before
+
+
+def test_groups_stay_as_they_were_given():
+    module, other = models.make(Net), torch.nn.Parameter(torch.ones(3))
+    module.head.bias.requires_grad_(False)
+    given = torch.optim.SGD([{"params": list(module.parameters())}, {"params": []}, {"params": [other], "lr": 3.0}],
+                            lr=0.1)
+    engine = start(given, module=module)
+    assert [len(group["params"]) for group in engine.optimizer.param_groups] == [6, 0, 1]
+    assert engine.get_lr() == [0.1, 0.1, 3.0]
+    before = module.head.bias.detach().clone()
+    engine.backward(engine(batch(0, 0)) + other.sum())
+    engine.step()
+    assert torch.equal(module.head.bias, before) and not torch.equal(other, torch.ones(3))
+    with pytest.raises(ValueError, match="optimizer.param_groups holds.*more than once: head.weight"):
+        given.param_groups[1]["params"].append(module.head.weight)
+        start(given, module=module)
 
 
 # Bytes per stepped element: states, a foreign optimizer's gradients; a 16-bit model adds 4 for masters.

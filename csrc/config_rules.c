@@ -135,7 +135,6 @@ static enum dsc_status precision_rules(const struct dsc_config *config,
  * but silence would be a lie. */
 #define DSC_FIGURES_MAP(X)                                                                         \
     X(flops_profiler_enabled, "flops_profiler.enabled")                                            \
-    X(comms_logger_enabled, "comms_logger.enabled")                                                \
     X(tensorboard_enabled, "tensorboard.enabled")                                                  \
     X(wandb_enabled, "wandb.enabled")                                                              \
     X(comet_enabled, "comet.enabled")                                                              \

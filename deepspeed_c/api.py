@@ -47,6 +47,10 @@ def initialize(args=None, model=None, optimizer=None, model_parameters=None, tra
     engine = DeepSpeedEngine(args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
                              training_data=training_data, lr_scheduler=lr_scheduler, collate_fn=collate_fn,
                              config=path if config is None else config)
+    if engine._config.get("comms_logger.enabled"):
+        from .comm import configure  # not needed by others, and they start quicker without
+
+        configure(engine._config)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

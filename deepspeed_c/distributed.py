@@ -24,7 +24,9 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # MASTER_PORT has a default
 _MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _timeout = None  # (weak reference to the default group, what init_distributed was given for it, as a timedelta)
-_opened = None  # (weak reference to the default group, its Comm)
+_opened = None  # (weak reference to the default group, its Comm, where each rank runs)
+_engine = None  # the engine's own Comm of the same ranks
+_groups = weakref.WeakKeyDictionary()  # torch's group -> its Comm
 _used = None  # (weak reference to the default group that init_distributed made or adopted, the pid that did)
 
 
@@ -44,8 +46,10 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     Raises ValueError naming variables that are missing or wrong, RuntimeError, NotImplementedError.
     """
     global _timeout, _used
-    if isinstance(config, dict) and (config.get("comms_logger") or {}).get("enabled"):
-        raise NotImplementedError('init_distributed: "comms_logger" is not yet')
+    if config is not None:
+        from .comm import configure  # which imports this module
+
+        configure(config)
     if dist.is_initialized():
         if _used is None or _used[0]() is not dist.group.WORLD:
             _used = weakref.ref(dist.group.WORLD), os.getpid()
@@ -88,10 +92,51 @@ def opened_comm():
     return _opened[1]
 
 
+def engine_comm():
+    """The engine's communicator of all ranks, with a sequence of its own, so that a script may communicate while a
+    backward pass runs. Collective at the first call."""
+    global _engine
+    world = world_comm()
+    if _engine is None or _engine.closed:
+        _engine = _open_group(world, range(world.size), "engine")
+    return _engine
+
+
+def group_comm(group):
+    """The communicator of a torch group (None: of all ranks); collective over its members at the first use, and None
+    outside it. Two groups of the same ranks have one each."""
+    if group is None or group is dist.group.WORLD:
+        return world_comm()
+    comm = _groups.get(group)
+    if comm is not None and not comm.closed:
+        return comm
+    ranks = dist.get_process_group_ranks(group)
+    if dist.get_rank() not in ranks:
+        return None
+    name = f"{group.group_name} (ranks {', '.join(map(str, ranks))})"
+    comm = _groups[group] = _open_group(world_comm(), ranks, name, _comm_timeout(group).total_seconds())
+    return comm
+
+
+def _open_group(world, ranks, name, timeout=None):
+    """A communicator of some ranks: the one place where its back end is chosen. Equal on all members."""
+    if world.backend != "delegate":
+        return world.group(ranks, name, timeout)
+    timeout = _comm_timeout(_world_group()).total_seconds() if timeout is None else timeout
+    if len(ranks) == 1:
+        return Comm.self_(timeout)
+    places, opening = _opened[2]
+    store = dist.distributed_c10d._get_default_store()
+    return delegate.open_comm(store, f"group {opening} {name}", list(ranks).index(world.rank),
+                              [places[r] for r in ranks], timeout)
+
+
 def destroy_process_group(group=None):
-    """Closes the communicator with the default group, then has torch.distributed destroy the group."""
+    """Closes the communicator with the group, then has torch.distributed destroy the group."""
     if group is None or group is _world_group():
         close_comm()
+    elif group in _groups:
+        _groups.pop(group).close()
     dist.destroy_process_group(group)
 
 
@@ -100,6 +145,8 @@ def _end():
     """At exit: a gloo group that nobody destroyed, an adopted one too, is destroyed, because its threads otherwise end
     the process by abort() in one of ten runs. The communicator stays open: the others see this process's end when it
     has ended, so that none of them can fail before the rank that is the cause."""
+    for comm in _all_comms():
+        comm.halt()  # no thread of ours works on tensors while the interpreter goes
     if _used is None or not dist.is_initialized() or _used[0]() is not dist.group.WORLD:
         return
     if _used[1] != os.getpid():
@@ -109,11 +156,19 @@ def _end():
         dist.destroy_process_group()
 
 
+def _all_comms():
+    """Every open communicator, the world's last."""
+    ours = [*_groups.values(), _engine, _opened and _opened[1]]
+    return [comm for comm in ours if comm is not None and not comm.closed]
+
+
 def close_comm():
-    """Closes the communicator, if any."""
-    global _opened
-    if _opened is not None:
-        comm, _opened = _opened[1], None
+    """Closes the communicators, if any: of groups, of the engine, of all ranks."""
+    global _opened, _engine
+    comms = _all_comms()
+    _opened = _engine = None
+    _groups.clear()
+    for comm in comms:
         comm.close()
 
 
@@ -227,8 +282,8 @@ def _open(group):
     close_comm()
     rank, size = dist.get_rank(), dist.get_world_size()
     timeout = _comm_timeout(group).total_seconds()
-    comm = Comm.self_(timeout) if size == 1 else _open_ranks(rank, size, timeout)
-    _opened = (weakref.ref(group), comm)
+    comm, where = (Comm.self_(timeout), None) if size == 1 else _open_ranks(rank, size, timeout)
+    _opened = (weakref.ref(group), comm, where)
     return comm
 
 
@@ -252,11 +307,12 @@ def _open_ranks(rank, size, timeout):
     store.set(f"{prefix}/{rank}", "\n".join((shm_node(), address, token, delegate.place(), _wanted_backend())))
     told = _read_all(store, prefix, size, timeout)
     why = _why_delegate(told)
+    where = [t[3] for t in told], opening
     if why is None:
-        return Comm.shm(listener, told[0][1], told[0][2], rank, size, timeout)
+        return Comm.shm(listener, told[0][1], told[0][2], rank, size, timeout), where
     if rank == 0:
         logger.info("communicator: delegate, over gloo, %d ranks: %s", size, why)
-    return delegate.open_comm(store, f"world {opening}", rank, [t[3] for t in told], timeout)
+    return delegate.open_comm(store, f"world {opening}", rank, where[0], timeout), where
 
 
 def _wanted_backend():

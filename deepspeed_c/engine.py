@@ -11,7 +11,7 @@ import torch
 
 from . import _core, optimizer_choice
 from . import model as model_setup
-from .distributed import world_comm
+from .distributed import engine_comm
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer
 from .optimizer_run import CoreRun, ForeignRun
 from .report import StepReport
@@ -81,7 +81,7 @@ class DeepSpeedEngine(torch.nn.Module):
     def __init__(self, args=None, model=None, optimizer=None, model_parameters=None, training_data=None,
                  lr_scheduler=None, collate_fn=None, config=None):
         super().__init__()
-        self._comm = world_comm()
+        self._comm = engine_comm()
         self.world_size = self.dp_world_size = self._comm.size
         self.global_rank = self._comm.rank
         self.local_rank = _local_rank(args)

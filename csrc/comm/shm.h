@@ -119,6 +119,7 @@ enum dsc__shm_awaited {
     DSC__SHM_PHASE,
     DSC__SHM_BELL,
     DSC__SHM_MAIL,
+    DSC__SHM_OPEN, /* of a group, by its key */
     DSC__SHM_AWAITED_COUNT
 };
 
@@ -169,6 +170,8 @@ enum dsc_status dsc__shm_check_world(int rank, int size);
 enum dsc_status dsc__shm_open_group(void *state, const struct dsc__group *group,
                                     struct dsc_comm **out);
 void dsc__shm_group_opened(void *state);
+/* Where a region has its block of the group that is being opened under `key`, 0 if nowhere. */
+uint32_t dsc__shm_find_key(struct dsc__shm_region *region, uint64_t key);
 /* Lets go of the blocks of a group's channel. */
 void dsc__shm_close_group(struct dsc__shm *shm);
 

@@ -40,21 +40,27 @@ static enum dsc_status claim_block(struct dsc__shm *shm, const struct dsc__group
                     group->name, (int)DSC__SHM_CHANNELS - 1);
 }
 
-/* Looks for the block that a member claimed for this group. */
+uint32_t dsc__shm_find_key(struct dsc__shm_region *region, uint64_t key) {
+    for (uint32_t slot = 1; slot < DSC__SHM_CHANNELS; slot++)
+        if (atomic_load(&region->entries[slot].key) == key)
+            return slot;
+    return 0;
+}
+
 static bool find_block(struct dsc__shm *shm, int rank, uint64_t key) {
     struct dsc__shm_region *region = dsc__shm_region_of(shm, rank);
-    for (uint32_t slot = 1; slot < DSC__SHM_CHANNELS; slot++)
-        if (atomic_load(&region->entries[slot].key) == key) {
-            shm->slots[rank] = slot;
-            shm->blocks[rank] = &region->blocks[slot];
-            return true;
-        }
-    return false;
+    uint32_t slot = dsc__shm_find_key(region, key);
+    if (slot == 0)
+        return false;
+    shm->slots[rank] = slot;
+    shm->blocks[rank] = &region->blocks[slot];
+    return true;
 }
 
 /* Members that will not come. `patience` counts the whole opening. */
-static enum dsc_status check_member(struct dsc__shm *shm, int rank, const char *name,
+static enum dsc_status check_member(struct dsc__shm *shm, int rank, const struct dsc__group *group,
                                     double since) {
+    const char *name = group->name;
     const struct dsc_comm_options *options = shm->options;
     struct dsc__shm_region *region = dsc__shm_region_of(shm, rank);
     struct pollfd death = {.fd = -1, .events = POLLIN};
@@ -71,7 +77,9 @@ static enum dsc_status check_member(struct dsc__shm *shm, int rank, const char *
     if (options->timeout_s > 0 && dsc_comm_now() - since >= options->timeout_s)
         return DSC_FAIL(DSC_ETIMEDOUT, "waited %.1f s for rank %d (pid %d) to open group %s",
                         options->timeout_s, shm->members[rank], (int)region->pid, name);
-    return DSC_OK;
+    struct dsc__shm_wait wait = {
+        .kind = DSC__SHM_OPEN, .target = group->key, .label = "the opening"};
+    return dsc__shm_look_for_standstill(shm, &wait, rank);
 }
 
 /* Members come together or not at all soon, so a short wait yields and a long one naps. */
@@ -87,7 +95,7 @@ static enum dsc_status await_member(struct dsc__shm *shm, int rank, const struct
         if (dsc_comm_now() - checked < 0.09)
             continue;
         checked = dsc_comm_now();
-        DSC_TRY(check_member(shm, rank, group->name, since));
+        DSC_TRY(check_member(shm, rank, group, since));
     }
     return DSC_OK;
 }
@@ -113,8 +121,10 @@ enum dsc_status dsc__shm_open_group(void *state, const struct dsc__group *group,
     for (int r = 0; status == DSC_OK && r < group->size; r++)
         shm->members[r] = parent->members[group->ranks[r]];
     snprintf(shm->name, sizeof shm->name, "%s", group->name);
-    if (status == DSC_OK)
+    if (status == DSC_OK) {
         status = join(shm, group);
+        dsc__shm_end_look(shm);
+    }
     if (status != DSC_OK) {
         /* A member that did not come leaves the world broken, and blocks as they are. */
         dsc__shm_give_up(state, status, dsc_last_error());

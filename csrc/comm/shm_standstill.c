@@ -48,6 +48,8 @@ static bool still_waits(const struct dsc__shm_node *node, int rank, const struct
     if (look->kind == DSC__SHM_MAIL)
         return atomic_load(&awaited->n_messages) == 0 &&
                atomic_load(&node->regions[rank]->mail) == (uint32_t)look->target;
+    if (look->kind == DSC__SHM_OPEN)
+        return dsc__shm_find_key(awaited, look->target) == 0;
     return atomic_load(&block->n_posted) == 0 &&
            !dsc__shm_has(block, (enum dsc__shm_awaited)look->kind, look->target);
 }

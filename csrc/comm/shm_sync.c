@@ -57,8 +57,15 @@ void dsc__shm_leave(void *state) {
     wake_others(shm);
 }
 
-/* Told to the whole node, whichever channel it happened in: the processes should end. Those asleep
- * in other channels see it at their next look. */
+/* Everybody on the node who sleeps, in whatever channel. */
+static void wake_node(const struct dsc__shm_node *node) {
+    for (int r = 0; r < node->size; r++)
+        for (int slot = 0; slot < DSC__SHM_CHANNELS && r != node->rank; slot++)
+            if (slot == 0 || atomic_load(&node->regions[r]->entries[slot].n_refs))
+                wake_if_asleep(&node->regions[r]->blocks[slot]);
+}
+
+/* Told to the whole node, whichever channel it happened in: the processes should end. */
 void dsc__shm_give_up(void *state, enum dsc_status status, const char *reason) {
     struct dsc__shm *shm = state;
     struct dsc__shm_region *mine = shm->node->regions[shm->node->rank];
@@ -69,7 +76,7 @@ void dsc__shm_give_up(void *state, enum dsc_status status, const char *reason) {
     atomic_store(&mine->gave_up, (uint32_t)-status);
     (void)atomic_compare_exchange_strong(&shm->node->regions[0]->broken, &nobody,
                                          1 + (uint32_t)shm->node->rank);
-    wake_others(shm);
+    wake_node(shm->node);
 }
 
 /* ---- fingerprints in slots ---- */
@@ -174,8 +181,12 @@ static enum dsc_status check_dead(struct dsc__shm *shm, const struct dsc__shm_wa
         return DSC_OK;
     for (int r = 0; r < shm->size; r++)
         if (pidfds[shm->members[r]].revents && !atomic_load(&shm->blocks[r]->left) &&
-            !arrived(shm, wait, r))
+            !arrived(shm, wait, r)) {
+            /* One that gave up and ended then has said why. */
+            if (atomic_load(&dsc__shm_region_of(shm, r)->gave_up))
+                DSC_TRY(dsc__shm_check_broken(shm));
             return fail_gone(shm, wait, r, "died or ended");
+        }
     return DSC_OK;
 }
 

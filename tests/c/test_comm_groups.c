@@ -172,6 +172,19 @@ static void a_circle_of_three_is_told_so(void) {
     run_threads(3, 60, false, circle_body, NULL);
 }
 
+static void opening_body(struct dsc_comm *world, int rank, void *arg) {
+    struct dsc_comm *group = NULL;
+    (void)arg;
+    CHECK(dsc_comm_open_group(world, NULL, (int[]){0, 1}, 2, rank ? "one" : "two", &group) ==
+          DSC_EDIVERGED);
+    CHECK_TEXT("rank 0 in the opening of group two for rank 1");
+    CHECK_TEXT("rank 1 in the opening of group one for rank 0");
+}
+
+static void ranks_that_open_different_groups_are_told_so(void) {
+    run_threads(2, 60, false, opening_body, NULL);
+}
+
 /* A chain of waits ends at a rank that is merely slow. */
 static void chain_body(struct dsc_comm *world, int rank, void *arg) {
     struct dsc_comm *tail = rank > 0 ? group_of(world, "tail", 2, (int[]){1, 2}) : NULL;
@@ -220,6 +233,7 @@ static struct test_case cases[] = {
     CASE(a_member_that_does_not_open_is_named),
     CASE(ranks_in_different_channels_are_told_so),
     CASE(a_circle_of_three_is_told_so),
+    CASE(ranks_that_open_different_groups_are_told_so),
     CASE(slow_is_no_standstill),
     CASE(random_delays_in_several_groups_are_no_standstill),
 };

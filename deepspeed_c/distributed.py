@@ -299,12 +299,13 @@ def _comm_timeout(group):
 
 def _open_ranks(rank, size, timeout):
     """All ranks tell where they are through the store, rank 0 its address too; then they know which way they share."""
+    wanted = _wanted_backend()  # while the store still is there for sure
     store = dist.distributed_c10d._get_default_store()
     listener, address, token = Comm.listen() if rank == 0 else (None, "", "")
     # A count per rank in the store itself: a new default group, or the same store again, gives new keys.
     opening = store.add(f"deepspeed_c/comm/openings/{rank}", 1)
     prefix = f"deepspeed_c/comm/{opening}"
-    store.set(f"{prefix}/{rank}", "\n".join((shm_node(), address, token, delegate.place(), _wanted_backend())))
+    store.set(f"{prefix}/{rank}", "\n".join((shm_node(), address, token, delegate.place(), wanted)))
     told = _read_all(store, prefix, size, timeout)
     why = _why_delegate(told)
     where = [t[3] for t in told], opening

@@ -60,6 +60,7 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
         raise RuntimeError("dist_init_required=False, but torch.distributed has no default group: initialize it "
                            "before, or leave dist_init_required at None")
     timeout = timeout or _default_timeout()
+    _wanted_backend()  # a wrong one is an error before there is a group
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(_integer("LOCAL_RANK"))

@@ -1,0 +1,460 @@
+/* The delegate back end and the engine on it over a fake: ranks as threads, moves through memory
+ * with random delays, a board in a table. ThreadSanitizer sees all of it. */
+#define _GNU_SOURCE
+#include "comm_ranks.h"
+
+#include "alloc.h"
+#include "comm/delegate.h"
+#include "engine.h"
+
+#include <stdatomic.h>
+
+enum { STAGING = 4 * 64 * 1024, KEYS_MAX = 512 };
+
+/* ---- the fake: all ranks put their move down, the last one carries all of them out ---- */
+
+struct world {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    int size, n_came;
+    uint64_t n_done; /* rounds of moves */
+    bool cut;        /* connections are lost */
+    struct rank {
+        struct world *world;
+        int rank;
+        struct dsc_move move;
+        uint64_t awaits;
+        unsigned seed;
+        bool dead;
+        _Alignas(64) char staging[STAGING];
+    } ranks[RANKS_MAX];
+    struct {
+        char key[DSC_BOARD_KEY_MAX], text[DSC_BOARD_TEXT_MAX];
+        int64_t value;
+    } board[KEYS_MAX];
+};
+
+static void carry_out(struct world *w) {
+    size_t at[RANKS_MAX] = {0};
+    int64_t least[2], other[2];
+    memcpy(least, w->ranks[0].staging + w->ranks[0].move.dst, sizeof least);
+    for (int to = 0; to < w->size; to++) {
+        const struct dsc_move *move = &w->ranks[to].move;
+        char *dst = w->ranks[to].staging + move->dst;
+        CHECK(move->kind == w->ranks[0].move.kind);
+        for (int from = 0; from < w->size; from++) {
+            const struct rank *source = &w->ranks[from];
+            size_t n = move->n_bytes, src = source->move.src;
+            if (move->kind == DSC_MOVE_EXCHANGE) {
+                n = move->n_recv[from];
+                CHECK(n == source->move.n_send[to]);
+                src += at[from];
+                at[from] += n;
+            }
+            if (move->kind == DSC_MOVE_MINIMUM) {
+                memcpy(other, source->staging + source->move.dst, sizeof other);
+                for (int i = 0; i < 2; i++)
+                    least[i] = other[i] < least[i] ? other[i] : least[i];
+            } else if (move->kind == DSC_MOVE_BROADCAST) {
+                if (from == move->root && to != from)
+                    memcpy(dst, source->staging + source->move.dst, n);
+            } else {
+                memcpy(dst, source->staging + src, n);
+                dst += n;
+            }
+        }
+    }
+    for (int r = 0; r < w->size && w->ranks[0].move.kind == DSC_MOVE_MINIMUM; r++)
+        memcpy(w->ranks[r].staging + w->ranks[r].move.dst, least, sizeof least);
+}
+
+static enum dsc_status start(void *context, const struct dsc_move *move) {
+    struct rank *me = context;
+    struct world *w = me->world;
+    if (next_random(&me->seed) >> 28 == 0)
+        nap_ms(1);
+    pthread_mutex_lock(&w->lock);
+    me->move = *move;
+    me->awaits = w->n_done + 1;
+    if (++w->n_came == w->size) {
+        carry_out(w);
+        w->n_came = 0;
+        w->n_done++;
+        pthread_cond_broadcast(&w->changed);
+    }
+    pthread_mutex_unlock(&w->lock);
+    return DSC_OK;
+}
+
+static enum dsc_status wait_for(void *context, int ms, bool *done) {
+    struct rank *me = context;
+    struct world *w = me->world;
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += ms * 1000000L;
+    until.tv_sec += until.tv_nsec / 1000000000L;
+    until.tv_nsec %= 1000000000L;
+    pthread_mutex_lock(&w->lock);
+    while (w->n_done < me->awaits && !w->cut)
+        if (pthread_cond_timedwait(&w->changed, &w->lock, &until) != 0)
+            break;
+    *done = w->n_done >= me->awaits;
+    bool lost = w->cut && !*done;
+    pthread_mutex_unlock(&w->lock);
+    return lost ? DSC_FAIL(DSC_EDEAD, "connection closed by peer") : DSC_OK;
+}
+
+/* Lock held. */
+static int slot_of(struct world *w, const char *key) {
+    int i = 0;
+    while (i < KEYS_MAX && w->board[i].key[0] && strcmp(w->board[i].key, key) != 0)
+        i++;
+    CHECK(i < KEYS_MAX);
+    snprintf(w->board[i].key, sizeof w->board[i].key, "%s", key);
+    return i;
+}
+
+static enum dsc_status add(void *context, const char *key, int64_t by, int64_t *value) {
+    struct world *w = ((struct rank *)context)->world;
+    pthread_mutex_lock(&w->lock);
+    *value = w->board[slot_of(w, key)].value += by;
+    pthread_mutex_unlock(&w->lock);
+    return DSC_OK;
+}
+
+static enum dsc_status put(void *context, const char *key, const char *text, bool once) {
+    struct world *w = ((struct rank *)context)->world;
+    pthread_mutex_lock(&w->lock);
+    int i = slot_of(w, key);
+    if (!once || !w->board[i].text[0])
+        snprintf(w->board[i].text, sizeof w->board[i].text, "%s", text);
+    pthread_mutex_unlock(&w->lock);
+    return DSC_OK;
+}
+
+static enum dsc_status look(void *context, const char *key, char text[DSC_BOARD_TEXT_MAX]) {
+    struct world *w = ((struct rank *)context)->world;
+    pthread_mutex_lock(&w->lock);
+    snprintf(text, DSC_BOARD_TEXT_MAX, "%s", w->board[slot_of(w, key)].text);
+    pthread_mutex_unlock(&w->lock);
+    return DSC_OK;
+}
+
+static void dead(void *context, char text[DSC_BOARD_DEAD_MAX]) {
+    struct world *w = ((struct rank *)context)->world;
+    text[0] = '\0';
+    pthread_mutex_lock(&w->lock);
+    for (int r = 0; r < w->size; r++)
+        if (w->ranks[r].dead)
+            snprintf(text, DSC_BOARD_DEAD_MAX, "rank %d (pid 1)", r);
+    pthread_mutex_unlock(&w->lock);
+}
+
+static void nothing(void *context) {
+    (void)context;
+}
+
+/* Runs body on `size` ranks over the fake. */
+static void run_fake(int size, rank_fn body, void *arg) {
+    struct dsc_comm_options options = {.timeout_s = 30};
+    struct world *w = calloc(1, sizeof *w);
+    struct rank_thread threads[RANKS_MAX];
+    pthread_t ids[RANKS_MAX];
+    CHECK(w != NULL);
+    w->size = size;
+    pthread_mutex_init(&w->lock, NULL);
+    pthread_cond_init(&w->changed, NULL);
+    for (int r = 0; r < size; r++) {
+        struct dsc_comm *comm = NULL;
+        w->ranks[r].world = w;
+        w->ranks[r].rank = r;
+        w->ranks[r].seed = (unsigned)r;
+        const struct dsc_delegate fake = {.context = &w->ranks[r],
+                                          .staging = w->ranks[r].staging,
+                                          .n_staging = STAGING,
+                                          .channel = "fake",
+                                          .job_rank = r,
+                                          .job_size = size,
+                                          .start = start,
+                                          .wait = wait_for,
+                                          .add = add,
+                                          .put = put,
+                                          .look = look,
+                                          .dead = dead,
+                                          .leave = nothing,
+                                          .release = nothing};
+        CHECK_OK(dsc_comm_open_delegate(&options, &fake, r, size, &comm));
+        threads[r] = (struct rank_thread){.comm = comm, .body = body, .arg = arg ? arg : w};
+        CHECK(pthread_create(&ids[r], NULL, run_rank, &threads[r]) == 0);
+    }
+    for (int r = 0; r < size; r++)
+        CHECK(pthread_join(ids[r], NULL) == 0);
+    for (int r = 0; r < size; r++)
+        dsc_comm_close(threads[r].comm);
+    CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
+    free(w);
+}
+
+/* ---- every operation against its definition ---- */
+
+static float value(int rank, size_t i) {
+    return (float)((int)((i * 7 + (size_t)rank * 13) % 101) - 50);
+}
+
+static void check_operations(struct dsc_comm *comm, size_t n) {
+    int rank = dsc_comm_rank(comm), size = dsc_comm_size(comm), root = size - 1;
+    size_t total = n * (size_t)size;
+    float *src = malloc(total * sizeof *src + 4), *dst = malloc(total * sizeof *dst + 4);
+    struct dsc_coll coll = {
+        .src = src, .dst = dst, .n_elems = n, .dtype = DSC_F32, .op = DSC_SUM, .root = root};
+    CHECK(src && dst);
+    for (size_t i = 0; i < total; i++)
+        src[i] = value(rank, i);
+    CHECK_OK(dsc_comm_all_to_all(comm, &coll));
+    for (size_t i = 0; i < total; i++)
+        CHECK(dst[i] == value((int)(i / n), (size_t)rank * n + i % n));
+    CHECK_OK(dsc_comm_reduce_scatter(comm, &coll));
+    for (size_t i = 0; i < n; i++) {
+        float sum = 0;
+        for (int r = 0; r < size; r++)
+            sum += value(r, (size_t)rank * n + i);
+        CHECK(dst[i] == sum);
+    }
+    CHECK_OK(dsc_comm_all_gather(comm, &coll));
+    for (size_t i = 0; i < total; i++)
+        CHECK(dst[i] == value((int)(i / n), i % n));
+    memset(dst, 0, total * sizeof *dst);
+    CHECK_OK(dsc_comm_gather(comm, &coll));
+    for (size_t i = 0; i < total; i++)
+        CHECK(dst[i] == (rank == root ? value((int)(i / n), i % n) : 0));
+    CHECK_OK(dsc_comm_scatter(comm, &coll));
+    for (size_t i = 0; i < n; i++)
+        CHECK(dst[i] == value(root, (size_t)rank * n + i));
+    CHECK_OK(dsc_comm_reduce(comm, &coll));
+    coll.dst = src;
+    CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+    for (size_t i = 0; i < n; i++) {
+        float sum = 0;
+        for (int r = 0; r < size; r++)
+            sum += value(r, i);
+        CHECK(src[i] == sum && (rank != root || dst[i] == sum));
+    }
+    src[0] = (float)rank;
+    CHECK_OK(dsc_comm_broadcast(comm, &coll));
+    CHECK(src[0] == (float)root);
+    free(src);
+    free(dst);
+}
+
+static void operations_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const size_t lengths[] = {1, 3, 1000, 16 * 1024, 50001};
+    (void)rank;
+    (void)arg;
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        check_operations(comm, lengths[i]);
+}
+
+static void operations_do_what_they_say(void) {
+    run_fake(2, operations_body, NULL);
+    run_fake(3, operations_body, NULL);
+}
+
+/* Part sizes that differ, with and without a comparison of the counts. */
+static void uneven_body(struct dsc_comm *comm, int rank, void *arg) {
+    size_t n_send[3], n_recv[3], n_in = 0, n_max = 40000;
+    static const size_t table[3][3] = {{5, 0, 40000}, {7, 1, 2}, {0, 0, 9}};
+    float *src = malloc(50000 * sizeof *src), *dst = malloc(50000 * sizeof *dst);
+    (void)arg;
+    CHECK(src && dst);
+    for (size_t i = 0; i < 50000; i++)
+        src[i] = value(rank, i);
+    for (int r = 0; r < 3; r++) {
+        n_send[r] = table[rank][r];
+        n_recv[r] = table[r][rank];
+    }
+    struct dsc_coll coll = {.src = src, .dst = dst, .n_elems = n_max, .dtype = DSC_F32};
+    for (int covered = 0; covered < 2; covered++) {
+        memset(dst, 0, 50000 * sizeof *dst);
+        CHECK(!dsc_comm_cover(comm, covered));
+        CHECK_OK(dsc_comm_all_to_all_v(comm, &coll, n_send, n_recv));
+        CHECK(dsc_comm_cover(comm, false) == covered);
+        n_in = 0;
+        for (int r = 0; r < 3; r++) {
+            size_t before = 0;
+            for (int k = 0; k < rank; k++)
+                before += table[r][k];
+            for (size_t i = 0; i < n_recv[r]; i++)
+                CHECK(dst[n_in + i] == value(r, before + i));
+            n_in += n_recv[r];
+        }
+    }
+    free(src);
+    free(dst);
+}
+
+static void uneven_parts_arrive(void) {
+    run_fake(3, uneven_body, NULL);
+}
+
+/* ---- failures ---- */
+
+static void diverged_body(struct dsc_comm *comm, int rank, void *arg) {
+    float x = 1;
+    struct dsc_coll coll = {.src = &x, .dst = &x, .n_elems = 1, .dtype = DSC_F32, .label = "one"};
+    (void)arg;
+    CHECK_OK(dsc_comm_barrier(comm, NULL));
+    if (rank == 2)
+        CHECK(dsc_comm_barrier(comm, "two") == DSC_EDIVERGED);
+    else
+        CHECK(dsc_comm_all_reduce(comm, &coll) == DSC_EDIVERGED);
+    CHECK_TEXT("rank 0 called all_reduce(fp32 x 1, sum) [one] as operation 2 while rank 2 called "
+               "barrier() [two]");
+    CHECK(dsc_comm_barrier(comm, NULL) == DSC_EDIVERGED);
+}
+
+static void different_calls_are_an_error_on_all(void) {
+    run_fake(3, diverged_body, NULL);
+}
+
+static void dead_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct world *w = arg;
+    CHECK_OK(dsc_comm_barrier(comm, NULL));
+    if (rank == 1) {
+        pthread_mutex_lock(&w->lock);
+        w->cut = w->ranks[1].dead = true;
+        pthread_cond_broadcast(&w->changed);
+        pthread_mutex_unlock(&w->lock);
+        return;
+    }
+    CHECK(dsc_comm_barrier(comm, "last") == DSC_EDEAD);
+    CHECK_TEXT("rank 1 (pid 1) died or ended");
+}
+
+static void a_dead_rank_is_named(void) {
+    run_fake(3, dead_body, NULL);
+}
+
+static void gives_up_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)arg;
+    if (rank == 1) {
+        dsc_comm_abort(comm, "out of data");
+        return;
+    }
+    CHECK(dsc_comm_barrier(comm, NULL) == DSC_EDEAD);
+    CHECK_TEXT("out of data");
+}
+
+static void a_rank_that_gives_up_says_why(void) {
+    run_fake(3, gives_up_body, NULL);
+}
+
+/* ---- the engine ---- */
+
+enum { N_PARAMS = 3, N_STEPS = 3 };
+static const size_t param_elems[N_PARAMS] = {5000, 17, 9001};
+
+struct training {
+    int stage;
+    enum dsc_dtype dtype;
+    float result[RANKS_MAX][15000];
+};
+
+static void fill_grads(uint16_t *narrow, float *wide, size_t n, int rank, int step) {
+    for (size_t i = 0; i < n; i++) {
+        float x = value(rank + 3 * step, i) * 0.01f;
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        wide[i] = x;
+        narrow[i] = (uint16_t)(bits >> 16); /* any bf16 will do */
+    }
+}
+
+static void train_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct training *t = arg;
+    struct dsc_engine_options options = {.stage = t->stage,
+                                         .bucket_elems = 3000,
+                                         .clip = 0.5,
+                                         .optim = DSC_OPTIM_ADAM,
+                                         .scaler = {.scale = 1},
+                                         .n_threads = 1};
+    struct dsc_hyper hyper = {.lr = 0.01, .beta1 = 0.9, .beta2 = 0.99, .eps = 1e-8};
+    struct dsc_param params[N_PARAMS];
+    struct dsc_view views[N_PARAMS];
+    struct dsc_step_report report;
+    struct dsc_engine *engine = NULL;
+    uint16_t *narrow = calloc(2 * 9001 * N_PARAMS, sizeof *narrow);
+    float *wide = calloc(2 * 9001 * N_PARAMS, sizeof *wide);
+    CHECK(narrow && wide);
+    for (int i = 0; i < N_PARAMS; i++)
+        params[i] = (struct dsc_param){param_elems[i], t->dtype, 0};
+    CHECK_OK(dsc_engine_open(comm, &options, params, N_PARAMS, 1, &engine));
+    for (int step = 0; step < N_STEPS; step++) {
+        int need;
+        for (int i = 0; i < N_PARAMS; i++) {
+            size_t at = (size_t)i * 2 * 9001, n = param_elems[i];
+            fill_grads(narrow + at + n, wide + at + n, n, rank + i, step);
+            views[i] = (struct dsc_view){.grad_dtype = t->dtype};
+            views[i].data = t->dtype == DSC_F32 ? (void *)(wide + at) : (void *)(narrow + at);
+            views[i].grad =
+                t->dtype == DSC_F32 ? (void *)(wide + at + n) : (void *)(narrow + at + n);
+        }
+        if (step == 0)
+            dsc_engine_load_masters(engine, views);
+        CHECK_OK(dsc_engine_begin_backward(engine, true, &need));
+        bool taken;
+        for (size_t i = 0; i < N_PARAMS && dsc_engine_early(engine); i++) {
+            CHECK_OK(dsc_engine_arrive(engine, i, views[i].grad, t->dtype, &taken));
+            if (taken)
+                views[i].grad = NULL;
+        }
+        CHECK_OK(dsc_engine_end_backward(engine, true, &need));
+        if (need & DSC_NEED_HAND_OVER)
+            CHECK_OK(dsc_engine_hand_over(engine, views));
+        CHECK_OK(dsc_engine_step(engine, views, &hyper, &report));
+        CHECK(report.stepped);
+    }
+    size_t out = 0;
+    for (int i = 0; i < N_PARAMS; i++)
+        for (size_t k = 0; k < param_elems[i]; k++, out++) {
+            size_t at = (size_t)i * 2 * 9001 + k;
+            t->result[rank][out] = t->dtype == DSC_F32 ? wide[at] : (float)narrow[at];
+        }
+    dsc_engine_close(engine);
+    free(narrow);
+    free(wide);
+}
+
+static void train_everywhere(enum dsc_dtype dtype) {
+    struct training *shared = calloc(1, sizeof *shared), *faked = calloc(1, sizeof *faked);
+    CHECK(shared && faked);
+    for (int stage = 0; stage < 3; stage++) {
+        shared->stage = faked->stage = stage;
+        shared->dtype = faked->dtype = dtype;
+        run_threads(3, 30, false, train_body, shared);
+        run_fake(3, train_body, faked);
+        CHECK(memcmp(shared->result, faked->result, sizeof shared->result) == 0);
+        CHECK(shared->result[0][0] != 0);
+        CHECK(memcmp(faked->result[0], faked->result[2], sizeof faked->result[0]) == 0);
+    }
+    free(shared);
+    free(faked);
+}
+
+static void training_has_the_bits_of_shared_memory_in_fp32(void) {
+    train_everywhere(DSC_F32);
+}
+
+static void training_has_the_bits_of_shared_memory_in_bf16(void) {
+    train_everywhere(DSC_BF16);
+}
+
+static const struct test_case cases[] = {
+    CASE(operations_do_what_they_say),
+    CASE(uneven_parts_arrive),
+    CASE(different_calls_are_an_error_on_all),
+    CASE(a_dead_rank_is_named),
+    CASE(a_rank_that_gives_up_says_why),
+    CASE(training_has_the_bits_of_shared_memory_in_fp32),
+    CASE(training_has_the_bits_of_shared_memory_in_bf16),
+};
+RUN_CASES(cases)

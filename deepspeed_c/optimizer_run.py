@@ -6,6 +6,8 @@ one dimension, in storage order.
 """
 import weakref
 from contextlib import contextmanager
+from itertools import chain
+from operator import is_
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -126,6 +128,7 @@ class CoreRun(_Run):
         self._counts = kind != "sgd"  # torch's SGD shows no number of steps
         self._steps = from_dlpack(self._core.steps())
         self._shown = {}  # number of parameter -> {name: tensor}
+        self._seen = None, None  # entries of ``state`` and what is in them, once it shows the core's memory
         if kind == "sgd" and any(optimizer.state.values()):
             self._core.hold_momentum()
             for i, p in enumerate(self._params):
@@ -139,7 +142,7 @@ class CoreRun(_Run):
         engine = self._engine()
         if engine is not None and engine._made_optimizer:
             self.optimizer.state.clear()
-        self._shown, self._steps = {}, None
+        self._shown, self._steps, self._seen = {}, None, (None, None)
 
     def _show(self):
         for i in range(len(self._params)):
@@ -153,6 +156,8 @@ class CoreRun(_Run):
     def _take(self):
         """What stands in ``state`` and is not the core's memory goes into it; then ``state`` shows it again."""
         state = self.optimizer.state
+        if self._is_shown(state):
+            return
         for i, shown in self._shown.items():
             here = state.get(self._params[i])
             if here is None:
@@ -166,6 +171,12 @@ class CoreRun(_Run):
                     value = torch.as_tensor(value)
                     tensor.copy_(value if name == "step" else self._fragment_of(i, value))
                 here[name] = tensor
+        self._seen = list(state.values()), _tensors(state)
+
+    def _is_shown(self, state):
+        """Whether ``state`` holds what it held when it last was the core's: a look without hashing tensors."""
+        entries, tensors = self._seen
+        return _same(list(state.values()), entries) and _same(_tensors(state), tensors)
 
     def step(self):
         """The boundary; returns the core's report."""
@@ -173,6 +184,7 @@ class CoreRun(_Run):
         report = self._core.step(self.optimizer.param_groups)
         if not self._shown:  # SGD's momentum comes with the first step that has it
             self._show()
+            self._seen = None, None
             self._take()
         return report
 
@@ -201,6 +213,7 @@ class CoreRun(_Run):
     def _take_back(self):
         for i, shown in self._shown.items():
             self.optimizer.state[self._params[i]] = dict(shown)
+        self._seen = None, None
 
 
 class ForeignRun(_Run):
@@ -283,6 +296,14 @@ class ForeignRun(_Run):
         for number, values in saved["state"].items():
             self.optimizer.state[self._params[numbers[number]]] = {
                 name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def _tensors(state):
+    return list(chain.from_iterable(entry.values() for entry in state.values()))
+
+
+def _same(items, others):
+    return others is not None and len(items) == len(others) and all(map(is_, items, others))
 
 
 def _rename(state, pairs):

@@ -49,6 +49,8 @@ while [ "$round" -le "$rounds" ]; do
     ours 2 comm_bench.py --impl gloo
     round=$((round + 1))
 done
+echo "-- comm.py" | tee -a "$out"
+"$python" -W ignore "$here/comm.py" --rounds "$rounds" | tee -a "$out"
 echo "-- optim.py" | tee -a "$out"
 "$python" "$here/optim.py" | tee -a "$out"
 rm -f "$out.err" "$out.said"

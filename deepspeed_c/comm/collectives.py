@@ -108,17 +108,40 @@ def into_parts(tensors, whole, async_op, work):
         place = 0
         with torch.no_grad():
             for t in tensors:
-                t.copy_(whole[place:place + t.numel()].view(t.shape))
+                part = whole[place:place + t.numel()].view(t.shape)
                 place += t.numel()
+                if part.data_ptr() == t.data_ptr():
+                    _changed(t)
+                else:
+                    t.copy_(part)
 
     if async_op:
         return Work([work], tensors, finish)
     finish()
 
 
+def _joined(tensors):
+    """A flat view of all where they lie one behind the other in one storage (the chunks of a tensor), else None."""
+    first = tensors[0]
+    end, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for t in tensors:
+        if not t.is_contiguous() or t.data_ptr() != end or t.untyped_storage().data_ptr() != storage:
+            return None
+        end += t.numel() * t.element_size()
+    n = sum(t.numel() for t in tensors)
+    return first.detach().as_strided((n,), (1,), first.storage_offset())
+
+
 def one_behind_the_other(tensors):
-    """A flat copy of all."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    """All flat in one tensor, copied where they do not lie so."""
+    whole = _joined(tensors)
+    return torch.cat([t.detach().reshape(-1) for t in tensors]) if whole is None else whole
+
+
+def _room_for(tensors):
+    """A flat tensor whose parts are the tensors, or become them in into_parts."""
+    whole = _joined(tensors)
+    return tensors[0].new_empty(sum(t.numel() for t in tensors)) if whole is None else whole
 
 
 def _check_list(call, name, tensors, size, like_name, like):
@@ -283,7 +306,7 @@ def all_gather(tensor_list, tensor, group=None, async_op=False):
     if comm is None:
         return delegate("all_gather", tensor_list, tensor, group, async_op)
     _check_list("all_gather", "tensor_list", tensor_list, comm.size, "tensor", tensor)
-    whole = tensor.new_empty(comm.size * tensor.numel())
+    whole = _room_for(tensor_list)
     work = comm.all_gather(whole, tensor.detach().contiguous(), None, async_op)
     return into_parts(tensor_list, whole, async_op, work)
 
@@ -310,7 +333,7 @@ def gather(tensor, gather_list=None, dst=None, group=None, async_op=False, group
     part, whole = tensor.detach().contiguous(), None
     if comm.rank == root:
         _check_list("gather", "gather_list", gather_list or (), comm.size, "tensor", tensor)
-        whole = tensor.new_empty(comm.size * tensor.numel())
+        whole = _room_for(gather_list)
     elif gather_list:
         raise ValueError("gather: gather_list must be None on a rank that is not dst")
     work = comm.gather(whole, part, root, None, async_op)
@@ -374,7 +397,7 @@ def all_to_all(output_tensor_list, input_tensor_list, group=None, async_op=False
             raise ValueError(f"all_to_all: {name} has {len(tensors)} tensors; one for each of {comm.size} ranks, of "
                              "one dtype, is expected")
     part = one_behind_the_other(input_tensor_list)
-    whole = part.new_empty(sum(t.numel() for t in output_tensor_list), dtype=output_tensor_list[0].dtype)
+    whole = _room_for(output_tensor_list)
     work = comm.all_to_all(whole, part, [t.numel() for t in output_tensor_list],
                            [t.numel() for t in input_tensor_list], None, async_op)
     return into_parts(output_tensor_list, whole, async_op, work)

@@ -110,7 +110,7 @@ class Gloo:
         return dist.barrier(group=group, async_op=async_op)
 
 
-def against_gloo(rank, world):
+def against_gloo(rank, world, dtypes=DTYPES, sizes=(1, 5, 9001)):
     rank, world = start()
     groups = [(None, list(range(world))), (dist.new_group(range(world)), list(range(world)))]
     for ranks in ([0, 1], [1, 0, world - 1][:world]):
@@ -120,8 +120,8 @@ def against_gloo(rank, world):
             groups.append((group, ranks))
     engine_comm().barrier()
     for group, ranks in groups:
-        for dtype in DTYPES:
-            for n in (1, 5, 9001):
+        for dtype in dtypes:
+            for n in sizes:
                 whole = dtype is torch.float32
                 for is_async in (False, True) if whole else (n == 5,):
                     ours = operations(comm, rank, ranks, group, dtype, n, is_async)
@@ -131,12 +131,18 @@ def against_gloo(rank, world):
                     for i, (a, b) in enumerate(zip(ours, theirs)):
                         same = torch.equal(a, b) or (dtype is torch.bfloat16 and torch.allclose(a, b, rtol=0.02))
                         assert same, (i, dtype, n, is_async, ranks, a, b)
-    assert (group_comm(groups[1][0]).size, group_comm(groups[1][0]).backend) == (world, "shm")
+    assert group_comm(groups[1][0]).size == world
+    return group_comm(groups[1][0]).backend
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_every_operation_gives_what_gloo_gives_on_any_group_synchronous_or_not(ranks, world):
-    ranks(world, against_gloo, timeout=120)
+    assert ranks(world, against_gloo, timeout=120) == ["shm"] * world
+
+
+def test_groups_and_asynchronous_operations_work_on_the_delegate_too(ranks):
+    found = ranks(2, against_gloo, DTYPES[::3], (5,), timeout=120, env={"DSC_COMM_BACKEND": "delegate"})
+    assert found == ["delegate"] * 2
 
 
 def not_contiguous(rank, world):

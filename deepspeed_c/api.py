@@ -1,6 +1,8 @@
 """initialize, add_config_arguments: what a script calls first."""
 import argparse
 
+import torch
+
 from . import foreign
 from .distributed import init_distributed
 from .engine import DeepSpeedEngine
@@ -30,6 +32,8 @@ def initialize(args=None, model=None, optimizer=None, model_parameters=None, tra
     foreign.refuse()
     if model is None:
         raise ValueError("deepspeed.initialize requires a model; got model=None")
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; allowed: a torch.nn.Module")
     if config is None:
         config = config_params
     path = getattr(args, "deepspeed_config", None)

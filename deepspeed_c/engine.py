@@ -111,10 +111,12 @@ class DeepSpeedEngine(torch.nn.Module):
         self.module = model
         self.lr_scheduler = self.training_dataloader = None
         try:
-            self._prepare_optimizer(optimizer, model_parameters)
-            self.lr_scheduler = self._make_scheduler(lr_scheduler)
+            # A mistake in an argument is found here, before the module is changed.
+            parameters = self._prepare_optimizer(optimizer, model_parameters)
             if training_data is not None:
                 self.training_dataloader = self.deepspeed_io(training_data, collate_fn=collate_fn)
+            self.lr_scheduler = self._make_scheduler(lr_scheduler)
+            self._take_module(parameters)
             self._install_hooks()  # last: until here an earlier engine over the same parameters keeps its own
         except BaseException:
             self.destroy()
@@ -146,34 +148,39 @@ class DeepSpeedEngine(torch.nn.Module):
         return optimizer_choice.by_name(name, self._config.subtree("optimizer.params") or {}, groups)
 
     def _prepare_optimizer(self, optimizer, model_parameters):
-        """Checks all arguments first, and changes the module only then."""
+        """Makes the optimizer and checks it; returns the Parameters that it trains, None without one."""
         optimizer = self._choose_optimizer(optimizer, model_parameters)
         parameters = None
         if optimizer is not None:
-            kind, whole = optimizer_choice.kind_of(optimizer, self.zero_optimization_stage(),
-                                                   self._config.get("zero_allow_untested_optimizer"))
+            self._rule = optimizer_choice.kind_of(optimizer, self.zero_optimization_stage(),
+                                                  self._config.get("zero_allow_untested_optimizer"))
             parameters = model_setup.Parameters(self.module, optimizer.param_groups)
             if not parameters.tensors:
                 raise ValueError("there is nothing to train: no parameter of the optimizer requires a gradient")
+            self.basic_optimizer = optimizer
+            self.optimizer = DeepSpeedOptimizer(self, optimizer)
         self._params = parameters.tensors if parameters else []
         trained = {id(p) for p in self._params}
         self._frozen = {name: p for name, p in self.module.named_parameters()
                         if not p.requires_grad and id(p) not in trained}
         model_setup.check_storages(self.module, self._params)
+        return parameters
+
+    def _take_module(self, parameters):
+        """Gives the module its dtype and rank 0's values, and opens the core over what is trained."""
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
         model_setup.cast(self.module, dtype)
         model_setup.lay_out((*self.module.parameters(), *self._params))
         model_setup.broadcast(self._comm, self.module, self._params)
         if parameters is None:
             return
+        kind, whole = self._rule
         self._names = parameters.names
         self._core = model_setup.open_core(self._comm, self._config, parameters, kind, whole)
         self._core.load_masters()
-        self.basic_optimizer = optimizer
-        self._run = (ForeignRun if kind == "foreign" else CoreRun)(optimizer, self, parameters, kind)
-        self.optimizer = DeepSpeedOptimizer(self, self._run)
-        if isinstance(optimizer, CoreOptimizer):
-            optimizer.bind(self)
+        self._run = (ForeignRun if kind == "foreign" else CoreRun)(self.basic_optimizer, self, parameters, kind)
+        if isinstance(self.basic_optimizer, CoreOptimizer):
+            self.basic_optimizer.bind(self)
 
     def _install_hooks(self):
         self._places = claim(self, self._params)

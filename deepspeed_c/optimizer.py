@@ -99,9 +99,9 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     self is a wrapper that looks up what it lacks here, or where the class was replaced by a subclass.
     """
 
-    def __init__(self, engine, run):
+    def __init__(self, engine, optimizer):
         self._engine = engine
-        self._run = run
+        self._plain = optimizer
         for hooks in _HOOKS:
             setattr(self, f"_optimizer_{hooks}_hooks", OrderedDict())
         self._warned_capturable_if_run_uncaptured = True
@@ -109,35 +109,35 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     @property
     def optimizer(self):
         """The plain optimizer: the caller's object, or what the configuration named."""
-        return self._run.optimizer
+        return self._plain
 
     @property
     def param_groups(self):
         """The live list of group dicts."""
-        return self._run.optimizer.param_groups
+        return self._plain.param_groups
 
     @param_groups.setter
     def param_groups(self, groups):
-        self._run.optimizer.param_groups = groups
+        self._plain.param_groups = groups
 
     @property
     def state(self):
         """parameter -> {name: tensor}: this rank's part of the states, over the core's own memory."""
-        return self._run.optimizer.state
+        return self._plain.state
 
     @state.setter
     def state(self, value):
-        self._run.optimizer.state = value
+        self._plain.state = value
 
     @property
     def defaults(self):
         """Options of groups that say nothing."""
-        return self._run.optimizer.defaults
+        return self._plain.defaults
 
     @property
     def state_names(self):
         """torch's names of the states that the core keeps, in its order."""
-        return self._run.state_names
+        return self._engine._run.state_names
 
     @property
     def overflow(self):
@@ -166,13 +166,13 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Calls what register_step_pre_hook ("pre") or register_step_post_hook ("post") was given, here and on the
         plain optimizer."""
         for owner in (self._engine.basic_optimizer, self._engine.optimizer):
-            if self._run.runs_hooks or owner is not self._engine.basic_optimizer:
+            if self._engine._run.runs_hooks or owner is not self._engine.basic_optimizer:
                 for hook in list(getattr(owner, f"_optimizer_step_{when}_hooks").values()):
                     hook(owner, (), {})
 
     def zero_grad(self, set_to_none=True):
         """Drops the gradients of all parameters in param_groups, as engine.zero_grad()."""
-        for group in self._run.optimizer.param_groups:
+        for group in self._plain.param_groups:
             for p in group["params"]:
                 p.grad = None
         if self._engine._core is not None:
@@ -190,7 +190,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         Loading it with the same number of ranks, stage and model restores every bit."""
         for hook in list(self._optimizer_state_dict_pre_hooks.values()):
             hook(self)
-        result = self._run.state_dict()
+        result = self._engine._run.state_dict()
         for hook in list(self._optimizer_state_dict_post_hooks.values()):
             result = hook(self, result) or result
         return result
@@ -200,7 +200,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         load. ValueError where it does not fit; nothing has changed then."""
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             state_dict = hook(self, state_dict) or state_dict
-        self._run.load_state_dict(state_dict)
+        self._engine._run.load_state_dict(state_dict)
         for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
             hook(self)
 
@@ -209,4 +209,4 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
                         "state_dict() instead")
 
     def __repr__(self):
-        return f"{type(self).__name__}({self._run.optimizer!r})"
+        return f"{type(self).__name__}({self._plain!r})"

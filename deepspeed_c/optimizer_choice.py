@@ -9,6 +9,7 @@ import types
 
 import torch
 
+from . import _core
 from .ops.adagrad import DeepSpeedCPUAdagrad
 from .ops.adam import DeepSpeedCPUAdam, FusedAdam
 from .ops.lamb import FusedLamb
@@ -159,7 +160,10 @@ def kind_of(optimizer, stage, allow_untested):
     """
     reason, cls = _not_in_core(optimizer), type(optimizer)
     if reason is None:
-        return (optimizer.kind if cls in OURS else _TORCHS[cls]), False
+        kind = optimizer.kind if cls in OURS else _TORCHS[cls]
+        for i, group in enumerate(optimizer.param_groups):
+            _core.check_group(kind, group, i)
+        return kind, False
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(f"{cls.__name__}.step needs a closure, which evaluates the model again inside the step; that "

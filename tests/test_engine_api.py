@@ -111,13 +111,37 @@ def test_a_parameter_that_changed_its_size_is_named():
         engine.step()
 
 
-@pytest.mark.parametrize("section", [{"type": "AdamW", "params": {"nonsense": 1}}, {"type": "Muon"}])
-def test_a_wrong_argument_leaves_the_module_as_it_was(section):
+@pytest.mark.parametrize("section", [
+    {"optimizer": {"type": "AdamW", "params": {"nonsense": 1}}}, {"optimizer": {"type": "Muon"}},
+    {"optimizer": {"type": "AdamW", "params": {"lr": -1}}},
+    {"optimizer": {"type": "Lion", "params": {"betas": [1, 0]}}},
+    {"scheduler": {"type": "warmupLR"}}, {"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 1}}},
+    {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}},
+    {"scheduler": {"type": "ConstantLR", "params": {"factor": 2.0}}},
+], ids=str)
+def test_a_wrong_setting_leaves_the_module_as_it_was(section):
+    check_refused({**CONFIG, "bf16": {"enabled": True}, **section})
+
+
+@pytest.mark.parametrize("argument", [
+    {"lr_scheduler": 3}, {"lr_scheduler": lambda optimizer: optimizer.no_such_thing}, {"training_data": 3},
+    {"training_data": []}, {"optimizer": 3},
+], ids=str)
+def test_a_wrong_argument_leaves_the_module_as_it_was(argument):
+    check_refused({**CONFIG, "bf16": {"enabled": True}}, **argument)
+
+
+def check_refused(config, **arguments):
     module = net()
     before = models.bits(module)
-    with pytest.raises((ValueError, NotImplementedError)):
-        start({**CONFIG, "bf16": {"enabled": True}, "optimizer": section}, module)
+    with pytest.raises((ValueError, TypeError, AttributeError, NotImplementedError)):
+        start(config, module, **arguments)
     assert models.bits(module) == before and module[0].weight.dtype == torch.float32
+
+
+def test_what_is_no_module_is_refused_by_its_type():
+    with pytest.raises(TypeError, match="model is int; allowed: a torch.nn.Module"):
+        deepspeed.initialize(model=3, config=CONFIG)
 
 
 def test_a_group_that_asks_for_what_is_not_there_says_so():

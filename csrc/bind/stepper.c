@@ -207,9 +207,35 @@ static PyType_Spec spec = {
     .slots = slots,
 };
 
+/* check_group(kind, group, index) -> None */
+static PyObject *check_group(PyObject *module, PyObject *args) {
+    const char *name;
+    PyObject *group; /* borrowed from args */
+    int index;
+    enum dsc_optim_kind kind;
+    struct dsc_hyper hyper;
+    if (!PyArg_ParseTuple(args, "sOi:check_group", &name, &group, &index))
+        return NULL;
+    enum dsc_status status = dsc_optim_find(name, &kind);
+    if (status == DSC_OK && dsc_bind_read_hyper(kind, group, &hyper) < 0)
+        return NULL;
+    if (status == DSC_OK)
+        status = dsc_optim_check(kind, &hyper, index);
+    if (status != DSC_OK)
+        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"check_group", check_group, METH_VARARGS,
+     "check_group(kind, group, index)\n\nValueError where a step by this rule would refuse the "
+     "options in `group`, a dict; index is the group's number, for the message."},
+    {NULL},
+};
+
 int dsc_bind_add_stepper(PyObject *module) {
     PyObject *type = PyType_FromModuleAndSpec(module, &spec, NULL);
     int failed = type ? PyModule_AddType(module, (PyTypeObject *)type) : -1;
     Py_XDECREF(type);
-    return failed;
+    return failed ? failed : PyModule_AddFunctions(module, functions);
 }

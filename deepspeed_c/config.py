@@ -60,16 +60,62 @@ def lines_of(text):
 
 
 def check_constructors(config):
-    """Errors, as sentences, that only the classes named by optimizer.type and scheduler.type can tell."""
+    """Errors, as sentences, that only the classes named by optimizer.type and scheduler.type can tell: each is made
+    once, over a parameter of its own. config: anything with get(path)."""
     errors = []
-    for path, check in _CHECKS.items():
-        name = config.get(path.replace("params", "type"))
+    for attempt in _try_optimizer, _try_schedule:
         try:
-            if name is not None:
-                check(name, config.get(path) or {})
+            attempt(config)
         except (ValueError, TypeError, NotImplementedError) as error:
             errors.append(str(error))
     return errors
+
+
+def _optimizer(name, params):
+    import torch
+
+    from .optimizer_choice import by_name
+    return by_name(name, params, [{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+
+
+def _try_optimizer(config):
+    name = config.get("optimizer.type")
+    if name is not None:
+        from .optimizer_choice import kind_of
+        kind_of(_optimizer(name, config.get("optimizer.params") or {}), config.get("zero_optimization.stage") or 0,
+                config.get("zero_allow_untested_optimizer"))
+
+
+def _try_schedule(config):
+    name, params = config.get("scheduler.type"), config.get("scheduler.params") or {}
+    if name is None:
+        return
+    from .runtime import lr_schedules
+    lr_schedules.check(name, params)
+    # A list has a value for each parameter group, and how many there are only the script knows.
+    if not any(isinstance(value, list) for key, value in params.items() if key != "milestones"):
+        lr_schedules.create(name, _optimizer("Adam", {}), params)
+
+
+class _Written:
+    """The get(path) of a configuration that the core refuses: what is written there."""
+
+    def __init__(self, text):
+        try:
+            self._tree = json.loads(text)
+        except ValueError:
+            self._tree = {}
+
+    def get(self, path):
+        at = self._tree
+        for name in path.split("."):
+            at = at.get(name) if isinstance(at, dict) else None
+        fits = isinstance(at, _KINDS[path])
+        return at if fits and at != "auto" else None
+
+
+_KINDS = {"optimizer.type": str, "optimizer.params": dict, "scheduler.type": str, "scheduler.params": dict,
+          "zero_optimization.stage": int, "zero_allow_untested_optimizer": bool}
 
 
 def _check_optimizer(name, params):
@@ -196,7 +242,7 @@ def main(arguments=None):
         config = _core.Config(text if options.file == "-" else options.file, options.world_size)
         errors, warnings = check_constructors(config), config.warnings
     except _core.DeepSpeedConfigError as error:
-        errors, warnings = [str(error)], getattr(error, "warnings", [])
+        errors, warnings = [str(error), *check_constructors(_Written(text))], getattr(error, "warnings", [])
     for kind, sentences in ("error", errors), ("warning", warnings):
         for sentence in sentences:
             print(f"{kind}: {sentence}", file=sys.stderr)

@@ -110,6 +110,34 @@ def test_what_only_the_named_classes_know_is_an_error_too(run):
     assert "optimizer.params.learning_rate" in err[0] and "Did you mean 'WarmupLR'" in err[1]
 
 
+@pytest.mark.parametrize("sections, text", [
+    ('"optimizer": {"type": "Adam", "params": {"lr": -1}}', "lr is -1, allowed: a finite number >= 0"),
+    ('"optimizer": {"type": "RMSprop", "params": {"alpha": -1}}', "Invalid alpha value: -1"),
+    ('"optimizer": {"type": "Adafactor"}, "zero_optimization": {"stage": 1}', "set zero_allow_untested_optimizer"),
+    ('"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}', "warmup_num_steps must be a positive"),
+    ('"scheduler": {"type": "ConstantLR", "params": {"factor": 2}}', "multiplicative factor"),
+])
+def test_a_value_that_initialize_would_refuse_is_an_error(run, sections, text):
+    code, _, err = run('{"train_batch_size": 1, ' + sections + "}")
+    assert code == 1 and len(err) == 1 and text in err[0]
+
+
+def test_what_initialize_would_take_is_no_error(run):
+    assert run('{"train_batch_size": 1, "optimizer": {"type": "Adafactor"}, "zero_allow_untested_optimizer": true,'
+               ' "zero_optimization": {"stage": 2}, "scheduler": {"type": "OneCycle", "params":'
+               ' {"cycle_min_lr": [0.1, 0.2], "cycle_max_lr": 1.0}}}')[0] == 0
+    assert run('{"train_batch_size": 1, "scheduler": {"type": "CyclicLR", "params": {"base_lr": 0.1, "max_lr": 1}}}'
+               )[0] == 0
+
+
+def test_faults_of_keys_and_of_classes_are_told_together(run):
+    code, _, err = run('{"train_batch_siz": 2, "fp16": 3, "optimizer": {"type": "Adm", "params": "auto"},'
+                       ' "scheduler": {"type": "StepLR", "params": {"step_siz": 3}}}')
+    assert code == 1
+    for text in "train_batch_siz ", "fp16 is 3", "optimizer.type is 'Adm'", "scheduler.params.step_siz":
+        assert sum(text in line for line in err) == 1
+
+
 @pytest.mark.parametrize("arguments, text", [
     ([], "give a file, or --keys"), (["no/such/file.json"], "No such file"),
     (["x", "--world-size", "0"], "allowed: >= 1"),

@@ -126,9 +126,8 @@ enum dsc_status dsc_config_tree(const char *text, size_t n, const char *name, cJ
 /* A whole file with a terminating zero added; free with dsc_free. DSC_ECONFIG if it can't be read.
  */
 enum dsc_status dsc_config_read_file(const char *path, char **text, size_t *n);
-/* What base64 text, URL-safe or not, padded or not, stands for, likewise. DSC_EINVAL for other
- * text.
- */
+/* What base64 text, URL-safe or not, padded or not, in lines or not, stands for, likewise.
+ * DSC_EINVAL for other text. */
 enum dsc_status dsc_config_decode(const char *base64, char **text, size_t *n);
 
 #endif

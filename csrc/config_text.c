@@ -132,21 +132,22 @@ static int six_bits(char digit) {
 }
 
 enum dsc_status dsc_config_decode(const char *base64, char **text, size_t *n) {
-    size_t n_digits = strcspn(base64, "="), used = 0;
-    if (n_digits == 0 || n_digits % 4 == 1 ||
-        strspn(base64 + n_digits, "=") != strlen(base64 + n_digits))
-        return DSC_FAIL(DSC_EINVAL, "not base64");
-    for (size_t i = 0; i < n_digits; i++)
-        if (six_bits(base64[i]) < 0)
-            return DSC_FAIL(DSC_EINVAL, "not base64: position %zu", i);
+    static const char breaks[] = "\r\n"; /* the command base64 makes lines */
     char *out = NULL;
-    DSC_TRY(dsc_realloc((void **)&out, n_digits + 1));
+    size_t n_digits = 0, used = 0;
     uint32_t bits = 0;
-    for (size_t i = 0; i < n_digits; i++) {
-        bits = bits << 6 | (uint32_t)six_bits(base64[i]);
+    const char *at = base64;
+    DSC_TRY(dsc_realloc((void **)&out, strlen(base64) + 1));
+    for (; six_bits(*at) >= 0; at += 1 + strspn(at + 1, breaks), n_digits++) {
+        bits = bits << 6 | (uint32_t)six_bits(*at);
         /* After digits 2, 3 and 4 of a group, 4, 2 and 0 bits are left over. */
-        if (i % 4 > 0)
-            out[used++] = (char)(bits >> (6 - 2 * (i % 4)));
+        if (n_digits % 4 > 0)
+            out[used++] = (char)(bits >> (6 - 2 * (n_digits % 4)));
+    }
+    const char *end = at + strspn(at, "=\r\n");
+    if (n_digits == 0 || n_digits % 4 == 1 || *end) {
+        dsc_free(out);
+        return DSC_FAIL(DSC_EINVAL, "not base64: position %zu", (size_t)(end - base64));
     }
     out[used] = '\0';
     *text = out;

@@ -5,6 +5,7 @@ One line for each fact, on stdout; the exit code is 0 whatever they are.
 import argparse
 import os
 import platform
+import signal
 import sys
 
 from . import __version__, _core, foreign
@@ -86,6 +87,7 @@ def main(hide_operator_status=False, hide_errors_and_warnings=False):
 
 def cli_main():
     """The command `ds_report`."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no fault
     parser = argparse.ArgumentParser(prog="ds_report", description="What deepspeed_c is and can use here.")
     for name in "--hide_operator_status", "--hide_errors_and_warnings":
         parser.add_argument(name, action="store_true", help="accepted: there are no operators to build")

@@ -95,6 +95,7 @@ def test_base64_of_json_is_a_configuration_and_what_is_wrong_in_it_is_told():
     text = json.dumps({"train_batch_size": 8, "note": "\u00fe\u00ff?>"}, ensure_ascii=False).encode()
     for encode in base64.urlsafe_b64encode, base64.b64encode:
         assert Config(encode(text).decode()).source == json.loads(text)
+    assert Config(base64.encodebytes(text).decode()).source == json.loads(text)  # lines, as the command writes them
     refused(base64.b64encode(b'{"train_batch_size": 0}').decode(), "train_batch_size is 0")
     refused(base64.b64encode(b'{"train_batch_size": }').decode(), "the configuration in base64: not JSON at line 1")
     refused(base64.b64encode(b"no object").decode(), "cannot read the configuration")

@@ -1,5 +1,6 @@
 """Schedules in Python: arguments, what is written where, resuming. The formulas' own tests are tests/c/test_lr.c."""
 import argparse
+import functools
 import logging
 import math
 import types
@@ -397,6 +398,17 @@ def test_a_schedule_whose_step_needs_an_increment_gets_the_batch_size():
     engine.lr_scheduler = Samples()
     run(engine), run(engine)
     assert engine.lr_scheduler.n == 4
+
+
+@pytest.mark.parametrize("make", [WarmupLR, functools.partial(WarmupDecayLR, total_num_steps=9),
+                                  functools.partial(WarmupCosineLR, total_num_steps=9),
+                                  functools.partial(OneCycle, cycle_min_lr=0.1, cycle_max_lr=0.5), LRRangeTest])
+def test_a_wrapper_without_groups_of_its_own_stands_for_the_optimizer_inside(make):
+    inner, plain = (torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=0.25) for _ in range(2))
+    wrapped, direct = make(types.SimpleNamespace(optimizer=inner)), make(plain)
+    for _ in range(3):
+        wrapped.step(), direct.step()
+        assert inner.param_groups[0]["lr"] == plain.param_groups[0]["lr"]
 
 
 def test_a_schedule_can_be_any_object_with_step():

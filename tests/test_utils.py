@@ -70,6 +70,12 @@ def test_on_device_leaves_everything_as_it_was_after_an_error_and_when_disabled(
     assert (weight.dtype, weight.device.type) == (torch.float32, "cpu") and torch.get_default_dtype() == torch.float32
 
 
+def test_on_device_changes_nothing_where_torch_cannot_have_the_dtype_as_its_default():
+    with pytest.raises(TypeError), utils.OnDevice(dtype=torch.float8_e4m3fn):
+        pass
+    assert torch.empty(1).device.type == "cpu" and torch.get_default_dtype() == torch.float32
+
+
 def test_on_device_can_be_nested_and_entered_again():
     context = utils.OnDevice(dtype=torch.float64, device="cpu")
     with context:
@@ -103,6 +109,7 @@ def test_leaf_modules_are_found_by_class_and_by_its_names(wanted, expected):
     model = net()
     found = utils.set_z3_leaf_modules(model, wanted)
     assert found == utils.get_z3_leaf_modules(model) == [model.get_submodule(name) for name in expected]
+    assert utils.set_z3_leaf_modules(model, iter(wanted)) == found
     assert utils.unset_z3_leaf_modules(model, wanted) == found and utils.get_z3_leaf_modules(model) == []
 
 
@@ -161,6 +168,8 @@ def test_clones_have_memory_of_their_own_and_tied_tensors_stay_tied():
     torch.save(clone, file)
     assert len(file.getvalue()) < 3000
     others = clone_tensors_for_torch_save([torch.zeros(0), torch.zeros(0, 2), nn.Parameter(torch.ones(1))], "cpu")
+    sparse = torch.eye(2).to_sparse()
+    assert torch.equal(clone_tensors_for_torch_save({"a": sparse})["a"].to_dense(), torch.eye(2))
     assert [t.shape for t in others] == [(0,), (0, 2), (1,)] and not others[2].requires_grad
 
 
@@ -174,7 +183,7 @@ def test_move_to_device_reaches_nested_tensors_and_leaves_the_rest():
 
 
 def test_norms_and_clipping():
-    assert runtime_utils.get_global_norm([3.0, 4.0]) == 5.0
+    assert runtime_utils.get_global_norm([3.0, 4.0]) == 5.0 and runtime_utils.get_global_norm([1e200]) == 1e200
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
     assert runtime_utils.clip_grad_norm_([p], 1.0) == 5.0 and p.grad.norm() == pytest.approx(1.0)

@@ -16,7 +16,7 @@ def clone_tensors_for_torch_save(item, device=None):
 
     def clone(value):
         if isinstance(value, torch.Tensor):
-            at = value.data_ptr()  # 0: no memory, so shared with nobody
+            at = value.data_ptr() if value.layout == torch.strided else 0  # 0: shared with nobody
             key = (at, value.dtype, value.shape, value.stride()) if at else id(value)
             if key not in copies:
                 copies[key] = value.detach().to(device, copy=True)

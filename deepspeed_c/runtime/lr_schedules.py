@@ -34,7 +34,8 @@ class _Schedule:
 
     def get_last_lr(self):
         """The rates (float, one per group) that were last written; AssertionError before the first."""
-        assert getattr(self, "_last_lr", None) is not None, "need to call step() first"
+        if getattr(self, "_last_lr", None) is None:
+            raise AssertionError("need to call step() first")
         return list(self._last_lr)
 
     def step(self, last_batch_iteration=None):
@@ -110,7 +111,7 @@ class WarmupLR(_Warmup):
                  last_batch_iteration=-1):
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
         if warmup_max_lr is None:
-            warmup_max_lr = [float(group["lr"]) for group in optimizer.param_groups]
+            warmup_max_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.min_lrs = self._per_group("warmup_min_lr", warmup_min_lr)
         self.max_lrs = self._per_group("warmup_max_lr", warmup_max_lr)
         self._start()
@@ -145,7 +146,7 @@ class WarmupCosineLR(_Warmup):
         self.total_num_steps = self._check_total(total_num_steps)
         self.warmup_min_ratio = float(warmup_min_ratio)
         self.cos_min_ratio = float(cos_min_ratio)
-        self.org_lrs = [float(group["lr"]) for group in optimizer.param_groups]
+        self.org_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._start()
 
     def _rate(self, group_index, i):

@@ -33,7 +33,7 @@ def move_to_device(item, device, criterion_func=None):
 
 def get_global_norm(norm_list):
     """The 2-norm over groups of gradients, from the groups' norms (numbers)."""
-    return math.sqrt(sum(norm ** 2 for norm in norm_list))
+    return math.hypot(*norm_list)
 
 
 def clip_grad_norm_(parameters, max_norm, norm_type=2, mpu=None):

@@ -22,11 +22,11 @@ class OnDevice:
 
     def __enter__(self):
         if self.enabled:
-            context = torch.device(self.device)
-            context.__enter__()
-            self._entered.append((context, torch.get_default_dtype()))
+            context, dtype = torch.device(self.device), torch.get_default_dtype()
             if self.dtype is not None:
-                torch.set_default_dtype(self.dtype)
+                torch.set_default_dtype(self.dtype)  # TypeError for one that torch cannot have as its default
+            context.__enter__()
+            self._entered.append((context, dtype))
         return self
 
     def __exit__(self, *exception):

@@ -50,6 +50,7 @@ def set_z3_leaf_modules_by_suffix(model, module_name_suffixes, flag=True, raise_
 
 
 def _mark_classes(model, classes, flag, raise_if_not_found):
+    classes = [classes] if isinstance(classes, (str, type)) else list(classes)
     for entry in classes:
         if not isinstance(entry, (str, type)):
             raise TypeError(f"leaf_module_classes has {entry!r}; allowed: classes and names of classes")
@@ -68,6 +69,7 @@ def _names_of(cls):
 
 
 def _mark_names(model, wanted, fits, flag, raise_if_not_found):
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     modules = dict(model.named_modules())
     missing = [entry for entry in wanted if not any(fits(name, entry) for name in modules)]
     if missing and raise_if_not_found:

@@ -122,6 +122,7 @@ static void base64_of_both_alphabets_is_decoded_and_other_text_refused(void) {
     decodes("/+4/", "\xff\xee\x3f");
     decodes("YQ==", "a");
     decodes("YWI", "ab");
+    decodes("eyJh\nIjog\r\nMX0=\n", "{\"a\": 1}");
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)
         CHECK_EQ_INT(dsc_config_decode(wrong[i], &text, &n), DSC_EINVAL);
     CHECK(!text && n == 7);

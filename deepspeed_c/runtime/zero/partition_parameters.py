@@ -15,7 +15,10 @@ class Init:
     """
 
     def __init__(self, module=None, data_parallel_group=None, mem_efficient_linear=True, remote_device=None,
-                 pin_memory=False, config_dict_or_path=None, config=None, enabled=True, dtype=None, mpu=None, **kwargs):
+                 pin_memory=False, config_dict_or_path=None, config=None, enabled=True, dtype=None, mpu=None,
+                 zero_param_parallel_group=None, zero_quantized_weights=False,
+                 zero_quantized_nontrainable_weights=False, sequence_data_parallel_group=None, param_swapper=None,
+                 tensor_overrides=None):
         if enabled:
             raise NotImplementedError("zero.Init(enabled=True): ZeRO stage 3 is not yet; allowed: enabled=False, which "
                                       "is all that zero_optimization.stage 0, 1 and 2 need")

@@ -249,14 +249,14 @@ def test_messages_find_their_receivers_by_group_and_tag(ranks):
 def messages_differ(rank, world):
     rank, world = start()
     with pytest.raises(CommError) as caught:
-        comm.send(torch.zeros(70_000), 1) if rank == 0 else comm.recv(torch.zeros(3), 0)
+        comm.send(torch.zeros(300_000), 1) if rank == 0 else comm.recv(torch.zeros(3), 0)
         comm.barrier()
     return str(caught.value)
 
 
 def test_ends_of_a_message_that_disagree_are_named_on_both(ranks):
     for text in ranks(2, messages_differ):
-        assert "rank 0 called send(fp32 x 70000, to rank 1" in text and "recv(fp32 x 3, from rank 0" in text
+        assert "rank 0 called send(fp32 x 300000, to rank 1" in text and "recv(fp32 x 3, from rank 0" in text
 
 
 # ---- asynchronous ----

@@ -23,7 +23,7 @@ enum {
     DSC__SHM_SMALL = 32 << 10, /* up to here data travels with the fingerprint */
     DSC__SHM_CHUNK = 1 << 20,  /* beyond, in chunks that stay in the caches */
     DSC__SHM_LANES = 8,        /* messages on their way between two ranks, per direction */
-    DSC__SHM_LANE_BYTES = 256 << 10,
+    DSC__SHM_LANE_BYTES = 1 << 20,
     DSC__SHM_BLOCKED_TEXT = 320,
     DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
 };

@@ -4,7 +4,7 @@
 #include "comm/backend.h"
 #include "comm/shm.h"
 
-enum { BIG = DSC__SHM_LANE_BYTES / 4 * 5 + 77 };
+enum { BIG = DSC__SHM_LANE_BYTES / 16 * 5 + 77 };
 
 static enum dsc_status wait_for(struct dsc_work *work) {
     enum dsc_status status = dsc_work_wait(work, 0, NULL, NULL);

@@ -132,7 +132,8 @@ static enum dsc_status allocate(struct dsc_engine *e, const struct dsc_param *pa
     DSC_TRY(dsc_alloc((size_t)e->n_groups * sizeof *e->args, (void **)&e->args));
     DSC_TRY(dsc_alloc((size_t)e->size * DSC_MEET_MAX, (void **)&e->meeting));
     DSC_TRY(dsc_alloc(DSC__ENGINE_RUN * sizeof *e->squares, (void **)&e->squares));
-    DSC_TRY(dsc_arena_alloc((size_t)e->n_groups * sizeof *e->steps, (void **)&e->steps));
+    DSC_TRY(dsc_alloc(2 * (size_t)e->n_groups * sizeof *e->steps, (void **)&e->steps));
+    DSC_TRY(dsc_arena_alloc(n * sizeof *e->shown_steps, (void **)&e->shown_steps));
     if (e->options.optim == DSC_OPTIM_LAMB)
         DSC_TRY(dsc_alloc(DSC_LAMB_NORMS * sizeof *e->lamb_norms, (void **)&e->lamb_norms));
     DSC_TRY(dsc_pool_open(e->options.n_threads, &e->pool));
@@ -218,7 +219,8 @@ void dsc_engine_close(struct dsc_engine *e) {
     dsc_free(e->sources);
     dsc_free(e->local);
     dsc_free(e->holdings);
-    dsc_arena_free(e->steps, (size_t)e->n_groups * sizeof *e->steps);
+    dsc_arena_free(e->shown_steps, e->n_params * sizeof *e->shown_steps);
+    dsc_free(e->steps);
     dsc_free(e->lamb_norms);
     dsc_free(e->squares);
     dsc_free(e->meeting);
@@ -504,8 +506,8 @@ struct dsc_held dsc_engine_held(const struct dsc_engine *e, size_t param, int wh
 }
 
 struct dsc_held dsc_engine_steps(const struct dsc_engine *e) {
-    return (struct dsc_held){e->steps, 0, (size_t)e->n_groups, e->steps,
-                             (size_t)e->n_groups * sizeof *e->steps};
+    return (struct dsc_held){e->shown_steps, 0, e->n_params, e->shown_steps,
+                             e->n_params * sizeof *e->shown_steps};
 }
 
 struct dsc_scaler dsc_engine_scaler(const struct dsc_engine *e) {

@@ -151,7 +151,8 @@ enum { DSC_HELD_GRADIENT = -2, DSC_HELD_MASTER = -1 };
 /* which: the gradient of a foreign optimizer's step, the master (none where the model is fp32), or
  * optimizer state 0, 1. values NULL: not held here. */
 struct dsc_held dsc_engine_held(const struct dsc_engine *engine, size_t param, int which);
-/* Steps that each group has taken (SGD: with momentum), as fp32 numbers that may be written to. */
+/* Steps that each parameter's group has taken (SGD: with momentum), as fp32 numbers that may be
+ * written to: one for each parameter, because whoever counts them on does so for each. */
 struct dsc_held dsc_engine_steps(const struct dsc_engine *engine);
 /* SGD's momentum is held from the first step that has it; this makes it so now. */
 enum dsc_status dsc_engine_hold_momentum(struct dsc_engine *engine);

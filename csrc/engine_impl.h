@@ -57,8 +57,9 @@ struct dsc_engine {
     struct dsc_spread *spread;
     int n_groups;
     struct dsc_optim_args *args;
-    float *steps;                /* per group: steps taken; SGD counts those with momentum */
-    double *squares;             /* per block of one DSC__ENGINE_RUN batch, world of one */
+    float *steps;       /* per group: steps taken; SGD counts those with momentum; then scratch */
+    float *shown_steps; /* per parameter: its group's; what is written here counts */
+    double *squares;    /* per block of one DSC__ENGINE_RUN batch, world of one */
     struct dsc_norm *lamb_norms; /* NULL for other optimizers */
     char *meeting;               /* size * DSC_MEET_MAX */
 
@@ -93,6 +94,8 @@ enum dsc_status dsc__engine_make_sources(struct dsc_engine *e, struct dsc_view *
  * ranks have as many; `marked` parameters' views lose their gradients. Collective. */
 enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *views,
                                        uint32_t *n_rounds);
+/* What the sources held has been handed over, and counts once. */
+void dsc__engine_forget_sources(struct dsc_engine *e, struct dsc_view *views);
 /* A round of its own for what the sources hold. */
 enum dsc_status dsc__engine_hand_over(struct dsc_engine *e, struct dsc_view *views);
 /* engine_remote.c. A round with what the views hold; a rank that is at its boundary takes part with

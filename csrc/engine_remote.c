@@ -49,20 +49,11 @@ static enum dsc_status exchange(struct dsc_engine *e, const struct dsc_source *s
     return status;
 }
 
-/* What was exchanged counts once. */
-static void forget_sources(struct dsc_engine *e, struct dsc_view *views) {
-    for (size_t i = 0; i < e->n_params; i++)
-        if (e->param_space[i] >= 0) {
-            views[i].grad = NULL;
-            e->folded[i] = false;
-        }
-}
-
 enum dsc_status dsc__engine_remote_round(struct dsc_engine *e, struct dsc_view *views) {
     bool any_round;
     DSC_TRY(meet_at_gate(e, AT_ROUND, &any_round));
     DSC_TRY(exchange(e, e->sources));
-    forget_sources(e, views);
+    dsc__engine_forget_sources(e, views);
     return DSC_OK;
 }
 
@@ -83,7 +74,7 @@ enum dsc_status dsc__engine_remote_end_rounds(struct dsc_engine *e, struct dsc_v
     DSC_TRY(meet_at_gate(e, left ? AT_ROUND : AT_BOUNDARY, &any_round));
     if (any_round)
         DSC_TRY(exchange(e, e->sources));
-    forget_sources(e, views);
+    dsc__engine_forget_sources(e, views);
     *n_rounds = e->n_rounds;
     return DSC_OK;
 }

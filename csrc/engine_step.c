@@ -13,6 +13,22 @@
 #include <stdio.h>
 #include <string.h>
 
+static void show_steps(struct dsc_engine *e) {
+    for (size_t i = 0; i < e->n_params; i++)
+        e->shown_steps[i] = e->steps[e->params[i].group];
+}
+
+/* A number that is not what was shown has been written by somebody, and is its group's. */
+static void adopt_steps(struct dsc_engine *e) {
+    float *next = e->steps + e->n_groups;
+    memcpy(next, e->steps, (size_t)e->n_groups * sizeof *next);
+    for (size_t i = 0; i < e->n_params; i++)
+        if (e->shown_steps[i] != e->steps[e->params[i].group])
+            next[e->params[i].group] = e->shown_steps[i];
+    memcpy(e->steps, next, (size_t)e->n_groups * sizeof *next);
+    show_steps(e);
+}
+
 /* What ranks tell each other before gradients move: everything that must agree. */
 struct dsc__plan {
     uint64_t hyper_hash;
@@ -121,6 +137,14 @@ static enum dsc_status end_last_round(struct dsc_engine *e, struct dsc_view *vie
     return DSC_OK;
 }
 
+void dsc__engine_forget_sources(struct dsc_engine *e, struct dsc_view *views) {
+    for (size_t i = 0; i < e->n_params; i++)
+        if (e->param_space[i] >= 0) {
+            views[i].grad = NULL;
+            e->folded[i] = false;
+        }
+}
+
 bool dsc__engine_anything_left(const struct dsc_engine *e) {
     enum dsc_dtype dtype;
     for (size_t i = 0; i < e->n_params; i++)
@@ -142,6 +166,7 @@ enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *vi
     for (; e->n_rounds < *n_rounds; left = false) {
         dsc__engine_open_round(e);
         DSC_TRY(dsc__engine_end_round(e, left ? e->sources : NULL));
+        dsc__engine_forget_sources(e, views);
     }
     return DSC_OK;
 }
@@ -272,6 +297,7 @@ static enum dsc_status prepare_args(struct dsc_engine *e, const struct dsc_hyper
         e->steps[g] += counts;
         dsc_optim_prepare(kind, &groups[g], (uint64_t)e->steps[g], grad_scale, &e->args[g]);
     }
+    show_steps(e);
     return DSC_OK;
 }
 
@@ -333,6 +359,7 @@ static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_view *v
     plan.refused = refused;
     plan.folded = e->n_folded > 0;
     if (!refused) {
+        adopt_steps(e);
         plan.frozen_hash = frozen_hash(e, views);
         plan.hyper_hash = hyper_hash(e, groups);
         plan.first_lr = groups[0].lr;

@@ -165,12 +165,27 @@ static const float *whole_gradient(void *context, size_t begin, size_t n, float 
     return scratch;
 }
 
+/* A parameter that is not stepped keeps what somebody wrote to it: its master is cast all the same.
+ */
+static void adopt_whole(const struct job *job, const struct dsc_segment *segment) {
+    const struct dsc_holding *holding = job->holding;
+    for (size_t at = 0; holding->master && at < segment->n_elems; at += RUN) {
+        size_t elem = segment->begin + at;
+        adopt_changes(job->update, holding, segment->param,
+                      holding->master + (elem - holding->stepped.begin),
+                      data_of(job->update, holding->space, segment, elem),
+                      dsc_min(RUN, segment->n_elems - at));
+    }
+}
+
 static void lamb_parameters(const struct job *job) {
     const struct dsc_holding *holding = job->holding;
     struct dsc_parts it = dsc_parts(holding->space, job->range);
     while (dsc_parts_next(&it)) { /* each part is a whole parameter */
-        if (job->update->views[it.segment->param].frozen)
+        if (job->update->views[it.segment->param].frozen) {
+            adopt_whole(job, it.segment);
             continue;
+        }
         size_t at = it.part.begin - holding->stepped.begin;
         struct whole whole = {job, it.segment};
         struct dsc_lamb_job lamb = {

@@ -199,6 +199,25 @@ def test_coalesced_backward_passes_reduce_once_at_the_end(ranks, stage, overlap,
     assert max(ranks(2, deferred, stage, dtype, overlap)) < (1e-6 if dtype == "fp32" else 1e-2)
 
 
+def looked_at_while_coalescing(rank, world, stage, dtype):
+    """After an earlier backward pass, what is added up inside the block counts once however often it is read."""
+    torch.set_num_threads(1)
+    engine, *_ = deepspeed.initialize(model=net(), config=config(stage, dtype, 3))
+    weight = engine.module[0].weight
+    engine.backward(loss_of(engine, batch(rank, 0)))
+    engine.step()
+    with engine.coalesce_grad_reduction():
+        engine.backward(loss_of(engine, batch(rank, 1)))
+        grads = [safe_get_full_grad(weight) for _ in range(2)]
+    return [torch.equal(grads[0], grad) for grad in (grads[1], safe_get_full_grad(weight))]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_reading_gradients_while_coalescing_counts_them_once(ranks, dtype):
+    for stage in (1, 2):
+        assert ranks(2, looked_at_while_coalescing, stage, dtype) == [[True, True]] * 2, stage
+
+
 def test_unmanaged_accumulation_makes_every_step_a_boundary_and_divides_no_loss():
     managed = {"gradient_accumulation_steps": 2, "managed_gradient_accumulation": False}
     engine, *_ = deepspeed.initialize(model=net(), config={**config(1), **managed})

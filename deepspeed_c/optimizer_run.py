@@ -91,11 +91,15 @@ class _Run:
     def state_dict(self):
         """This rank's part, by reference."""
         masters = {number: self._masters[i] for number, i in self._numbers().items() if i in self._masters}
-        return {"place": self._place(), "state": self._packed_state(), "param_groups": self._packed_groups(),
-                "masters": masters, "loss_scaler": dict(zip(SCALER, self._core.scaler))}
+        return {"place": self._place(), "parts": self._numbered_parts(), "state": self._packed_state(),
+                "param_groups": self._packed_groups(), "masters": masters,
+                "loss_scaler": dict(zip(SCALER, self._core.scaler))}
+
+    def _numbered_parts(self):
+        return {number: self._parts[i] for number, i in self._numbers().items()}
 
     def _check(self, saved):
-        missing = {"place", "state", "param_groups", "masters", "loss_scaler"} - set(saved)
+        missing = {"place", "parts", "state", "param_groups", "masters", "loss_scaler"} - set(saved)
         if missing:
             raise ValueError(f"load_state_dict: {', '.join(sorted(missing))} missing; allowed: what state_dict() gave")
         if saved["place"] != self._place():
@@ -105,6 +109,20 @@ class _Run:
         own = [len(group["params"]) for group in self.optimizer.param_groups]
         if sizes != own:
             raise ValueError(f"load_state_dict: groups of {sizes} parameters were saved, here are {own}")
+        numbers = self._numbers()
+        masters = {number: self._masters[i].shape for number, i in numbers.items() if i in self._masters}
+        self._compare("first element and number of elements", saved["parts"], self._numbered_parts())
+        self._compare("masters", {number: m.shape for number, m in saved["masters"].items()}, masters)
+        self._check_state(saved, numbers)
+
+    def _compare(self, what, saved, own):
+        """ValueError where two dicts by number of parameter differ."""
+        for number in sorted({*saved, *own}):
+            if saved.get(number) != own.get(number):
+                i = self._numbers().get(number)
+                name = "a parameter that is not trained" if i is None else self._names[i]
+                raise ValueError(f"load_state_dict: {what} of {name}: saved {_said(saved.get(number))}, here "
+                                 f"{_said(own.get(number))}; both must be equal")
 
     def load_state_dict(self, saved):
         self._check(saved)
@@ -131,10 +149,8 @@ class CoreRun(_Run):
         self._seen = None, None  # entries of ``state`` and what is in them, once it shows the core's memory
         if kind == "sgd" and any(optimizer.state.values()):
             self._core.hold_momentum()
-            for i, p in enumerate(self._params):
-                if optimizer.state.get(p, {}).get("momentum_buffer") is not None:
-                    self._steps[self._group_of[i]] = 1
         self._show()
+        self._take_elsewhere()
         self._take()
 
     def release(self):
@@ -149,9 +165,22 @@ class CoreRun(_Run):
             tensors = {name: self._held(i, k) for k, name in enumerate(self.state_names)}
             tensors = {name: t for name, t in tensors.items() if t is not None}
             if tensors and self._counts:
-                tensors = {"step": self._steps[self._group_of[i]], **tensors}
+                tensors = {"step": self._steps[i], **tensors}
             if tensors:
                 self._shown[i] = tensors
+
+    def _take_elsewhere(self):
+        """Steps of the parameters that other ranks step count here too, and of SGD, which shows none; the states that
+        this rank does not hold leave ``state``."""
+        state = self.optimizer.state
+        for i, p in enumerate(self._params):
+            here = state.get(p, {})
+            if not self._counts and here.get("momentum_buffer") is not None:
+                self._steps[i] = 1
+            elif self._counts and here.get("step") is not None:
+                self._steps[i] = float(here["step"])
+            if i not in self._shown:
+                state.pop(p, None)
 
     def _take(self):
         """What stands in ``state`` and is not the core's memory goes into it; then ``state`` shows it again."""
@@ -195,10 +224,19 @@ class CoreRun(_Run):
     def state_dict(self):
         return {**super().state_dict(), "steps": self._steps}
 
-    def _unpack_state(self, saved, numbers):
+    def _check_state(self, saved, numbers):
         if saved["state"] and not self._shown:
             self._core.hold_momentum()
             self._show()
+        if not saved["state"] and not self._counts:
+            return  # saved before SGD's first step with momentum
+        own = {number: self._shown[i] for number, i in numbers.items() if i in self._shown}
+        self._compare("states", *({number: {name: tuple(t.shape) for name, t in tensors.items()}
+                                   for number, tensors in each.items()} for each in (saved["state"], own)))
+        if saved.get("steps") is None or saved["steps"].shape != self._steps.shape:
+            raise ValueError(f"load_state_dict: steps of {len(self._params)} parameters are needed")
+
+    def _unpack_state(self, saved, numbers):
         for number, tensors in saved["state"].items():
             for name, tensor in self._shown[numbers[number]].items():
                 tensor.copy_(tensors[name])
@@ -229,7 +267,7 @@ class ForeignRun(_Run):
         for i, p in enumerate(self._params):
             state = optimizer.state.get(p, {})
             for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == p.shape and p.dim():
+                if isinstance(value, torch.Tensor) and value.shape == p.shape and name != "step":
                     state[name] = self._fragment_of(i, value)
 
     def release(self):
@@ -253,12 +291,13 @@ class ForeignRun(_Run):
         optimizer, index = self.optimizer, {id(p): i for i, p in enumerate(self._params)}
         lists = [group["params"] for group in optimizer.param_groups]
         pairs = []
-        for group in optimizer.param_groups:
-            found = [(p, self._fragment(index[id(p)])) for p in group["params"] if id(p) in index]
-            pairs += [(p, f) for p, f in found if f is not None]
-            group["params"] = [f for _, f in found if f is not None]
-        _rename(optimizer.state, pairs)
         try:
+            for group in optimizer.param_groups:
+                found = [(p, self._fragment(index[id(p)])) for p in group["params"] if id(p) in index]
+                found = [(p, f) for p, f in found if f is not None]
+                pairs += found
+                group["params"] = [f for _, f in found]
+            _rename(optimizer.state, pairs)
             yield [f for _, f in pairs]
         finally:
             _rename(optimizer.state, [(f, p) for p, f in pairs])
@@ -283,19 +322,31 @@ class ForeignRun(_Run):
 
     def states_of(self, i):
         """{name: fragment} of parameter i's states on this rank; what is written there counts."""
-        n = self._parts[i][1]
-        return {name: t for name, t in self.optimizer.state.get(self._params[i], {}).items()
-                if isinstance(t, torch.Tensor) and t.numel() == n and t.dim() > 0}
+        p, (_, n) = self._params[i], self._parts[i]
+        shape = p.shape if n == p.numel() else (n,)
+        return {name: t for name, t in self.optimizer.state.get(p, {}).items()
+                if isinstance(t, torch.Tensor) and t.shape == shape and name != "step"}
 
     def _packed_state(self):
         state = self.optimizer.state
         return {number: dict(state[self._params[i]]) for number, i in self._numbers().items()
                 if self._params[i] in state}
 
+    def _check_state(self, saved, numbers):
+        for number in saved["state"]:
+            if number not in numbers:
+                raise ValueError(f"load_state_dict: a state of parameter number {number}, which is not trained here")
+
     def _unpack_state(self, saved, numbers):
+        for i in numbers.values():
+            self.optimizer.state.pop(self._params[i], None)
         for number, values in saved["state"].items():
             self.optimizer.state[self._params[numbers[number]]] = {
                 name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def _said(value):
+    return "nothing" if value is None else tuple(value) if isinstance(value, torch.Size) else value
 
 
 def _tensors(state):

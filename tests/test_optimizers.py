@@ -11,6 +11,7 @@ import torch
 
 import deepspeed_c as deepspeed
 from deepspeed_c import _core
+from deepspeed_c.utils import safe_get_full_optimizer_state
 
 SECTIONS = {
     "adagrad": {"type": "Adagrad", "params": {"lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.1,
@@ -383,3 +384,147 @@ def test_a_wrapper_that_takes_class_and_attributes_works():
     assert wrapped.state_dict()["state"] and wrapped.overflow is False
     wrapped.state = {}
     assert engine.basic_optimizer.state == {}
+
+
+# ---- what is shown and taken over ----
+
+def steps_of(optimizer):
+    return {float(state["step"]) for state in optimizer.state.values()}
+
+
+def test_plain_torch_goes_on_with_the_steps_that_the_core_took():
+    """Each parameter's number of steps is its own: torch counts them on in place, one by one."""
+    module, other = models.make(Net), models.make(Net)
+    given = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    engine = start(given, module=module)
+    train(engine, 0, range(3))
+    buffer = io.BytesIO()
+    torch.save(given.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.optim.AdamW(other.parameters(), lr=1e-2)
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    engine.destroy()
+    for net, optimizer in ((module, given), (other, loaded)):
+        net(batch(0, 3)).backward()
+        optimizer.step()
+        assert steps_of(optimizer) == {4.0}
+
+
+def test_written_steps_count():
+    module = models.make(Net)
+    given = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    engine = start(given, module=module)
+    train(engine, 0, range(1))
+    given.state[module.head.bias]["step"].fill_(7)
+    train(engine, 0, range(1, 2))
+    assert steps_of(given) == {8.0}
+
+
+def taken_over(rank, world, stage):
+    """A group whose only parameter is on one rank's side."""
+    torch.set_num_threads(1)
+    module = models.make(Net)
+    params = list(module.parameters())
+    given = torch.optim.AdamW([{"params": params[:-1]}, {"params": params[-1:]}], lr=1e-2)
+    for step in range(3):
+        module(batch(0, step)).backward()
+        given.step()
+        given.zero_grad()
+    engine = start(given, stage, module=module)
+    train(engine, rank, range(3, 5))
+    held = [sum(t.numel() for t in state.values()) - 1 for state in given.state.values()]
+    return models.bits(module), steps_of(given), sum(held) < 2 * sum(p.numel() for p in params)
+
+
+def test_steps_taken_before_initialize_count_on_ranks_that_hold_nothing_of_a_group(ranks):
+    base = ranks(2, taken_over, 0)
+    for stage in (1, 2):
+        found = ranks(2, taken_over, stage)
+        assert [bits for bits, _, _ in found] == [bits for bits, _, _ in base]
+        assert [(steps, part) for _, steps, part in found] == [({5.0}, True)] * 2
+
+
+def test_a_layout_that_changed_after_initialize_is_an_error():
+    module = torch.nn.Conv2d(3, 8, 3)
+    engine = start({"type": "AdamW", "params": {"lr": 1e-2}}, module=module)
+    engine.backward(engine(torch.ones(1, 3, 5, 5)).sum())
+    engine.step()
+    module.to(memory_format=torch.channels_last)
+    engine.backward(engine(torch.ones(1, 3, 5, 5)).sum())
+    with pytest.raises(ValueError, match="weight has its elements in another order"):
+        engine.step()
+
+
+@pytest.mark.parametrize("flag", ["maximize", "amsgrad"])
+def test_an_option_that_the_core_lacks_is_an_error_when_it_comes_later(flag):
+    module = models.make(Net)
+    given = torch.optim.Adam(module.parameters())
+    engine = start(given, module=module)
+    given.param_groups[0][flag] = True
+    engine.backward(engine(batch(0, 0)))
+    with pytest.raises(NotImplementedError, match=flag):
+        engine.step()
+
+
+def frozen_and_written(rank, world, name, stage):
+    torch.set_num_threads(1)
+    module = models.make(Net)
+    engine = start(SECTIONS[name], stage, "bf16", module)
+    train(engine, rank, range(2), "bf16")
+    module.head.weight.requires_grad_(False)
+    module.head.weight.data.fill_(3)
+    train(engine, rank, range(2), "bf16")
+    return bool((module.head.weight == 3).all())
+
+
+@pytest.mark.parametrize("name", ["adagrad", "lamb", "rmsprop"])
+def test_what_is_written_to_a_frozen_parameter_stays(ranks, name):
+    for stage in (0, 1):
+        assert ranks(2, frozen_and_written, name, stage) == [True, True], stage
+
+
+class Line(torch.nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(n))
+
+    def forward(self):
+        return self.w.float().square().sum()
+
+
+def one_step(section, n, dtype):
+    engine = start(section, 0, dtype, Line(n))
+    engine.backward(engine())
+    engine.step()
+    return engine
+
+
+@pytest.mark.parametrize("name", ["lion", "momentum", "rmsprop"])
+def test_loading_other_shapes_or_dtypes_is_an_error_and_changes_nothing(name):
+    target = one_step(SECTIONS[name], 5, "bf16")
+    before = copy.deepcopy(target.optimizer.state_dict())
+    for n, dtype in ((1, "bf16"), (5, "fp32")):
+        with pytest.raises(ValueError, match="of w"):
+            target.optimizer.load_state_dict(one_step(SECTIONS[name], n, dtype).optimizer.state_dict())
+    assert str(target.optimizer.state_dict()) == str(before)
+
+
+def test_loading_a_state_from_before_the_first_step_forgets_states():
+    for name in ("rmsprop", "momentum"):
+        module = models.make(Net)
+        engine = start(SECTIONS[name], module=module)
+        saved, values = copy.deepcopy(engine.optimizer.state_dict()), copy.deepcopy(module.state_dict())
+        train(engine, 0, range(3))
+        once = models.bits(module)
+        engine.optimizer.load_state_dict(saved)
+        module.load_state_dict(values)
+        train(engine, 0, range(3))
+        assert models.bits(module) == once
+
+
+def test_states_of_a_scalar_parameter_can_be_read():
+    module = Line(())
+    engine = start(SECTIONS["rmsprop"], module=module)
+    engine.backward(engine())
+    engine.step()
+    assert safe_get_full_optimizer_state(module.w, "square_avg").shape == ()

@@ -28,6 +28,7 @@ typedef struct {
     int n_groups;
     enum dsc_optim_kind optimizer;
     struct dsc_param *shapes;
+    uint64_t *layouts; /* per parameter: see layout_of */
     struct dsc_view *views;
     PyObject **grads; /* held during a call */
     struct dsc_hyper *hypers;
@@ -66,6 +67,15 @@ static const char *name_of(EngineObject *self, Py_ssize_t i) {
     return name ? name : "?";
 }
 
+/* Equal where elements have the same order in memory. */
+static uint64_t layout_of(const struct dsc_borrowed *t) {
+    uint64_t hash = 0;
+    for (int i = 0; !t->contiguous && i < t->n_dims; i++)
+        if (t->shape[i] != 1)
+            hash = (hash * 31 + (uint64_t)t->shape[i]) * 1000003 + (uint64_t)t->strides[i];
+    return hash;
+}
+
 static int view_param(EngineObject *self, Py_ssize_t i) {
     struct dsc_borrowed t;
     const char *name = name_of(self, i);
@@ -79,6 +89,14 @@ static int view_param(EngineObject *self, Py_ssize_t i) {
                      name, was->n_elems, dsc_dtype_name(was->dtype),
                      t.on_cpu ? "" : "not on the CPU, ", t.dense ? "dense" : "not dense", t.n_elems,
                      dsc_dtype_name(t.dtype));
+        return -1;
+    }
+    if (layout_of(&t) != self->layouts[i]) {
+        PyErr_Format(PyExc_ValueError,
+                     "parameter %s has its elements in another order than at initialize (a memory "
+                     "format, a transposition), and its optimizer states have the old one; change "
+                     "the layout before initialize",
+                     name);
         return -1;
     }
     self->views[i] = (struct dsc_view){.data = t.data};
@@ -257,6 +275,7 @@ static int describe_params(EngineObject *self, PyObject *groups) {
             return -1;
         }
         self->shapes[i] = (struct dsc_param){t.n_elems, t.dtype, (int)group};
+        self->layouts[i] = layout_of(&t);
     }
     return 0;
 }
@@ -265,6 +284,8 @@ static int allocate(EngineObject *self) {
     size_t n = (size_t)self->n_params;
     struct dsc_bind_state *state = state_of(self);
     enum dsc_status status = dsc_alloc(n * sizeof *self->shapes, (void **)&self->shapes);
+    if (status == DSC_OK)
+        status = dsc_alloc(n * sizeof *self->layouts, (void **)&self->layouts);
     if (status == DSC_OK)
         status = dsc_alloc(n * sizeof *self->views, (void **)&self->views);
     if (status == DSC_OK)
@@ -362,6 +383,7 @@ static void engine_dealloc(EngineObject *self) {
         drop_grads(self);
     (void)engine_clear(self);
     dsc_free(self->shapes);
+    dsc_free(self->layouts);
     dsc_free(self->views);
     dsc_free(self->grads);
     dsc_free(self->hypers);
@@ -913,7 +935,7 @@ static PyMethodDef engine_methods[] = {
      "held(i, which): (first element, DLPack capsule) over the part held here, or None; which: -2\n"
      "a foreign optimizer's gradient, -1 the fp32 master, 0 and 1 the optimizer's states."},
     {"steps", (PyCFunction)engine_steps, METH_NOARGS,
-     "DLPack capsule over the steps of each group (SGD: with momentum), fp32."},
+     "DLPack capsule over the steps of each parameter's group (SGD: with momentum), fp32."},
     {"hold_momentum", (PyCFunction)engine_hold_momentum, METH_NOARGS,
      "Makes SGD's momentum now; the first step that needs it does so otherwise."},
     {NULL},

@@ -44,6 +44,24 @@ static int read_betas(PyObject *group, struct dsc_hyper *out) {
     return PyErr_Occurred() ? -1 : 0;
 }
 
+/* Options of torch's classes that the core lacks and that would change numbers. */
+static int refuse_flags(PyObject *group) {
+    static const char *const names[] = {"amsgrad", "maximize"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        bool set;
+        if (read_flag(group, names[i], false, &set) < 0)
+            return -1;
+        if (set) {
+            PyErr_Format(PyExc_NotImplementedError,
+                         "a parameter group has %s set: the core's rule lacks it; allowed: False "
+                         "(an optimizer of torch that has it before initialize is run by torch)",
+                         names[i]);
+            return -1;
+        }
+    }
+    return 0;
+}
+
 int dsc_bind_read_hyper(enum dsc_optim_kind kind, PyObject *group, struct dsc_hyper *out) {
     double eps = kind == DSC_OPTIM_ADAGRAD ? 1e-10 : 1e-8;
     if (!PyDict_Check(group)) {
@@ -55,7 +73,8 @@ int dsc_bind_read_hyper(enum dsc_optim_kind kind, PyObject *group, struct dsc_hy
         return read_number(group, "lr", 0, &out->lr);
     }
     /* torch's key for what DeepSpeed calls adam_w_mode; ours wins. */
-    return read_flag(group, "decoupled_weight_decay", true, &out->decoupled) < 0 ||
+    return refuse_flags(group) < 0 ||
+                   read_flag(group, "decoupled_weight_decay", true, &out->decoupled) < 0 ||
                    read_flag(group, "adam_w_mode", out->decoupled, &out->decoupled) < 0 ||
                    read_number(group, "lr", 1e-3, &out->lr) < 0 ||
                    read_number(group, "weight_decay", 0, &out->weight_decay) < 0 ||

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import ReduceOp, is_available, is_initialized, new_group
 
+from .. import _paths
 from ..accelerator import get_accelerator
 from ..distributed import destroy_process_group, init_distributed
 from ..utils.timer import SynchronizedWallClockTimer
@@ -188,3 +189,4 @@ __all__ = [
     "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn", "reduce_scatter_tensor", "reset_log",
     "scatter", "scatter_object_list", "send", "timed_op", "timedelta", "timers", *_NOT_YET,
 ]
+__getattr__, __dir__ = _paths.attributes(__name__)

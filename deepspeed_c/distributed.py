@@ -128,7 +128,8 @@ def _open_group(world, ranks, name, timeout=None):
         return Comm.self_(timeout)
     places, opening = _opened[2]
     store = dist.distributed_c10d._get_default_store()
-    return delegate.open_comm(store, f"group {opening} {name}", list(ranks).index(world.rank),
+    store = dist.PrefixStore(str(opening), store)  # what was told in an earlier opening is past
+    return delegate.open_comm(store, f"group {name}", list(ranks).index(world.rank),
                               [places[r] for r in ranks], timeout)
 
 
@@ -314,7 +315,7 @@ def _open_ranks(rank, size, timeout):
         return Comm.shm(listener, told[0][1], told[0][2], rank, size, timeout), where
     if rank == 0:
         logger.info("communicator: delegate, over gloo, %d ranks: %s", size, why)
-    return delegate.open_comm(store, f"world {opening}", rank, where[0], timeout), where
+    return delegate.open_comm(dist.PrefixStore(str(opening), store), "world", rank, where[0], timeout), where
 
 
 def _wanted_backend():

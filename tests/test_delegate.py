@@ -7,12 +7,12 @@ import time
 
 import models
 import pytest
+import test_comm_groups
 import test_stages
 import torch
-import torch.distributed as dist
 from ranks import die
 
-from deepspeed_c import _delegate, distributed
+from deepspeed_c import distributed
 
 FORCED = {"DSC_COMM_BACKEND": "delegate"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
@@ -127,10 +127,7 @@ def test_a_rank_that_closes_is_an_error_for_who_waits_for_it(ranks):
 
 def two_channels(rank, world, orders):
     comm = opened()
-    store = dist.distributed_c10d._get_default_store()
-    places = [None] * world
-    dist.all_gather_object(places, _delegate.place())
-    other = _delegate.open_comm(store, "other", rank, places, 60.0)
+    other = distributed._open_group(comm, range(world), "other")
     for which, label in orders[rank]:
         (comm, other)[which].barrier(label)
 
@@ -297,3 +294,12 @@ def asynchronous(rank, world):
 def test_asynchronous_operations(ranks):
     sums = [1.0 + 2 * i for i in range(5)]
     assert ranks(2, asynchronous, env=FORCED) == [(sums, [2.0] * 4, "delegate")] * 2
+
+
+def test_every_operation_gives_what_gloo_gives_on_any_group(ranks):
+    ranks(3, test_comm_groups.against_gloo, timeout=120, env=FORCED)
+
+
+def test_a_diverged_rank_of_a_group_is_an_error_on_all_ranks(ranks):
+    for text in ranks(3, test_comm_groups.diverged_in_a_group, env=FORCED):
+        assert "all_reduce(fp32 x 3, sum)" in text and "all_reduce(fp32 x 4, sum)" in text

@@ -331,12 +331,12 @@ static void leave(void *state) {
     if (d->left)
         return;
     d->left = true;
-    dsc__delegate_tell(d, "left", DSC_EDEAD, "it closed its communicator");
+    dsc__delegate_tell(d, "left", false, DSC_EDEAD, "it closed its communicator");
     d->ops.leave(d->ops.context);
 }
 
 static void give_up(void *state, enum dsc_status status, const char *reason) {
-    dsc__delegate_tell(state, "broken", status, reason);
+    dsc__delegate_tell(state, "broken", true, status, reason);
     dsc__delegate_linger(state, status, reason);
 }
 

@@ -44,9 +44,9 @@ struct dsc__delegate {
 enum dsc_status dsc__delegate_finish(struct dsc__delegate *d);
 /* A move failed with `status`: the error that says whose end, or whose decision, that was. */
 enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status status);
-/* The reason for all other ranks of the channel; the first one stays. */
-void dsc__delegate_tell(struct dsc__delegate *d, const char *list, enum dsc_status status,
-                        const char *reason);
+/* The reason for the other ranks, of this channel or of all the job; the first one stays. */
+void dsc__delegate_tell(struct dsc__delegate *d, const char *list, bool of_all,
+                        enum dsc_status status, const char *reason);
 /* After it: gives the others time to hear it where this process holds the board. */
 void dsc__delegate_linger(struct dsc__delegate *d, enum dsc_status status, const char *reason);
 

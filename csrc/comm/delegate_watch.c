@@ -1,11 +1,12 @@
 /* Waiting over a delegate: who is dead, who gave up, and who waits for what will never come.
  *
  * Decides: what a blocked rank does in its slices of 100 ms. Each: signals, time-out. Each second:
- * whether a rank of this channel gave up, or the job stands still. After 1.5 s it posts that it is
- * blocked: when all of the job are, none of them in an operation that all have come to, and nothing
- * has moved between two looks, that is a standstill, which the first to see it posts for all.
- * Invariant: an operation that goes on is no standstill: one that all its ranks are in, or that a
- * rank has left behind it, counts as `hope`. The board has a constant number of keys per rank. */
+ * whether a rank gave up, in whatever channel, or the job stands still. After 1.5 s it posts that
+ * it is blocked: when all of the job are, none of them in an operation that all have come to, and
+ * nothing has moved between two looks, that is a standstill, which the first to see it posts for
+ * all. Invariant: an operation that goes on is no standstill: one that all its ranks are in, or
+ * that a rank has left behind it, counts as `hope`. The board has a constant number of keys per
+ * rank. */
 #define _GNU_SOURCE
 #include "delegate_impl.h"
 
@@ -38,10 +39,10 @@ static enum dsc_status add_here(struct dsc__delegate *d, uint64_t sequence, int6
     return add(d, key, by, value);
 }
 
-void dsc__delegate_tell(struct dsc__delegate *d, const char *list, enum dsc_status status,
-                        const char *reason) {
+void dsc__delegate_tell(struct dsc__delegate *d, const char *list, bool of_all,
+                        enum dsc_status status, const char *reason) {
     char key[DSC_BOARD_KEY_MAX], text[DSC_BOARD_TEXT_MAX];
-    snprintf(key, sizeof key, "%s/%s", list, d->channel);
+    snprintf(key, sizeof key, "%s/%s", list, of_all ? "all" : d->channel);
     snprintf(text, sizeof text, "%d %d %d %s", (int)status, d->comm->rank, (int)getpid(), reason);
     /* Whoever cannot be told sees this process's end; and the error stays what it was. */
     if (d->ops.put(d->ops.context, key, text, true) != DSC_OK)
@@ -53,14 +54,12 @@ void dsc__delegate_tell(struct dsc__delegate *d, const char *list, enum dsc_stat
 void dsc__delegate_linger(struct dsc__delegate *d, enum dsc_status status, const char *reason) {
     const struct timespec pause = {.tv_nsec = 20 * 1000000};
     double since = dsc_comm_now();
-    char key[DSC_BOARD_KEY_MAX];
     int64_t n_know = 0;
-    snprintf(key, sizeof key, "know/%s", d->channel);
-    enum dsc_status result = add(d, key, 1, &n_know);
-    while (result == DSC_OK && d->ops.job_rank == 0 && n_know < d->comm->size &&
+    enum dsc_status result = add(d, "know", 1, &n_know);
+    while (result == DSC_OK && d->ops.job_rank == 0 && n_know < d->ops.job_size &&
            dsc_comm_now() - since < LINGER_S) {
         (void)nanosleep(&pause, NULL);
-        result = add(d, key, 0, &n_know);
+        result = add(d, "know", 0, &n_know);
     }
     if (result != DSC_OK)
         (void)DSC_FAIL(status, "%s", reason);
@@ -80,7 +79,7 @@ static enum dsc_status heard(const struct dsc__delegate *d, const char *text, co
 
 static enum dsc_status check_board(struct dsc__delegate *d) {
     char text[DSC_BOARD_TEXT_MAX];
-    DSC_TRY(look(d, "broken", d->channel, text));
+    DSC_TRY(look(d, "broken", "all", text));
     if (text[0])
         return heard(d, text, "gave up");
     DSC_TRY(look(d, "standstill", "all", text));
@@ -134,7 +133,7 @@ static void describe(struct dsc__delegate *d, char out[DSC_BOARD_TEXT_MAX]) {
     char places[NAMED_MAX][DSC_BOARD_TEXT_MAX], key[16];
     int n_named = 0;
     size_t used = (size_t)snprintf(out, DSC_BOARD_TEXT_MAX,
-                                   "all %d ranks wait, and none can go on:", d->ops.job_size);
+                                   "ranks wait for each other in different operations:");
     for (int i = 0; i < d->ops.job_size && i < READ_MAX && n_named < NAMED_MAX; i++) {
         int rank = (d->ops.job_rank + i) % d->ops.job_size, k = 0;
         snprintf(key, sizeof key, "%d", rank);

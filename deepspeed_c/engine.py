@@ -1,7 +1,7 @@
 """DeepSpeedEngine: the nn.Module that a script trains through.
 
 It runs the module, autograd and the caller's objects; every number between gradient and new parameter is
-the core's. Configuration accessors (``fp16_enabled()`` and so on) are derived from the core's table.
+the core's. Configuration accessors (``fp16_enabled()`` and so on) are in settings.py.
 """
 import os
 import weakref
@@ -16,6 +16,7 @@ from .optimizer import CoreOptimizer, DeepSpeedOptimizer
 from .optimizer_run import CoreRun, ForeignRun
 from .report import StepReport
 from .runtime import lr_schedules
+from .settings import EngineSettings
 from .utils.logging import log_dist, logger, set_log_level_from_string
 from .utils.tensor_fragment import claim, release
 
@@ -70,7 +71,7 @@ def _remove_hooks(handles):
     handles.clear()
 
 
-class DeepSpeedEngine(torch.nn.Module):
+class DeepSpeedEngine(EngineSettings, torch.nn.Module):
     """Made by deepspeed_c.initialize.
 
     Attributes: module (the caller's own object), optimizer, lr_scheduler, training_dataloader, config (the
@@ -490,36 +491,3 @@ class DeepSpeedEngine(torch.nn.Module):
         if self._core is not None:
             self._core.close()
             self._core = None
-
-    def _not_yet(name):
-        def method(self, *args, **kwargs):
-            raise NotImplementedError(f"engine.{name}() is not yet")
-        method.__name__ = name
-        method.__doc__ = "Not there yet."
-        return method
-
-    # The rest of the documented surface: an error that says so, never silence.
-    for _name in ("save_checkpoint", "load_checkpoint", "save_16bit_model", "save_fp16_model", "module_state_dict",
-                  "load_module_state_dict", "offload_states", "reload_states", "compile", "allreduce_gradients",
-                  "get_sequence_parallel_group", "random_ltd_initialize", "empty_partition_cache",
-                  "set_data_post_process_func", "set_custom_curriculum_learning_schedule"):
-        locals()[_name] = _not_yet(_name)
-    del _name, _not_yet
-
-
-def _accessor(name, path, text):
-    def read(self):
-        return self._config.get(path)
-    read.__name__ = read.__qualname__ = name
-    read.__doc__ = f"``{path}`` of the configuration: {text}"
-    return read
-
-
-def _derive_accessors():
-    for row in _core.config_keys():
-        name = row["accessor"]
-        if name and name not in DeepSpeedEngine.__dict__:
-            setattr(DeepSpeedEngine, name, _accessor(name, row["path"], row["help"]))
-
-
-_derive_accessors()

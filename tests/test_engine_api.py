@@ -236,6 +236,28 @@ def test_accessors_come_from_the_table_and_are_inspectable():
     inspect.signature(engine.save_checkpoint)
 
 
+def test_answers_that_follow_from_several_keys():
+    engine, *_ = start({**CONFIG, "fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 3},
+                        "zero_optimization": {"stage": 2}})
+    assert engine.zero_optimization() and engine.zero_optimization_partition_gradients()
+    assert not engine.zero_optimization_partition_weights() and not engine.zero_use_cpu_optimizer()
+    assert engine.communication_data_type == torch.float16 and engine.postscale_gradients()
+    assert engine.get_data_types() == (torch.float16, torch.float32)
+    assert engine.dynamic_loss_scale_args() == {"init_scale": 16, "scale_window": 1000, "delayed_shift": 3,
+                                                "consecutive_hysteresis": False, "min_scale": 1}
+    assert (engine.get_data_parallel_rank(), engine.get_model_parallel_rank()) == (0, 0)
+    plain, *_ = start({**CONFIG, "communication_data_type": "bf16", "prescale_gradients": True})
+    assert not plain.zero_optimization() and plain.communication_data_type == torch.bfloat16
+    assert plain.dynamic_loss_scale_args() is None and not plain.postscale_gradients()
+
+
+def test_documented_methods_that_are_not_there_say_so():
+    engine, *_ = start()
+    for name in ("save_checkpoint", "load_checkpoint", "compile", "clip_fp32_gradients", "sparse_allreduce_bucket"):
+        with pytest.raises(NotImplementedError, match=f"engine.{name}.. is not yet"):
+            getattr(engine, name)()
+
+
 def test_the_optimizer_is_an_ordinary_class_whose_class_can_be_changed():
     engine, optimizer, *_ = start()
     inner = type("Wrapped", (type(optimizer),), {})

@@ -185,6 +185,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
 
     def _install_hooks(self):
         self._places = claim(self, self._params)
+        weakref.finalize(self, release, self._places)
         for i, p in enumerate(self._params):
             # An earlier engine over the same parameter stops taking its gradients.
             earlier = _HOOKS.pop(id(p), None)
@@ -491,3 +492,5 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         if self._core is not None:
             self._core.close()
             self._core = None
+        if isinstance(self.optimizer, DeepSpeedOptimizer):
+            self.optimizer._engine = weakref.proxy(self)  # a cycle would keep the module until a collection

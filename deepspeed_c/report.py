@@ -5,6 +5,7 @@ for, a step pays a few attribute reads.
 """
 import contextlib
 import json
+import weakref
 
 from .utils.logging import print_dist
 
@@ -19,7 +20,7 @@ class StepReport:
 
     def __init__(self, engine):
         config = engine._config
-        self._engine = engine
+        self._engine = weakref.proxy(engine)  # no cycle: a dropped engine goes at once
         self._times = config.get("wall_clock_breakdown")
         self._memory = config.get("memory_breakdown")
         self._every = config.get("steps_per_print") if config.given("steps_per_print") else None

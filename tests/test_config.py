@@ -4,7 +4,10 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import pathlib
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -89,6 +92,29 @@ def test_a_broken_file_is_placed_by_line_and_column(tmp_path):
     path = tmp_path / "broken.json"
     path.write_text('{\n  "train_batch_size": 8,\n}\n')
     refused(path, "broken.json: not JSON at line 3, column 1")
+
+
+EMPTYING = """
+from deepspeed_c._core import Config
+
+class Number:
+    def __float__(self):
+        container.clear()
+        return 0.5
+
+container = {"train_batch_size": 2}
+container["".join(["gradient_", "clipping"])] = Number()
+config = Config(container)
+assert config.get("gradient_clipping") == 0.5 and not config.warnings, config.warnings
+container = [Number(), 0.75]
+Config({"train_batch_size": 2, "optimizer": {"type": "Adam", "params": {"betas": container}}})
+"""
+
+
+def test_a_container_that_a_number_empties_while_it_is_read_is_no_fault_in_memory():
+    done = subprocess.run([sys.executable, "-c", EMPTYING], env={**os.environ, "PYTHONMALLOC": "debug"},
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_base64_of_json_is_a_configuration_and_what_is_wrong_in_it_is_told():

@@ -79,6 +79,9 @@ static cJSON *tree_of_dict(struct dsc_bind_state *state, PyObject *dict, const s
         struct step here = {at->name[0] ? at : NULL, "", at->depth + 1};
         const char *name = NULL;
         cJSON *item = NULL;
+        /* A value's own __float__ or __fspath__ may take both out of the dict. */
+        Py_INCREF(key);
+        Py_INCREF(value);
         if (!PyUnicode_Check(key))
             refuse(state, at, "a key that is not a string", key);
         else
@@ -86,7 +89,10 @@ static cJSON *tree_of_dict(struct dsc_bind_state *state, PyObject *dict, const s
         here.name = name;
         if (name)
             item = tree_of(state, value, &here);
-        if (!item || !cJSON_AddItemToObject(tree, name, item)) {
+        bool added = item && cJSON_AddItemToObject(tree, name, item);
+        Py_DECREF(key);
+        Py_DECREF(value);
+        if (!added) {
             cJSON_Delete(item);
             cJSON_Delete(tree);
             return PyErr_Occurred() ? NULL : (cJSON *)PyErr_NoMemory();
@@ -101,7 +107,9 @@ static cJSON *tree_of_list(struct dsc_bind_state *state, PyObject *list, const s
         char name[32];
         PyOS_snprintf(name, sizeof name, "[%zd]", i);
         struct step here = {at, name, at->depth + 1};
-        cJSON *item = tree_of(state, PySequence_Fast_GET_ITEM(list, i), &here);
+        PyObject *value = Py_NewRef(PySequence_Fast_GET_ITEM(list, i));
+        cJSON *item = tree_of(state, value, &here);
+        Py_DECREF(value);
         if (!item || !cJSON_AddItemToArray(tree, item)) {
             cJSON_Delete(item);
             cJSON_Delete(tree);

@@ -333,10 +333,13 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
     def _apply_gradients(self):
         """The boundary in the core, then counters and what has to be said about it."""
         core = self._needs_core("step")
-        if core.scale != 1.0 and not self._scaled and any(p.grad is not None for p in self._params):
-            raise RuntimeError(f"Loss scaling is required: the loss scale is {core.scale:g} and gradients come from a "
-                               "plain loss.backward(); use engine.backward(loss), or engine.scale(loss).backward()")
-        self.optimizer.run_hooks("pre")
+        try:
+            self._refuse_unscaled()
+            self.optimizer.run_hooks("pre")
+            self._run.prepare()
+        except BaseException:
+            core.refuse_step()  # the other ranks wait in this step, and would take the next one for it
+            raise
         report = self._run.step()
         self.optimizer.run_hooks("post")
         self._scaled = False
@@ -355,6 +358,12 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             logger.warning("[Rank %d] step %d: %d parameters were changed outside the engine since the last step "
                            "(first: %s); their new values are used. This is said once.", self.global_rank,
                            self.global_steps, report["n_changed"], self._names[report["changed_param"]])
+
+    def _refuse_unscaled(self):
+        scale = self._core.scale
+        if scale != 1.0 and not self._scaled and any(p.grad is not None for p in self._params):
+            raise RuntimeError(f"Loss scaling is required: the loss scale is {scale:g} and gradients come from a "
+                               "plain loss.backward(); use engine.backward(loss), or engine.scale(loss).backward()")
 
     def _say_nonfinite(self, report):
         if self.global_rank != 0:

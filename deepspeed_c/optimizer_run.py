@@ -32,6 +32,9 @@ class _Run:
         self._masters = {i: self._held(i, _MASTER) for i in range(len(self._params))}
         self._masters = {i: m for i, m in self._masters.items() if m is not None}
 
+    def prepare(self):
+        """What may fail on this rank alone, before step()."""
+
     def release(self):
         """Gives up what the core has lent, so that it can be freed. What stands in the caller's own optimizer stays
         its own."""
@@ -207,9 +210,11 @@ class CoreRun(_Run):
         entries, tensors = self._seen
         return _same(list(state.values()), entries) and _same(_tensors(state), tensors)
 
+    def prepare(self):
+        self._take()
+
     def step(self):
         """The boundary; returns the core's report."""
-        self._take()
         report = self._core.step(self.optimizer.param_groups)
         if not self._shown:  # SGD's momentum comes with the first step that has it
             self._show()

@@ -549,3 +549,32 @@ def test_a_destroyed_engine_goes_with_its_last_reference(name):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def raised_before_the_core(rank, world, how):
+    """Rank 0 cannot step, and goes on; the others must not take its next step for this one."""
+    torch.set_num_threads(1)
+    module = models.make(Net)
+    given = torch.optim.AdamW(module.parameters())
+    engine = start(given, 1, module=module)
+    train(engine, rank, range(1))
+    state, hook = given.state, None
+    if rank == 0 and how == "state":
+        given.state = {module.body[0].weight: {"exp_avg": torch.zeros(99)}}
+    elif rank == 0:
+        hook = given.register_step_pre_hook(lambda *_: 1 / 0)
+    engine.backward(engine(batch(rank, 1)))
+    with pytest.raises((ValueError, ZeroDivisionError)) as error:
+        engine.step()
+    given.state = state
+    if hook is not None:
+        hook.remove()
+    engine.step()
+    return str(error.value), engine.global_steps, models.bits(module)
+
+
+@pytest.mark.parametrize("how", ["state", "hook"])
+def test_a_rank_that_raises_before_the_step_is_an_error_on_all(ranks, how):
+    (first, *found), (second, *others) = ranks(2, raised_before_the_core, how)
+    assert ("shape" if how == "state" else "zero") in first and "rank 0 cannot step" in second
+    assert found == others and found[0] == 2

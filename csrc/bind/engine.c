@@ -746,6 +746,15 @@ static PyObject *engine_step(EngineObject *self, PyObject *args) {
     return result;
 }
 
+static PyObject *engine_refuse_step(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (enter(self, "refuse_step") < 0)
+        return NULL;
+    refuse_step(self);
+    self->busy = false;
+    Py_RETURN_NONE;
+}
+
 /* ---- looking ---- */
 
 static PyObject *engine_counters(EngineObject *self, PyObject *unused) {
@@ -926,6 +935,8 @@ static PyMethodDef engine_methods[] = {
     {"step", (PyCFunction)engine_step, METH_VARARGS,
      "step(param_groups, run=None): the boundary; returns a report as a dict. run: called between\n"
      "gradients and values, where the optimizer is foreign."},
+    {"refuse_step", (PyCFunction)engine_refuse_step, METH_NOARGS,
+     "In place of step where this rank cannot: the others get an error instead of waiting."},
     {"counters", (PyCFunction)engine_counters, METH_NOARGS, "Counters as a dict."},
     {"state", (PyCFunction)engine_state, METH_VARARGS,
      "state(i, which): (first element, float32 array), a copy of what held(i, which) shows; "

@@ -46,7 +46,8 @@ def lines_of(text):
         line, done = line + text.count("\n", done, token.start()), token.start()
         string, colon = token.groups()
         if colon:
-            path = ".".join(filter(None, (open_paths[-1], json.loads(string))))
+            key = json.loads(string).replace(".", "\0")  # a name with a dot is not a path
+            path = ".".join(filter(None, (open_paths[-1], key)))
             found.setdefault(path, line)
         elif token[0] == "{":
             open_paths.append(path)

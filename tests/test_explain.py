@@ -160,6 +160,11 @@ def test_lines_are_those_of_the_keys_whatever_strings_hold():
     assert json.loads(text)["bA"]
 
 
+def test_a_name_with_a_dot_is_not_the_key_that_it_looks_like(run):
+    _, table, _ = run('{"train_batch_size": 1, "zero_optimization.stage": 2,\n "zero_optimization": {"stage": 1}}')
+    assert table["zero_optimization.stage"] == ("1", "line 2")
+
+
 def test_a_dict_can_be_explained_too():
     settings = {s.path: s for s in explain(_core.Config({"train_batch_size": 4, "bfloat16": {"enabled": True}}))}
     assert settings["train_batch_size"].origin == "given"

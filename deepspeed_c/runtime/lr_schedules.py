@@ -188,7 +188,8 @@ class OneCycle(_Schedule):
         self.decay_mom_rate = _finite("decay_mom_rate", decay_mom_rate)
         self.cycle_momentum = bool(cycle_momentum)
         if self.cycle_momentum and not all("betas" in group for group in self.optimizer.param_groups):
-            logger.warning("OneCycle: cycle_momentum is off, because %s has no betas", type(optimizer).__name__)
+            logger.warning("OneCycle: cycle_momentum is off, because %s has no betas",
+                           type(getattr(optimizer, "optimizer", optimizer)).__name__)
             self.cycle_momentum = False
         self._start()
         if self.cycle_momentum and last_batch_iteration == -1:

@@ -5,10 +5,12 @@ import os
 import signal
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed_c._core import Comm
 from ranks import die
 
 import deepspeed_c as deepspeed
@@ -281,6 +283,19 @@ def in_order(rank, world):
             work.wait(timeout=0.05)
     work.wait()
     return slow.tolist()
+
+
+def test_operations_that_have_ended_keep_no_tensors():
+    core = Comm.self_()
+    for look in (lambda work: work.wait(), lambda work: work.done()):
+        x = torch.ones(5)
+        work, gone = core.all_reduce(x, "sum", None, True), weakref.ref(x)
+        del x
+        until = time.monotonic() + WITHIN
+        while not look(work) and gone() is not None and time.monotonic() < until:
+            time.sleep(0.001)
+        assert gone() is None
+    core.close()
 
 
 def test_asynchronous_operations_keep_their_order_and_their_tensors(ranks):

@@ -1,7 +1,7 @@
 /* The type Work: an asynchronous operation.
  *
  * Invariant: the tensors of an operation live until it has ended, whoever drops the Work: a Comm
- * keeps a list of its Works. */
+ * keeps a list of its Works; and no longer than until somebody looks. */
 #include "bind.h"
 
 #include "../comm/comm.h"
@@ -11,8 +11,13 @@ typedef struct {
     PyObject *keep;
 } WorkObject;
 
+/* One that has ended lets go of its tensors: a Comm, and a program, may keep the Work for long. */
 static bool has_ended(PyObject *object) {
-    return dsc_work_done(((WorkObject *)object)->core);
+    WorkObject *self = (WorkObject *)object;
+    if (!dsc_work_done(self->core))
+        return false;
+    Py_CLEAR(self->keep);
+    return true;
 }
 
 /* Forgets those at the front that have ended: they end in order, or nearly. */
@@ -56,9 +61,10 @@ static PyObject *work_wait(WorkObject *self, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS;
     status = dsc_work_wait(self->core, timeout_s, dsc_bind_interrupted, NULL);
     Py_END_ALLOW_THREADS;
-    if (status != DSC_OK)
-        return dsc_bind_raise(dsc_bind_state_of(Py_TYPE(self)), status);
-    Py_RETURN_NONE;
+    PyObject *result = status == DSC_OK ? Py_NewRef(Py_None)
+                                        : dsc_bind_raise(dsc_bind_state_of(Py_TYPE(self)), status);
+    (void)has_ended((PyObject *)self);
+    return result;
 }
 
 PyDoc_STRVAR(done_doc, "done() -> bool\n\nWhether the operation has ended, well or not.");

@@ -145,6 +145,13 @@ static enum dsc_status move_queued(struct dsc_comm *comm, bool is_send, const st
     struct dsc_work *work = NULL;
     DSC_TRY(post(comm, is_send, what, &work));
     enum dsc_status status = dsc_work_wait(work, 0, dsc__interrupted, comm);
+    if (status == DSC_EINTR && !dsc_work_done(work)) {
+        /* The buffer is the caller's again only when the thread has heard of this, too. */
+        (void)fail(comm, status);
+        comm->backend->ring_mail(comm->state);
+        (void)dsc_work_wait(work, 0, NULL, NULL);
+        status = DSC_FAIL(DSC_EINTR, "interrupted in %s", is_send ? "send" : "recv");
+    }
     *from = dsc_work_peer(work);
     dsc_work_release(work);
     return status;

@@ -63,13 +63,13 @@ struct dsc__shm_blocked {
 /* A message on its way; in the sender's region. */
 struct dsc__shm_lane {
     _Alignas(128) _Atomic uint32_t claimed; /* by the sender; the receiver frees it */
-    _Atomic uint64_t stamp;                 /* from 1, stored after the fields below */
-    uint64_t tag, n_bytes;
+    _Atomic uint64_t stamp; /* from 1, stored after the fields below; a receiver adds the mark */
+    _Atomic uint64_t tag;   /* read before the message is taken, when the lane may be another's */
+    uint64_t n_bytes;
     uint32_t dtype;
     char label[DSC__LABEL_MAX];
     _Alignas(128) _Atomic uint64_t n_written;
     _Alignas(128) _Atomic uint64_t n_read;
-    _Atomic uint32_t taken;                                 /* by a receiver */
     _Alignas(DSC__SHM_PAGE) char data[DSC__SHM_LANE_BYTES]; /* a ring */
 };
 struct dsc__shm_mailbox {

@@ -16,6 +16,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define TAKEN (UINT64_C(1) << 63) /* the mark of a message that a receiver has */
+
 static struct dsc__shm_region *own_region(const struct dsc__shm *shm) {
     return dsc__shm_region_of(shm, shm->rank);
 }
@@ -49,7 +51,7 @@ static void claim_lane(const struct dsc__shm *shm, struct dsc__message *m) {
         uint32_t nobody = 0;
         if (!atomic_compare_exchange_strong(&lane->claimed, &nobody, 1))
             continue;
-        lane->tag = m->what.tag;
+        atomic_store_explicit(&lane->tag, m->what.tag, memory_order_relaxed);
         lane->n_bytes = m->n_bytes;
         lane->dtype = m->what.dtype;
         snprintf(lane->label, sizeof lane->label, "%s", m->what.label ? m->what.label : "");
@@ -62,21 +64,27 @@ static void claim_lane(const struct dsc__shm *shm, struct dsc__message *m) {
 
 static void free_lane(struct dsc__shm_lane *lane) {
     atomic_store(&lane->stamp, 0);
-    atomic_store(&lane->taken, 0);
     atomic_store(&lane->claimed, 0);
 }
 
-static struct dsc__shm_lane *oldest(struct dsc__shm_mailbox *box, uint64_t tag) {
-    struct dsc__shm_lane *found = NULL;
-    uint64_t oldest = UINT64_MAX;
-    for (int i = 0; i < DSC__SHM_LANES; i++) {
-        struct dsc__shm_lane *lane = &box->lanes[i];
-        uint64_t stamp = atomic_load(&lane->stamp);
-        if (stamp != 0 && stamp < oldest && !atomic_load(&lane->taken) && lane->tag == tag) {
-            oldest = stamp;
-            found = lane;
+/* Takes the oldest message with the tag, if there is one. Another thread may take and free a lane
+ * that this one looks at, and the sender use it again: stamps never repeat, so the mark lands only
+ * on the message whose tag was read. */
+static struct dsc__shm_lane *take_oldest(struct dsc__shm_mailbox *box, uint64_t tag) {
+    struct dsc__shm_lane *found;
+    uint64_t oldest;
+    do {
+        found = NULL;
+        oldest = TAKEN;
+        for (int i = 0; i < DSC__SHM_LANES; i++) {
+            struct dsc__shm_lane *lane = &box->lanes[i];
+            uint64_t stamp = atomic_load(&lane->stamp);
+            if (stamp != 0 && stamp < oldest && atomic_load(&lane->tag) == tag) {
+                oldest = stamp;
+                found = lane;
+            }
         }
-    }
+    } while (found && !atomic_compare_exchange_strong(&found->stamp, &oldest, oldest | TAKEN));
     return found;
 }
 
@@ -104,8 +112,8 @@ static enum dsc_status find_lane(const struct dsc__shm *shm, struct dsc__message
     int first = m->peer < 0 ? 0 : m->peer, last = m->peer < 0 ? shm->size - 1 : m->peer;
     for (int from = first; from <= last && !m->lane; from++) {
         struct dsc__shm_lane *lane =
-            from == shm->rank ? NULL : oldest(mailbox(shm, from, shm->rank), m->what.tag);
-        if (!lane || atomic_exchange(&lane->taken, 1))
+            from == shm->rank ? NULL : take_oldest(mailbox(shm, from, shm->rank), m->what.tag);
+        if (!lane)
             continue;
         m->lane = lane;
         m->peer = from;
@@ -196,21 +204,33 @@ static void describe(const struct dsc__message *m, char text[DSC__CALL_TEXT_MAX]
     dsc__print_call(&print, text);
 }
 
-/* The other end has gone, and left nothing to take. */
-static enum dsc_status check_peer(struct dsc__shm *shm, struct dsc__message *m, const char *call) {
-    struct dsc__shm_region *region = dsc__shm_region_of(shm, m->peer);
+/* How a rank has gone, NULL while it has not. */
+static const char *how_gone(const struct dsc__shm *shm, int rank) {
     struct pollfd death = {.fd = -1, .events = POLLIN};
-    bool left = atomic_load(&region->blocks[0].left);
+    if (atomic_load(&shm->blocks[rank]->left))
+        return "left (it closed its communicator)";
     if (shm->node->pidfds)
-        death.fd = shm->node->pidfds[shm->members[m->peer]].fd;
-    if (!left && !(poll(&death, 1, 0) > 0 && death.revents))
-        return DSC_OK;
+        death.fd = shm->node->pidfds[shm->members[rank]].fd;
+    return poll(&death, 1, 0) > 0 && death.revents ? "died or ended" : NULL;
+}
+
+/* The other end has gone (from any rank: all that could be it), and left nothing to take. */
+static enum dsc_status check_peer(struct dsc__shm *shm, struct dsc__message *m, const char *call) {
+    int first = m->peer < 0 ? 0 : m->peer, last = m->peer < 0 ? shm->size - 1 : m->peer, gone = -1;
+    const char *how = NULL;
+    for (int r = first; r <= last; r++) {
+        if (r == shm->rank)
+            continue;
+        how = how_gone(shm, r);
+        if (!how)
+            return DSC_OK;
+        gone = r;
+    }
     DSC_TRY(dsc__shm_message_advance(shm, m));
     if (m->done)
         return DSC_OK;
-    return DSC_FAIL(DSC_EDEAD, "rank %d (pid %d) %s; rank %d waits in %s", m->peer,
-                    (int)region->pid, left ? "left (it closed its communicator)" : "died or ended",
-                    shm->rank, call);
+    return DSC_FAIL(DSC_EDEAD, "rank %d (pid %d) %s; rank %d waits in %s", gone,
+                    (int)dsc__shm_region_of(shm, gone)->pid, how, shm->rank, call);
 }
 
 enum dsc_status dsc__shm_message_check(void *state, struct dsc__message *m, uint32_t seen) {
@@ -219,8 +239,7 @@ enum dsc_status dsc__shm_message_check(void *state, struct dsc__message *m, uint
     char call[DSC__CALL_TEXT_MAX];
     double waited_s = dsc_comm_now() - m->since;
     describe(m, call);
-    if (m->peer >= 0)
-        DSC_TRY(check_peer(shm, m, call));
+    DSC_TRY(check_peer(shm, m, call));
     if (m->done)
         return DSC_OK;
     if (options->interrupted(options->interrupt_context))

@@ -145,7 +145,9 @@ void dsc__shm_describe_wait(const struct dsc__shm *shm, const struct dsc__shm_wa
                             char text[DSC__SHM_BLOCKED_TEXT]) {
     char call[DSC__CALL_TEXT_MAX];
     const char *of = shm->name[0] ? " of group " : "";
-    dsc__print_operation(&shm->current, call);
+    /* `current` belongs to the thread in a collective; who waits in something else says so. */
+    if (!wait->label)
+        dsc__print_operation(&shm->current, call);
     snprintf(text, DSC__SHM_BLOCKED_TEXT, "%s%s%s", wait->label ? wait->label : call, of,
              shm->name);
 }

@@ -318,6 +318,101 @@ static void wrong_messages_are_refused(void) {
     run_threads(2, 8, false, refused_body, NULL);
 }
 
+/* Two channels of the same ranks share the lanes: what one takes and frees is the other's next. */
+static void two_channels_body(struct dsc_comm *world, int rank, void *arg) {
+    enum { WORKS = 4, LONG = 300 };
+    static const int ranks[2] = {0, 1};
+    float x[2][WORKS][LONG] = {{{0}}};
+    struct dsc_work *works[2][WORKS];
+    struct dsc_comm *comms[2] = {world, NULL};
+    (void)arg;
+    CHECK_OK(dsc_comm_open_group(world, NULL, ranks, 2, "second", &comms[1]));
+    for (int round = 0; round < 400; round++) {
+        for (int i = 0; i < WORKS; i++)
+            for (int c = 0; c < 2; c++) {
+                struct dsc_p2p m = message(x[c][i], c ? LONG : 1, 1 - rank, (uint64_t)c);
+                if (rank == 0)
+                    x[c][i][0] = (float)(round * 100 + i * 10 + c);
+                CHECK_OK(dsc_comm_post_message(comms[c], rank == 0, &m, &works[c][i]));
+            }
+        for (int i = 0; i < WORKS; i++)
+            for (int c = 0; c < 2; c++) {
+                CHECK_OK(wait_for(works[c][i]));
+                CHECK(x[c][i][0] == (float)(round * 100 + i * 10 + c));
+            }
+    }
+    CHECK_OK(dsc_comm_barrier(world, NULL));
+    dsc_comm_close(comms[1]);
+}
+
+static void channels_that_share_lanes_take_only_their_own(void) {
+    run_threads(2, 20, false, two_channels_body, NULL);
+}
+
+/* A receiver that waits long enough to be described, while its communicator runs collectives. */
+static void busy_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct dsc_work *work = NULL;
+    float x = 1;
+    struct dsc_p2p m = message(&x, 1, 1 - rank, 0);
+    struct dsc_coll nothing = {.dtype = DSC_F32};
+    (void)arg;
+    for (int i = 0; i < 400; i++) {
+        if (work)
+            dsc_work_release(work);
+        CHECK_OK(dsc_comm_post(comm, DSC_COMM_BARRIER, &nothing, NULL, NULL, &work));
+        if (rank == 0)
+            nap_ms(1);
+    }
+    CHECK_OK(rank == 0 ? dsc_comm_send(comm, &m) : dsc_comm_recv(comm, &m, NULL));
+    CHECK_OK(wait_for(work));
+}
+
+static void a_message_may_wait_while_collectives_run(void) {
+    run_threads(2, 20, false, busy_body, NULL);
+}
+
+static void alone_body(struct dsc_comm *comm, int rank, void *arg) {
+    float x = 7;
+    struct dsc_p2p to = message(&x, 1, 0, 0), any = message(&x, 1, -1, 0);
+    (void)arg;
+    if (rank == 0) {
+        CHECK_OK(dsc_comm_recv(comm, &any, NULL));
+        CHECK(dsc_comm_recv(comm, &any, NULL) == DSC_EDEAD);
+        CHECK_TEXT("left");
+    } else if (rank == 1) {
+        CHECK_OK(dsc_comm_send(comm, &to));
+    }
+    dsc_comm_close(comm);
+}
+
+static void a_message_from_any_rank_ends_with_the_last_that_could_send(void) {
+    run_threads(3, 8, true, alone_body, NULL);
+}
+
+static bool always(void *context) {
+    return context != NULL;
+}
+
+/* A recv behind an asynchronous one is moved by another thread, which must be done with the buffer
+ * when an interrupt ends the recv. */
+static void an_interrupted_recv_lets_go_of_its_buffer(void) {
+    float x = 7, y = 3;
+    struct dsc_comm *comms[2];
+    struct dsc_comm_options options = {
+        .timeout_s = 8, .interrupted = always, .interrupt_context = &x};
+    struct dsc_work *other = NULL;
+    struct dsc_p2p to = message(&y, 1, 1, 1), from = message(&x, 1, 0, 1);
+    struct dsc_p2p never = message(&y, 1, 0, 2);
+    CHECK_OK(dsc_comm_open_threads(&options, 2, comms));
+    CHECK_OK(dsc_comm_post_message(comms[1], false, &never, &other));
+    CHECK(dsc_comm_recv(comms[1], &from, NULL) == DSC_EINTR);
+    CHECK(dsc_comm_send(comms[0], &to) == DSC_EDEAD);
+    CHECK(wait_for(other) == DSC_EDEAD); /* as every later call */
+    CHECK(x == 7);
+    dsc_comm_close(comms[0]);
+    dsc_comm_close(comms[1]);
+}
+
 static void stress_body(struct dsc_comm *comm, int rank, void *arg) {
     static float in[RANKS_MAX][BIG], out[RANKS_MAX][BIG];
     unsigned seed = (unsigned)rank * 31 + 1, plan = 7;
@@ -363,6 +458,10 @@ static struct test_case cases[] = {
     CASE(ends_that_disagree_fail_both),
     CASE(what_a_rank_sent_before_it_left_arrives),
     CASE(a_message_that_cannot_come_is_a_standstill),
+    CASE(channels_that_share_lanes_take_only_their_own),
+    CASE(a_message_may_wait_while_collectives_run),
+    CASE(a_message_from_any_rank_ends_with_the_last_that_could_send),
+    CASE(an_interrupted_recv_lets_go_of_its_buffer),
     CASE(random_delays_lose_no_message),
 };
 RUN_CASES(cases)

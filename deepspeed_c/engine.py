@@ -184,6 +184,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             self.basic_optimizer.bind(self)
 
     def _install_hooks(self):
+        self._homes = model_setup.homes(self.module, self._params)
         self._places = claim(self, self._params)
         weakref.finalize(self, release, self._places)
         for i, p in enumerate(self._params):
@@ -335,6 +336,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         core = self._needs_core("step")
         try:
             self._refuse_unscaled()
+            self._refuse_replaced()
             self.optimizer.run_hooks("pre")
             self._run.prepare()
         except BaseException:
@@ -364,6 +366,20 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         if scale != 1.0 and not self._scaled and any(p.grad is not None for p in self._params):
             raise RuntimeError(f"Loss scaling is required: the loss scale is {scale:g} and gradients come from a "
                                "plain loss.backward(); use engine.backward(loss), or engine.scale(loss).backward()")
+
+    def _refuse_replaced(self):
+        """What stands where a trained parameter stood would not be trained, and nobody would notice."""
+        if all(home.get(key) is p for home, key, p in self._homes):
+            return
+        trained = {id(p) for p in self._params}
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        for home, key, _ in self._homes:
+            p = home.get(key)
+            if p is not None and p.requires_grad and id(p) not in trained:
+                raise ValueError(f"parameter {names.get(id(p), key)} is another object than at initialize "
+                                 "(load_state_dict(assign=True)?), which the engine does not train; copy values into "
+                                 "the parameters that are there, or call initialize again")
+        self._homes = model_setup.homes(self.module, self._params)
 
     def _say_nonfinite(self, report):
         if self.global_rank != 0:

@@ -384,7 +384,19 @@ def test_parameters_keep_storages_of_their_own(tmp_path):
     torch.save(module.state_dict(), tmp_path / "x.pt")
     assert (tmp_path / "x.pt").stat().st_size < 8000
     assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 4
+
+
+def test_a_parameter_that_was_replaced_is_an_error_that_names_it():
+    module = net()
+    engine, *_ = start(module=module)
+    one_step(engine)
+    kept, module[2].bias = module[2].bias, torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    one_step(engine)  # nothing that is to be trained stands there
+    module[2].bias = kept
+    one_step(engine)
     module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
+    with pytest.raises(ValueError, match="0.weight is another object"):
+        one_step(engine)
 
 
 def test_an_engine_that_is_dropped_is_collected():

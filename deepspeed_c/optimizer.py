@@ -147,7 +147,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     @property
     def loss_scale(self):
         """The loss scale of the next backward pass (1.0 unless fp16)."""
-        return self._engine._core.scale
+        return self._engine.loss_scale()
 
     cur_scale = loss_scale
 

@@ -366,11 +366,12 @@ def test_zero_contexts_on_ordinary_parameters_do_nothing():
 
 def test_destroy_leaves_parameters_usable_and_is_idempotent():
     module = net()
-    engine, *_ = start(module=module)
+    engine, optimizer, *_ = start(module=module)
     one_step(engine)
     before = models.bits(module)
     engine.destroy()
     engine.destroy()
+    assert engine.loss_scale() == optimizer.loss_scale == optimizer.cur_scale == 1.0 and not optimizer.overflow
     assert models.bits(module) == before
     assert copy.deepcopy(module)(torch.ones(1, 4)).shape == (1, 2)
     with pytest.raises(RuntimeError, match="destroyed"):

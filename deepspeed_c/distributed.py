@@ -80,10 +80,10 @@ def world_comm():
     Over shared memory where all ranks are on one machine, else through a gloo group of its own (`delegate`).
     Raises RuntimeError without a default group, TimeoutError and CommError where ranks do not come.
     """
-    group = _world_group()
-    if _opened is not None and _opened[0]() is group and not _opened[1].closed:
+    group = dist.group.WORLD  # None before there is one; this is the way of every call
+    if group is not None and _opened is not None and _opened[0]() is group and not _opened[1].closed:
         return _opened[1]
-    return _open(group)
+    return _open(_world_group())
 
 
 def opened_comm():

@@ -325,7 +325,7 @@ def ends_in_flight(rank, world):
         work = comm.all_reduce(torch.ones(1 << 20), async_op=True)
         child = os.fork()
         if child == 0:
-            os._exit(0 if _says(work_after_fork) else 1)
+            os._exit(0 if _says(work_after_fork) and _says(work.wait) and not work.is_completed() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         comm.destroy_process_group()
         assert work.is_completed() and not work.is_success()

@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { SLICE_MS = 100 };
 
@@ -51,6 +52,7 @@ enum dsc_status dsc__queue_open(struct dsc_comm *comm, dsc__serve_fn serve,
     struct dsc__queue *queue = block;
     atomic_store(&queue->n_refs, 1);
     queue->comm = comm;
+    queue->pid = getpid();
     queue->serve = serve;
     (void)pthread_mutex_init(&queue->lock, NULL);
     (void)pthread_condattr_init(&monotonic);
@@ -170,7 +172,14 @@ void dsc__queue_end(struct dsc__queue *queue, struct dsc_work *work, enum dsc_st
     dsc_work_release(work);
 }
 
+/* In a forked child, where the lock may be held for ever and nothing goes on. */
+static bool is_inherited(const struct dsc_work *work) {
+    return work->queue->pid != getpid();
+}
+
 bool dsc_work_done(struct dsc_work *work) {
+    if (is_inherited(work))
+        return work->done;
     (void)pthread_mutex_lock(&work->queue->lock);
     bool done = work->done;
     (void)pthread_mutex_unlock(&work->queue->lock);
@@ -181,11 +190,11 @@ int dsc_work_peer(struct dsc_work *work) {
     return work->message.peer;
 }
 
-/* Sleeps until something in the queue changes, a tenth of a second at most. Lock held. */
-static void sleep_held(struct dsc__queue *queue) {
+/* Sleeps until something in the queue changes, `s` seconds or a tenth at most. Lock held. */
+static void sleep_held(struct dsc__queue *queue, double s) {
     struct timespec until;
     (void)clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += SLICE_MS * 1000000L;
+    until.tv_nsec += s < SLICE_MS * 1e-3 ? (long)(s * 1e9) : SLICE_MS * 1000000L;
     if (until.tv_nsec >= 1000000000L) {
         until.tv_nsec -= 1000000000L;
         until.tv_sec++;
@@ -196,15 +205,17 @@ static void sleep_held(struct dsc__queue *queue) {
 enum dsc_status dsc_work_wait(struct dsc_work *work, double timeout_s, dsc_interrupt_fn interrupted,
                               void *context) {
     double since = dsc_comm_now();
+    if (is_inherited(work) && !work->done)
+        return DSC_FAIL(DSC_ESTATE, "a forked child cannot wait for its parent's operation");
     while (!dsc_work_done(work)) {
         double waited = dsc_comm_now() - since;
         if (timeout_s > 0 && waited >= timeout_s)
-            return DSC_FAIL(DSC_ETIMEDOUT, "waited %.1f s; the operation still runs", timeout_s);
+            return DSC_FAIL(DSC_ETIMEDOUT, "waited %.3g s; the operation still runs", timeout_s);
         if (waited > SLICE_MS * 1e-3 && interrupted && interrupted(context))
             return DSC_FAIL(DSC_EINTR, "interrupted in a wait; the operation still runs");
         (void)pthread_mutex_lock(&work->queue->lock);
         if (!work->done)
-            sleep_held(work->queue);
+            sleep_held(work->queue, timeout_s > 0 ? timeout_s - waited : 1);
         (void)pthread_mutex_unlock(&work->queue->lock);
     }
     return work->status == DSC_OK ? DSC_OK : DSC_FAIL(work->status, "%s", work->reason);
@@ -296,7 +307,7 @@ enum dsc_status dsc__drain(struct dsc_comm *comm) {
             return DSC_FAIL(DSC_EINTR, "interrupted in a wait for asynchronous operations");
         (void)pthread_mutex_lock(&queue->lock);
         if (queue->head)
-            sleep_held(queue);
+            sleep_held(queue, 1);
         (void)pthread_mutex_unlock(&queue->lock);
     }
     return dsc__check_usable(comm); /* one of them may have broken it */

@@ -11,6 +11,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/types.h>
 
 enum { DSC__LABEL_MAX = 64, DSC__CALL_TEXT_MAX = 192, DSC__REASON_MAX = 1024 };
 
@@ -169,6 +170,7 @@ typedef void (*dsc__serve_fn)(struct dsc__queue *queue);
 struct dsc__queue {
     atomic_int n_refs;
     struct dsc_comm *comm; /* only for its own thread */
+    pid_t pid;             /* a forked child has no such thread */
     dsc__serve_fn serve;
     pthread_t thread;
     pthread_mutex_t lock;

@@ -70,6 +70,25 @@ def engine_of(module):
         "train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})[0]
 
 
+def test_more_types_than_the_cache_of_tables_holds_change_no_reference_count(alone):
+    kinds = [type(f"Kind{i}", (), {}) for i in range(8)]
+    values = [kind() for kind in kinds]
+
+    def offer_all():
+        for value in (*values, torch.zeros(3)):
+            try:
+                alone.all_reduce(value)
+            except TypeError:
+                pass
+
+    offer_all()
+    before = [sys.getrefcount(kind) for kind in (*kinds, torch.Tensor)]
+    for _ in range(50):
+        offer_all()
+    after = [sys.getrefcount(kind) for kind in (*kinds, torch.Tensor)]
+    assert all(abs(a - b) <= 2 for a, b in zip(after, before)), (before, after)
+
+
 def test_wrong_arguments_of_the_engine_are_errors_not_crashes():
     engine = engine_of(torch.nn.Linear(2, 2))
     core = engine._core

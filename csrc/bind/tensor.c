@@ -30,8 +30,10 @@ static const DLPackExchangeAPI *table_of(struct dsc_bind_state *state, PyTypeObj
     for (; i < N && state->exchange_type[i]; i++)
         if (state->exchange_type[i] == type)
             return state->exchange[i];
-    if (i == N)
-        Py_CLEAR(state->exchange_type[--i]);
+    if (i == N) {
+        i--; /* outside of Py_CLEAR, which may evaluate its argument twice */
+        Py_CLEAR(state->exchange_type[i]);
+    }
     const DLPackExchangeAPI *api = usable_table(type);
     Py_INCREF(type);
     state->exchange_type[i] = type;

@@ -174,4 +174,4 @@ def kind_of(optimizer, stage, allow_untested):
                          "true (parameters then stay whole), or use stage 0; allowed without it: "
                          f"{', '.join(sorted(c.__name__ for c in _ELEMENT_WISE))} of torch.optim, and those of "
                          "deepspeed_c.ops")
-    return "foreign", stage > 0 and cls not in _ELEMENT_WISE
+    return "foreign", cls not in _ELEMENT_WISE  # at stage 0 too, so that all stages lay elements out alike

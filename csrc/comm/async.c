@@ -107,6 +107,8 @@ bool dsc__interrupted(void *context) {
         return atomic_load(&comm->works->stop);
     if (is_own(comm->messages))
         return atomic_load(&comm->messages->stop);
+    if (atomic_load(&comm->halting))
+        return true;
     return comm->given.interrupted && comm->given.interrupted(comm->given.interrupt_context);
 }
 
@@ -149,11 +151,14 @@ void dsc__queue_push(struct dsc__queue *queue, struct dsc_work *work) {
     (void)pthread_mutex_unlock(&queue->lock);
 }
 
+enum dsc_status dsc__fail_closed(void) {
+    return DSC_FAIL(DSC_ESTATE, "the communicator was closed before this operation ended");
+}
+
 void dsc__queue_end(struct dsc__queue *queue, struct dsc_work *work, enum dsc_status status) {
     const struct dsc_comm *comm = queue->comm;
-    /* Nobody interrupts this thread but the one that closes. */
     if (status == DSC_EINTR)
-        status = DSC_FAIL(DSC_ESTATE, "the communicator was closed before this operation ended");
+        status = dsc__fail_closed();
     if (comm->backend->posted)
         comm->backend->posted(comm->state, work->op, -1);
     (void)pthread_mutex_lock(&queue->lock);

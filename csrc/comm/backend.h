@@ -119,8 +119,9 @@ struct dsc_comm {
     struct dsc_comm_options options; /* the same, but threads of ours never call the caller's */
     int rank, size;
     uint64_t sequence;
-    bool covered;       /* dsc_comm_cover */
-    atomic_bool silent; /* a failure is told to nobody: the process ends */
+    bool covered;        /* dsc_comm_cover */
+    atomic_bool silent;  /* a failure is told to nobody: the process ends */
+    atomic_bool halting; /* every wait ends */
     struct dsc__queue *_Atomic works,
         *_Atomic messages; /* async.c, messages.c: NULL until first used */
     _Atomic(enum dsc_status)
@@ -189,6 +190,8 @@ void dsc__queue_push(struct dsc__queue *queue, struct dsc_work *work);
 /* For the thread: takes the work out of the queue as ended with `status` and the last error. */
 void dsc__queue_end(struct dsc__queue *queue, struct dsc_work *work, enum dsc_status status);
 bool dsc__queue_empty(struct dsc__queue *queue);
+/* What an interrupt of a communicator's own thread means: nobody sends one but who closes. */
+enum dsc_status dsc__fail_closed(void);
 /* Waits until the asynchronous collectives before have ended. */
 enum dsc_status dsc__drain(struct dsc_comm *comm);
 /* Whether the caller is one of the communicator's own threads. */

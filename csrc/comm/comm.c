@@ -63,11 +63,30 @@ static void close_queues(struct dsc_comm *comm) {
     comm->works = comm->messages = NULL;
 }
 
+/* A thread of the caller's that waits inside a delegate is in code that does not bear a thread's
+ * end, as the end of an interpreter brings it; so its wait is interrupted, and comes to its end. */
+static void end_waits(struct dsc_comm *comm) {
+    enum { PATIENCE_MS = 1000 };
+    const struct timespec pause = {.tv_nsec = 1000000};
+    bool is_busy = true;
+    atomic_store(&comm->halting, true);
+    for (int i = 0; i < PATIENCE_MS && is_busy; i++) {
+        is_busy = atomic_flag_test_and_set_explicit(&comm->busy, memory_order_acquire);
+        if (is_busy)
+            (void)nanosleep(&pause, NULL);
+    }
+    if (!is_busy)
+        atomic_flag_clear_explicit(&comm->busy, memory_order_release);
+    atomic_store(&comm->halting, false);
+}
+
 void dsc_comm_halt(struct dsc_comm *comm) {
     if (!comm || atomic_load(&comm->forked))
         return;
     comm->silent = true;
     close_queues(comm);
+    if (comm->backend->agrees_by_message)
+        end_waits(comm);
 }
 
 void dsc_comm_close(struct dsc_comm *comm) {
@@ -113,6 +132,8 @@ enum dsc_status dsc__enter(struct dsc_comm *comm) {
 
 /* Ends what enter began. A failure breaks the communicator and is told to the others. */
 enum dsc_status dsc__leave(struct dsc_comm *comm, enum dsc_status status) {
+    if (status == DSC_EINTR && dsc__on_own_thread(comm))
+        status = dsc__fail_closed();
     if (status != DSC_OK) {
         snprintf(comm->reason, sizeof comm->reason, "%s", dsc_last_error());
         comm->broken = status;

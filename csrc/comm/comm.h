@@ -155,7 +155,8 @@ enum dsc_status dsc_work_wait(struct dsc_work *work, double timeout_s, dsc_inter
 int dsc_work_peer(struct dsc_work *work);
 /* Gives up the handle; an operation under way goes on. NULL is fine. */
 void dsc_work_release(struct dsc_work *work);
-/* Ends the communicator's threads without telling the other ranks: for the end of the process. */
+/* Ends the communicator's threads, and on a delegate other threads' waits, without telling the
+ * other ranks: for the end of the process. */
 void dsc_comm_halt(struct dsc_comm *comm);
 
 /* ---- from one rank to another ---- */

@@ -108,6 +108,7 @@ static void in_flight_body(struct dsc_comm *comm, int rank, void *arg) {
         CHECK(dsc_comm_now() - since < 2);
     } else {
         CHECK(dsc_comm_barrier(comm, NULL) == DSC_EDEAD); /* rank 0 gave up */
+        CHECK_TEXT("gave up: the communicator was closed before");
         dsc_comm_close(comm);
     }
 }

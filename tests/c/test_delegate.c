@@ -448,12 +448,43 @@ static void training_has_the_bits_of_shared_memory_in_bf16(void) {
     train_everywhere(DSC_BF16);
 }
 
+/* ---- the end of the process ---- */
+
+static void *wait_in_a_thread(void *arg) {
+    CHECK(dsc_comm_barrier(arg, NULL) == DSC_EINTR);
+    return NULL;
+}
+
+static void halting_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct world *w = arg;
+    pthread_t thread;
+    bool waits = false;
+    if (rank != 0)
+        return;
+    CHECK(pthread_create(&thread, NULL, wait_in_a_thread, comm) == 0);
+    while (!waits) {
+        nap_ms(1);
+        pthread_mutex_lock(&w->lock);
+        waits = w->n_came == 1;
+        pthread_mutex_unlock(&w->lock);
+    }
+    double since = dsc_comm_now();
+    dsc_comm_halt(comm);
+    CHECK(dsc_comm_now() - since < 0.9);
+    CHECK(pthread_join(thread, NULL) == 0);
+}
+
+static void the_end_of_a_process_ends_waits_of_its_threads(void) {
+    run_fake(2, halting_body, NULL);
+}
+
 static const struct test_case cases[] = {
     CASE(operations_do_what_they_say),
     CASE(uneven_parts_arrive),
     CASE(different_calls_are_an_error_on_all),
     CASE(a_dead_rank_is_named),
     CASE(a_rank_that_gives_up_says_why),
+    CASE(the_end_of_a_process_ends_waits_of_its_threads),
     CASE(training_has_the_bits_of_shared_memory_in_fp32),
     CASE(training_has_the_bits_of_shared_memory_in_bf16),
 };

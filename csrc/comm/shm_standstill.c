@@ -4,10 +4,10 @@
  * Decides: when that is so. A rank whose main thread has waited for a while says in its region in
  * what, and for whom. A waiter follows these pointers from itself; if they lead back, and nobody on
  * the way has been served or has moved since, nobody can ever move: the threads that would have to
- * come are those that wait. Invariant: no false alarm. A rank that still has asynchronous
- * operations in the channel that it is awaited in may come without its main thread, so it ends the
- * search, as does a rank that is not waiting (slow is not dead); a circle must be seen in two
- * looks. */
+ * come are those that wait. Invariant: no false alarm where only main threads and threads of
+ * communicators call operations. A rank that still has asynchronous operations in the channel that
+ * it is awaited in may come without its main thread, so it ends the search, as does a rank that is
+ * not waiting (slow is not dead); a circle must be seen in two looks. */
 #include "shm.h"
 
 #include <stdio.h>

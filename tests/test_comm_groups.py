@@ -261,6 +261,17 @@ def test_ends_of_a_message_that_disagree_are_named_on_both(ranks):
         assert "rank 0 called send(fp32 x 300000, to rank 1" in text and "recv(fp32 x 3, from rank 0" in text
 
 
+def gathers_what_it_overwrites(rank, world):
+    rank, world = start()
+    x = torch.arange(3.0 * world) + 100 * rank
+    comm.all_gather(list(x.chunk(world)), x.chunk(world)[0])
+    return x.tolist()
+
+
+def test_all_gather_may_overwrite_its_input(ranks):
+    assert ranks(2, gathers_what_it_overwrites) == [[0, 1, 2, 100, 101, 102]] * 2
+
+
 # ---- asynchronous ----
 
 

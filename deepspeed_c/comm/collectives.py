@@ -306,8 +306,11 @@ def all_gather(tensor_list, tensor, group=None, async_op=False):
     if comm is None:
         return delegate("all_gather", tensor_list, tensor, group, async_op)
     _check_list("all_gather", "tensor_list", tensor_list, comm.size, "tensor", tensor)
-    whole = _room_for(tensor_list)
-    work = comm.all_gather(whole, tensor.detach().contiguous(), None, async_op)
+    whole, part = _room_for(tensor_list), tensor.detach().contiguous()
+    own = whole.data_ptr() + comm.rank * part.numel() * part.element_size()
+    if part.data_ptr() != own and part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+        part = part.clone()  # another rank's place in tensor_list, which is about to be written
+    work = comm.all_gather(whole, part, None, async_op)
     return into_parts(tensor_list, whole, async_op, work)
 
 

@@ -18,11 +18,12 @@
 enum {
     DSC__SHM_PAGE = 4096,
     DSC__SHM_RANKS_MAX = 1024,
-    DSC__SHM_CHANNELS = 128,   /* open at a time, per rank; number 0 is the whole node's */
-    DSC__SHM_RING = 4,         /* fingerprints kept; 2 are needed, the rest is for texts */
-    DSC__SHM_SMALL = 32 << 10, /* up to here data travels with the fingerprint */
-    DSC__SHM_CHUNK = 1 << 20,  /* beyond, in chunks that stay in the caches */
-    DSC__SHM_LANES = 8,        /* messages on their way between two ranks, per direction */
+    DSC__SHM_CHANNELS = 128,       /* open at a time, per rank; number 0 is the whole node's */
+    DSC__SHM_RING = 4,             /* fingerprints kept; 2 are needed, the rest is for texts */
+    DSC__SHM_SMALL = 32 << 10,     /* up to here data travels with the fingerprint */
+    DSC__SHM_CHUNK = 1 << 20,      /* beyond, in chunks that stay in the caches: at most this, */
+    DSC__SHM_CHUNK_MIN = 64 << 10, /* at least this */
+    DSC__SHM_LANES = 8,            /* messages on their way between two ranks, per direction */
     DSC__SHM_LANE_BYTES = 1 << 20,
     DSC__SHM_BLOCKED_TEXT = 320,
     DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
@@ -273,6 +274,13 @@ void dsc__shm_message_end(void *state);
 void dsc__shm_ring_mail(void *state);
 
 /* ---- shm_coll.c: algorithms ---- */
+/* Bytes of a chunk where one rank publishes and others consume (broadcast, reduce, gather): an
+ * eighth of n_bytes, so that the two overlap, within what pays and what an area holds. Where all
+ * ranks do both, they are busy anyway, and each further step only costs. */
+static inline size_t dsc__shm_chunk(size_t n_bytes) {
+    size_t chunk = dsc_round_up((n_bytes + 7) / 8, DSC__SHM_PAGE);
+    return dsc_min(dsc_max(chunk, DSC__SHM_CHUNK_MIN), DSC__SHM_CHUNK);
+}
 enum dsc_status dsc__shm_all_reduce(void *state, const struct dsc_coll *coll);
 enum dsc_status dsc__shm_reduce_scatter(void *state, const struct dsc_coll *coll);
 enum dsc_status dsc__shm_all_gather(void *state, const struct dsc_coll *coll);

@@ -233,7 +233,7 @@ enum dsc_status dsc__shm_all_gather(void *state, const struct dsc_coll *coll) {
 enum dsc_status dsc__shm_broadcast(void *state, const struct dsc_coll *coll) {
     struct dsc__shm *shm = state;
     size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
-    size_t n_chunks = (n_bytes + DSC__SHM_CHUNK - 1) / DSC__SHM_CHUNK;
+    size_t chunk = dsc__shm_chunk(n_bytes), n_chunks = (n_bytes + chunk - 1) / chunk;
     bool is_root = shm->rank == coll->root;
     char *data = coll->dst;
 
@@ -243,14 +243,12 @@ enum dsc_status dsc__shm_broadcast(void *state, const struct dsc_coll *coll) {
         return DSC_OK;
     }
     for (size_t i = 0;; i++) {
-        size_t first = i * DSC__SHM_CHUNK;
+        size_t first = i * chunk;
         if (is_root && i < n_chunks)
-            memcpy(in_area(shm, shm->rank, i), data + first,
-                   dsc_min(DSC__SHM_CHUNK, n_bytes - first));
+            memcpy(in_area(shm, shm->rank, i), data + first, dsc_min(chunk, n_bytes - first));
         if (!is_root && i >= 1) {
-            first -= DSC__SHM_CHUNK;
-            memcpy(data + first, in_area(shm, coll->root, i - 1),
-                   dsc_min(DSC__SHM_CHUNK, n_bytes - first));
+            first -= chunk;
+            memcpy(data + first, in_area(shm, coll->root, i - 1), dsc_min(chunk, n_bytes - first));
         }
         if (i == n_chunks)
             return DSC_OK;

@@ -59,10 +59,9 @@ static enum dsc_status travel(const struct route *r, step_fn publish, step_fn co
 }
 
 static struct route route_of(struct dsc__shm *shm, const struct dsc_coll *coll) {
-    return (struct route){.shm = shm,
-                          .coll = coll,
-                          .n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype),
-                          .chunk = DSC__SHM_CHUNK};
+    size_t n_bytes = coll->n_elems * dsc_dtype_size(coll->dtype);
+    return (struct route){
+        .shm = shm, .coll = coll, .n_bytes = n_bytes, .chunk = dsc__shm_chunk(n_bytes)};
 }
 
 /* Chunks of a rank's area that holds a part for each rank, in whole cache lines where they fit. */

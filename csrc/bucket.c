@@ -214,6 +214,25 @@ void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_sour
         set->counters.n_bytes_settled_in_backward += n_bytes;
 }
 
+struct square_job {
+    const float *sums;
+    double *squares;
+};
+
+static void square_blocks(void *context, size_t begin, size_t end) {
+    const struct square_job *job = context;
+    for (size_t k = begin; k < end; k++)
+        job->squares[k] = dsc_kernels()->sum_squares(job->sums + k * DSC_BLOCK, DSC_BLOCK);
+}
+
+void dsc__bucket_add_squares(struct dsc_buckets *set, const float *sums, size_t n_blocks,
+                             struct dsc_norm *norm) {
+    struct square_job job = {sums, set->squares};
+    dsc_pool_run(set->options.pool, n_blocks, 64, square_blocks, &job);
+    for (size_t k = 0; k < n_blocks; k++)
+        dsc_norm_add(norm, set->squares[k]);
+}
+
 bool dsc__bucket_complete(const struct dsc_buckets *set, struct dsc__record *record, int except) {
     for (int rank = 0; rank < set->size; rank++)
         if (rank != except && atomic_load(&record->entry[rank]) == 0)

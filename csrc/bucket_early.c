@@ -175,33 +175,19 @@ enum dsc_status dsc_buckets_end_round(struct dsc_buckets *set, const struct dsc_
 
 /* ---- the boundary ---- */
 
-struct norm_job {
-    const float *sums;
-    double *squares;
-};
-
-static void norm_blocks(void *context, size_t begin, size_t end) {
-    const struct norm_job *job = context;
-    for (size_t k = begin; k < end; k++)
-        job->squares[k] = dsc_kernels()->sum_squares(job->sums + k * DSC_BLOCK, DSC_BLOCK);
-}
-
 /* Settlements took the norm where they knew that they were the last. */
 static void norm_of_bucket(struct dsc_buckets *set, size_t b, uint32_t n_rounds,
                            struct dsc_norm *norm) {
     const struct dsc__record *record = dsc__bucket_record(set, b);
     struct dsc_range range = set->bucket[b].range;
-    size_t n_blocks = dsc_range_size(range) / DSC_BLOCK;
     if (record->norm_round == n_rounds) {
         dsc_norm_merge(norm, &record->norm);
         return;
     }
     const float *sums = dsc_buckets_sums(set, set->rank);
-    struct norm_job job = {sums + (range.begin - dsc_space_owned(set->space, set->rank).begin),
-                           set->squares};
-    dsc_pool_run(set->options.pool, n_blocks, 64, norm_blocks, &job);
-    for (size_t k = 0; k < n_blocks; k++)
-        dsc_norm_add(norm, set->squares[k]);
+    dsc__bucket_add_squares(set,
+                            sums + (range.begin - dsc_space_owned(set->space, set->rank).begin),
+                            dsc_range_size(range) / DSC_BLOCK, norm);
 }
 
 /* norm NULL: only waits. */

@@ -103,6 +103,9 @@ bool dsc__bucket_complete(const struct dsc_buckets *set, struct dsc__record *rec
  * lies, instead of an entry. norm: NULL, or takes the squares of the sums. */
 void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_source *own,
                         struct dsc_norm *norm);
+/* norm += the squares of n_blocks blocks (of one slot at most) from `sums` on. */
+void dsc__bucket_add_squares(struct dsc_buckets *set, const float *sums, size_t n_blocks,
+                             struct dsc_norm *norm);
 /* Settles a bucket where all entries are there. Never waits: if another rank holds the lock, that
  * rank looks again after it has unlocked. */
 void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b);

@@ -147,24 +147,10 @@ enum dsc_status dsc__remote_exchange(struct dsc_buckets *set, const struct dsc_s
     return DSC_OK;
 }
 
-struct norm_job {
-    const float *sums;
-    double *squares;
-};
-
-static void norm_blocks(void *context, size_t begin, size_t end) {
-    const struct norm_job *job = context;
-    for (size_t k = begin; k < end; k++)
-        job->squares[k] = dsc_kernels()->sum_squares(job->sums + k * DSC_BLOCK, DSC_BLOCK);
-}
-
 void dsc_buckets_norm(struct dsc_buckets *set, struct dsc_norm *norm) {
     size_t n_own = dsc_range_size(dsc_space_owned(set->space, set->rank));
     for (size_t at = 0; at < n_own; at += set->slot_elems) {
         size_t n_blocks = dsc_min(set->slot_elems, n_own - at) / DSC_BLOCK;
-        struct norm_job job = {dsc_buckets_sums(set, set->rank) + at, set->squares};
-        dsc_pool_run(set->options.pool, n_blocks, 64, norm_blocks, &job);
-        for (size_t k = 0; k < n_blocks; k++)
-            dsc_norm_add(norm, set->squares[k]);
+        dsc__bucket_add_squares(set, dsc_buckets_sums(set, set->rank) + at, n_blocks, norm);
     }
 }

@@ -100,6 +100,9 @@ PyObject *dsc_bind_work(struct dsc_bind_state *state, struct dsc_work *core, PyO
  * RuntimeError for a closed Comm. */
 struct dsc_comm *dsc_bind_comm(struct dsc_bind_state *state, PyObject *comm);
 
+/* Whether the interpreter is on its way out, when a thread must not ask for the GIL. */
+bool dsc_bind_interpreter_ends(void);
+
 /* A Comm around a communicator, which it takes over or, on failure, closes. */
 PyObject *dsc_bind_wrap_comm(PyTypeObject *type, struct dsc_comm *core);
 /* Comm.delegate; see delegate.c. */

@@ -258,20 +258,12 @@ static int comm_traverse(CommObject *self, visitproc visit, void *arg) {
     return 0;
 }
 
-static bool interpreter_ends(void) {
-#if PY_VERSION_HEX >= 0x030d0000
-    return Py_IsFinalizing();
-#else
-    return _Py_IsFinalizing();
-#endif
-}
-
 static void comm_dealloc(CommObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     /* A rank that raised must not tell the others before it has ended: one of them would end first,
      * and whoever watches the processes would take it for the cause. */
-    if (!interpreter_ends()) {
+    if (!dsc_bind_interpreter_ends()) {
         struct dsc_comm *core = self->core;
         Py_BEGIN_ALLOW_THREADS; /* a thread of the communicator may need it to end */
         dsc_comm_close(core);

@@ -147,19 +147,25 @@ static int borrow_both(CommObject *self, struct call *call, borrow_fn how) {
 
 /* ---- combining ---- */
 
+/* The one tensor is input and output. */
+static PyObject *combine_in_place(CommObject *self, struct call *call, const char *op) {
+    struct dsc_borrowed t;
+    if (borrow_sum(self, call->tensors[0], call->name, "tensor", &t) < 0 ||
+        op_of(op, &call->coll.op) < 0)
+        return NULL;
+    call->coll.src = call->coll.dst = t.data;
+    call->coll.n_elems = t.n_elems;
+    call->coll.dtype = t.dtype;
+    return run(self, call);
+}
+
 PyObject *dsc_bind_comm_all_reduce(CommObject *self, PyObject *args) {
     struct call call = {"all_reduce", DSC_COMM_ALL_REDUCE, dsc_comm_all_reduce};
     const char *op = "sum";
-    struct dsc_borrowed t;
     if (!PyArg_ParseTuple(args, "O|szp:all_reduce", &call.tensors[0], &op, &call.coll.label,
-                          &call.is_async) ||
-        borrow_sum(self, call.tensors[0], "all_reduce", "tensor", &t) < 0 ||
-        op_of(op, &call.coll.op) < 0)
+                          &call.is_async))
         return NULL;
-    call.coll.src = call.coll.dst = t.data;
-    call.coll.n_elems = t.n_elems;
-    call.coll.dtype = t.dtype;
-    return run(self, &call);
+    return combine_in_place(self, &call, op);
 }
 
 PyObject *dsc_bind_comm_reduce_scatter(CommObject *self, PyObject *args) {
@@ -175,16 +181,10 @@ PyObject *dsc_bind_comm_reduce_scatter(CommObject *self, PyObject *args) {
 PyObject *dsc_bind_comm_reduce(CommObject *self, PyObject *args) {
     struct call call = {"reduce", DSC_COMM_REDUCE, dsc_comm_reduce};
     const char *op = "sum";
-    struct dsc_borrowed t;
     if (!PyArg_ParseTuple(args, "O|iszp:reduce", &call.tensors[0], &call.coll.root, &op,
-                          &call.coll.label, &call.is_async) ||
-        borrow_sum(self, call.tensors[0], "reduce", "tensor", &t) < 0 ||
-        op_of(op, &call.coll.op) < 0)
+                          &call.coll.label, &call.is_async))
         return NULL;
-    call.coll.src = call.coll.dst = t.data;
-    call.coll.n_elems = t.n_elems;
-    call.coll.dtype = t.dtype;
-    return run(self, &call);
+    return combine_in_place(self, &call, op);
 }
 
 /* ---- moving ---- */

@@ -9,14 +9,6 @@
 
 #include <string.h>
 
-static bool interpreter_ends(void) {
-#if PY_VERSION_HEX >= 0x030d0000
-    return Py_IsFinalizing();
-#else
-    return _Py_IsFinalizing();
-#endif
-}
-
 /* Takes the result (NULL: raised). *value receives it if it is no str, and is then the caller's. */
 static enum dsc_status result_of(PyObject *result, PyObject **value) {
     if (!result)
@@ -109,7 +101,7 @@ static enum dsc_status put(void *context, const char *key, const char *text, boo
     struct context *c = context;
     enum dsc_status status;
     PyObject *value = NULL;
-    if (interpreter_ends())
+    if (dsc_bind_interpreter_ends())
         return DSC_FAIL(DSC_ESTATE, "the interpreter ends");
     WITH_GIL(status = result_of(PyObject_CallMethod(c->object, "put", "syi", key, text, (int)once),
                                 &value);

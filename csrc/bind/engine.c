@@ -562,6 +562,14 @@ static PyObject *engine_begin_deferring(EngineObject *self, PyObject *unused) {
     return status == DSC_OK ? Py_NewRef(Py_None) : dsc_bind_raise(state_of(self), status);
 }
 
+/* Raises a status; where the core has taken what lay in the gradients, they go. */
+static int after_views(EngineObject *self, enum dsc_status status, bool taken) {
+    if (status == DSC_OK)
+        return taken ? forget_grads(self, false) : 0;
+    dsc_bind_raise(state_of(self), status);
+    return -1;
+}
+
 static PyObject *engine_end_deferring(EngineObject *self, PyObject *unused) {
     enum dsc_status status;
     bool taken = false;
@@ -571,13 +579,8 @@ static PyObject *engine_end_deferring(EngineObject *self, PyObject *unused) {
     int failed = view_all(self);
     if (!failed) {
         WITHOUT_GIL(status, dsc_engine_end_deferring(self->core, self->views, &taken));
-        if (status != DSC_OK) {
-            dsc_bind_raise(state_of(self), status);
-            failed = -1;
-        }
+        failed = after_views(self, status, taken);
     }
-    if (!failed && taken)
-        failed = forget_grads(self, false);
     drop_grads(self);
     self->busy = false;
     return failed ? NULL : Py_NewRef(Py_None);
@@ -622,13 +625,8 @@ static PyObject *full_grad(EngineObject *self, PyObject *args, bool get) {
         else
             WITHOUT_GIL(status, dsc_engine_set_grad(self->core, (size_t)i, self->views, t.data,
                                                     &taken, &into_grad));
-        if (status != DSC_OK) {
-            dsc_bind_raise(state_of(self), status);
-            failed = -1;
-        }
+        failed = after_views(self, status, taken);
     }
-    if (!failed && taken)
-        failed = forget_grads(self, false);
     drop_grads(self);
     self->busy = false;
     return failed ? NULL : PyFloat_FromDouble(into_grad);

@@ -88,3 +88,11 @@ int dsc_bind_add_errors(PyObject *module) {
     dsc_log_set_sink(log_to_python);
     return 0;
 }
+
+bool dsc_bind_interpreter_ends(void) {
+#if PY_VERSION_HEX >= 0x030d0000
+    return Py_IsFinalizing();
+#else
+    return _Py_IsFinalizing();
+#endif
+}

@@ -95,6 +95,17 @@ def _part(engine, index, key, call):
     return held.detach() if held.dim() == 1 else flat(held)
 
 
+def _share(engine, index, whole, call):
+    """Each rank's part of a flat parameter goes to all ranks, in place. Collective; at stage 0 all have all."""
+    comm = engine._comm
+    if comm.size == 1 or engine.zero_optimization_stage() == 0:
+        return
+    for rank in range(comm.size):
+        begin, n = engine._core.part(index, rank)
+        if n:
+            comm.broadcast(whole[begin:begin + n], rank, call)
+
+
 def _get_full(param, key, call):
     """All ranks' parts together. Collective."""
     engine, index = _place(param)
@@ -113,11 +124,7 @@ def _get_full(param, key, call):
     if mine is not None:
         begin, n = core.part(index, engine.global_rank)
         whole[begin:begin + n] = mine
-    if comm.size > 1 and engine.zero_optimization_stage() > 0:
-        for rank in range(comm.size):
-            begin, n = core.part(index, rank)
-            if n:
-                comm.broadcast(whole[begin:begin + n], rank, call)
+    _share(engine, index, whole, call)
     return _shaped(param, whole)
 
 
@@ -246,11 +253,7 @@ def safe_set_local_grad(param, value):
     whole = _flat(param, safe_get_full_grad(param), "safe_set_local_grad").contiguous()
     if n:
         whole[begin:begin + n] = value
-    if engine._comm.size > 1 and engine.zero_optimization_stage() > 0:
-        for rank in range(engine._comm.size):
-            first, count = engine._core.part(index, rank)
-            if count:
-                engine._comm.broadcast(whole[first:first + count], rank, "safe_set_local_grad")
+    _share(engine, index, whole, "safe_set_local_grad")
     safe_set_full_grad(param, _shaped(param, whole))
 
 

@@ -7,7 +7,8 @@ import torch
 from . import _core
 from .runtime.fp16 import loss_scaler
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+           "bfp16": torch.bfloat16}  # the last is upstream's other spelling
 
 
 class EngineSettings:

@@ -248,6 +248,8 @@ def test_answers_that_follow_from_several_keys():
     assert (engine.get_data_parallel_rank(), engine.get_model_parallel_rank()) == (0, 0)
     plain, *_ = start({**CONFIG, "communication_data_type": "bf16", "prescale_gradients": True})
     assert not plain.zero_optimization() and plain.communication_data_type == torch.bfloat16
+    other, *_ = start({**CONFIG, "communication_data_type": "bfp16"})
+    assert other.communication_data_type == torch.bfloat16
     assert plain.dynamic_loss_scale_args() is None and not plain.postscale_gradients()
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 
+import models
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from ranks import die
 
 import deepspeed_c as deepspeed
 from deepspeed_c import CommError, comm
+from deepspeed_c import engine as engine_module
 from deepspeed_c.distributed import engine_comm, group_comm, world_comm
 
 WITHIN = 5.0  # seconds in which a lost rank is an error elsewhere
@@ -530,3 +532,46 @@ def test_helpers_say_where_the_message_is():
     assert comm.get_msg_size_from_args(comm.all_gather, [torch.zeros(2)] * 2, torch.zeros(3)) == 12
     assert comm.get_default_args(comm.send)["tag"] == 0
     assert comm.get_tensor_kwarg(comm.broadcast, {"tensor": 5}) == 5
+
+
+# ---- engines over groups ----
+
+
+def trains_in_pairs(rank, world, victim):
+    """Ranks {0, 2} take 5 steps of one micro-step, {1, 3} 3 steps of two, at the same time; then `victim` dies."""
+    deepspeed.init_distributed()
+    odd = rank % 2
+    members = [3, 1] if odd else [0, 2]
+    pair = world_comm().group(members, f"pair {odd}", 20.0)
+    engine_module.engine_comm = lambda: pair
+    torch.set_num_threads(1)
+    module = models.make()
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                      config=models.config(1 + odd, gas=1 + odd))
+    models.train(engine, pair.rank, 3 if odd else 5, 1 + odd)
+    comm.barrier()  # the script's own channel, of all ranks
+    bits, started = models.bits(module), time.monotonic()
+    if rank == victim:
+        die()
+    try:
+        models.train(engine, pair.rank, 1 if rank % 2 != victim % 2 else 100, 1 + odd)
+        error = ""
+    except CommError as e:
+        error = str(e)
+    return bits, error, time.monotonic() - started
+
+
+def trains_as_a_world(rank, world):
+    torch.set_num_threads(1)
+    module = models.make()
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=models.config(1))
+    models.train(engine, rank, 5)
+    return models.bits(module)
+
+
+def test_pairs_of_four_ranks_train_on_their_own_and_a_death_is_an_error_in_its_pair(ranks):
+    outcomes = ranks.outcomes(4, trains_in_pairs, 1, timeout=60)
+    assert outcomes[1].exit_code == -9
+    assert outcomes[0].value[0] == outcomes[2].value[0] == ranks(2, trains_as_a_world)[0] != outcomes[3].value[0]
+    text, seconds = outcomes[3].value[1:]
+    assert "rank 1" in text and "of group pair 1" in text and seconds < WITHIN, text

@@ -25,36 +25,22 @@ enum dsc_status dsc__shm_check_world(int rank, int size) {
 /* ---- the node ---- */
 
 enum dsc_status dsc__shm_node_new(int rank, int size, struct dsc__shm_node **out) {
-    void *block = NULL, *sockets = NULL;
+    void *block = NULL;
     size_t n = (size_t)size;
     DSC_TRY(dsc_alloc(sizeof(struct dsc__shm_node) + n * sizeof(struct dsc__shm_region *), &block));
-    enum dsc_status status = dsc_alloc(n * sizeof(int), &sockets);
-    if (status != DSC_OK) {
-        dsc_free(block);
-        return status;
-    }
     struct dsc__shm_node *node = block;
     atomic_store(&node->n_refs, 1);
     node->rank = rank;
     node->size = size;
-    node->sockets = sockets;
-    for (int r = 0; r < size; r++)
-        node->sockets[r] = -1;
     *out = node;
     return DSC_OK;
 }
 
-static void close_fd(int *fd) {
-    if (*fd >= 0)
-        (void)close(*fd);
-    *fd = -1;
-}
-
 static void close_fds(struct dsc__shm_node *node) {
-    for (int r = 0; r < node->size; r++) {
-        close_fd(&node->sockets[r]);
-        if (node->pidfds)
-            close_fd(&node->pidfds[r].fd);
+    for (int r = 0; node->pidfds && r < node->size; r++) {
+        if (node->pidfds[r].fd >= 0)
+            (void)close(node->pidfds[r].fd);
+        node->pidfds[r].fd = -1;
     }
 }
 
@@ -66,7 +52,6 @@ void dsc__shm_node_unref(struct dsc__shm_node *node) {
         if (node->regions[r])
             (void)munmap(node->regions[r], dsc__shm_region_size(node->size));
     dsc__shm_world_unref(node->world);
-    dsc_free(node->sockets);
     dsc_free(node->pidfds);
     dsc_free(node);
 }
@@ -131,8 +116,7 @@ static void close_shm(void *state) {
     dsc__shm_release(state);
 }
 
-/* A forked child that keeps a socket would hide this rank's death from nobody (pidfds tell), but it
- * has no business with it. */
+/* A forked child has no business with the other ranks. */
 static void forked(void *state) {
     close_fds(((struct dsc__shm *)state)->node);
 }

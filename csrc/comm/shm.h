@@ -26,6 +26,7 @@ enum {
     DSC__SHM_LANES = 8,            /* messages on their way between two ranks, per direction */
     DSC__SHM_LANE_BYTES = 1 << 20,
     DSC__SHM_BLOCKED_TEXT = 320,
+    DSC__SHM_TOKEN = 33, /* 16 random bytes as text */
     DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
 };
 _Static_assert(DSC__SHM_PRINT_WORDS == 14, "a fingerprint fills a slot of 16 words");
@@ -111,7 +112,6 @@ struct dsc__shm_node {
     int rank, size;
     struct dsc__shm_world *world;      /* NULL where ranks are processes */
     struct pollfd *pidfds;             /* size; fd -1 for this rank; NULL where ranks are threads */
-    int *sockets;                      /* size: rank 0 has one to each, the others one to rank 0 */
     struct dsc__shm_region *regions[]; /* size */
 };
 
@@ -186,7 +186,7 @@ void dsc__shm_window_close(void *state, struct dsc_window *window);
 
 /* ---- shm_socket.c: messages with descriptors ---- */
 enum { DSC__SHM_TEXT_MAX = 512, DSC__SHM_FDS_MAX = 2 };
-enum dsc__shm_kind { DSC__SHM_HELLO = 1, DSC__SHM_PEER, DSC__SHM_REFUSED, DSC__SHM_WINDOW };
+enum dsc__shm_kind { DSC__SHM_HELLO = 1, DSC__SHM_REFUSED, DSC__SHM_WINDOW };
 struct dsc__shm_message {
     uint64_t magic; /* protocol and version */
     uint64_t number;
@@ -218,6 +218,20 @@ struct dsc__shm_message dsc__shm_message_of(enum dsc__shm_kind kind, int rank, i
 void dsc__shm_close_fds(struct dsc__shm_message *message);
 /* The uid at the other end is ours. */
 bool dsc__shm_same_user(int socket);
+
+/* ---- shm_gather.c: descriptors of all ranks to all ---- */
+struct dsc__shm_gathering {
+    struct dsc__shm_message *own; /* whose descriptors remain the caller's */
+    struct dsc__shm_patience patience;
+    /* Takes over the descriptors of another rank's message, also where it fails. */
+    enum dsc_status (*take)(void *context, int rank, struct dsc__shm_message *message);
+    void *context;
+};
+/* One call each: rank 0 with its listener (dsc_shm_listen), the others with what that gave. */
+enum dsc_status dsc__shm_gather_as_leader(const struct dsc__shm_gathering *gathering,
+                                          const struct dsc_shm_listener *listener);
+enum dsc_status dsc__shm_gather_as_follower(const struct dsc__shm_gathering *gathering,
+                                            const char *address, const char *token);
 
 /* ---- shm_threads.c ---- */
 enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,

@@ -1,4 +1,4 @@
-/* Memory that ranks share: memfds, their mapping, and the exchange that opens a window.
+/* Memory that ranks share: memfds, their mapping, and windows.
  *
  * Decides: how big memory comes and goes. A memfd has no name and no link to /dev/shm's size, and
  * ends with its last user. Invariant: a mapped memfd cannot shrink (sealed), so a peer cannot make
@@ -10,7 +10,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -88,83 +87,67 @@ static enum dsc_status map_part(struct dsc_window *window, int rank, int fd) {
     return DSC_OK;
 }
 
-/* The descriptor of a window's part from `peer`; rank 0 passes on the others'. */
-static enum dsc_status receive_part(struct dsc__shm *shm, int peer,
-                                    const struct dsc__shm_patience *patience,
-                                    struct dsc__shm_message *out) {
-    DSC_TRY(dsc__shm_receive(shm->node->sockets[peer], peer, patience, out));
-    if (out->kind == DSC__SHM_WINDOW && out->number == shm->sequence && out->n_fds == 1 &&
-        strcmp(out->text, shm->name) == 0 && out->rank >= 0 && out->rank < shm->size)
-        return DSC_OK;
-    dsc__shm_close_fds(out);
-    return DSC_FAIL(DSC_EDIVERGED, "rank %d sent something else while opening a window", peer);
-}
-
-/* Rank 0: takes a part from each rank, maps it and passes it to all others. */
-static enum dsc_status exchange_as_leader(struct dsc__shm *shm, struct dsc_window *window,
-                                          const struct dsc__shm_patience *patience,
-                                          struct dsc__shm_message *own) {
-    enum dsc_status status = DSC_OK;
-    for (int r = 0; r < shm->size && status == DSC_OK; r++) {
-        struct dsc__shm_message message = *own;
-        if (r != 0) {
-            DSC_TRY(receive_part(shm, r, patience, &message));
-            message.rank = r;
-            status = map_part(window, r, message.fds[0]);
-        }
-        for (int to = 1; to < shm->size && status == DSC_OK; to++)
-            if (to != r)
-                status = dsc__shm_send(shm->node->sockets[to], to, patience, &message);
-        if (r != 0)
-            dsc__shm_close_fds(&message);
-    }
+static enum dsc_status take_part(void *context, int rank, struct dsc__shm_message *message) {
+    struct dsc_window *window = context;
+    enum dsc_status status = window->base[rank]
+                                 ? DSC_FAIL(DSC_EDIVERGED, "a window's part came twice")
+                                 : map_part(window, rank, message->fds[0]);
+    dsc__shm_close_fds(message);
     return status;
 }
 
-static enum dsc_status exchange_as_follower(struct dsc__shm *shm, struct dsc_window *window,
-                                            const struct dsc__shm_patience *patience,
-                                            struct dsc__shm_message *own) {
-    DSC_TRY(dsc__shm_send(shm->node->sockets[0], 0, patience, own));
-    for (int i = 0; i < shm->size - 1; i++) {
-        struct dsc__shm_message message;
-        DSC_TRY(receive_part(shm, 0, patience, &message));
-        enum dsc_status status = message.rank == shm->rank || window->base[message.rank]
-                                     ? DSC_FAIL(DSC_EDIVERGED, "a window's part came twice")
-                                     : map_part(window, message.rank, message.fds[0]);
-        dsc__shm_close_fds(&message);
-        DSC_TRY(status);
+/* Where rank 0 of the window's ranks listens: told through its block, which only ranks can read. */
+struct invitation {
+    char address[DSC_SHM_ADDRESS_MAX], token[DSC__SHM_TOKEN];
+};
+
+static enum dsc_status invite(struct dsc__shm *shm, struct dsc_shm_listener **listener) {
+    struct invitation text;
+    if (shm->rank == 0) {
+        DSC_TRY(dsc_shm_listen(listener, text.address, text.token));
+        memcpy(shm->blocks[0]->small[shm->sequence & 1], &text, sizeof text);
     }
-    return DSC_OK;
+    return dsc__shm_step(shm);
+}
+
+static enum dsc_status gather_parts(struct dsc__shm *shm, struct dsc_window *window,
+                                    const struct dsc_shm_listener *listener,
+                                    struct dsc__shm_message *own) {
+    struct dsc__shm_gathering gathering = {.own = own,
+                                           .patience = {.options = shm->options,
+                                                        .since = dsc_comm_now(),
+                                                        .what = "opening a window",
+                                                        .check = check_ranks,
+                                                        .context = shm},
+                                           .take = take_part,
+                                           .context = window};
+    struct invitation text;
+    DSC_TRY(map_part(window, shm->rank, own->fds[0]));
+    if (shm->rank == 0)
+        return dsc__shm_gather_as_leader(&gathering, listener);
+    memcpy(&text, shm->blocks[0]->small[shm->sequence & 1], sizeof text);
+    return dsc__shm_gather_as_follower(&gathering, text.address, text.token);
 }
 
 static enum dsc_status exchange(struct dsc__shm *shm, struct dsc_window *window) {
+    struct dsc_shm_listener *listener = NULL;
     struct dsc__shm_message own = dsc__shm_message_of(DSC__SHM_WINDOW, shm->rank, shm->size);
-    struct dsc__shm_patience patience = {.options = shm->options,
-                                         .since = dsc_comm_now(),
-                                         .what = "opening a window",
-                                         .check = check_ranks,
-                                         .context = shm};
     own.number = shm->sequence;
-    snprintf(own.text, sizeof own.text, "%s", shm->name);
-    DSC_TRY(dsc__shm_memfd("deepspeed_c window", part_size(window), &own.fds[0]));
-    own.n_fds = 1;
-    enum dsc_status status = map_part(window, shm->rank, own.fds[0]);
+    enum dsc_status status = invite(shm, &listener);
     if (status == DSC_OK)
-        status = shm->rank == 0 ? exchange_as_leader(shm, window, &patience, &own)
-                                : exchange_as_follower(shm, window, &patience, &own);
+        status = dsc__shm_memfd("deepspeed_c window", part_size(window), &own.fds[0]);
+    if (status == DSC_OK) {
+        own.n_fds = 1;
+        status = gather_parts(shm, window, listener, &own);
+    }
     dsc__shm_close_fds(&own);
+    dsc_shm_listener_close(listener);
     return status;
 }
 
 enum dsc_status dsc__shm_window_open(void *state, size_t n_bytes, struct dsc_window **out) {
     struct dsc__shm *shm = state;
     void *block = NULL;
-    bool is_whole = shm->size == shm->node->size;
-    for (int r = 0; r < shm->size; r++)
-        is_whole = is_whole && shm->members[r] == r;
-    if (!is_whole)
-        return DSC_FAIL(DSC_ENOTYET, "a window of a group (%s) of some of the node's ranks",
-                        shm->name);
     if (shm->node->world)
         return dsc__shm_threads_window(shm, n_bytes, out);
     DSC_TRY(dsc_alloc(sizeof(struct dsc_window) + (size_t)shm->size * sizeof(char *), &block));

@@ -20,8 +20,7 @@ struct part {
 struct dsc__shm_world {
     atomic_int n_refs;
     size_t n_bytes;
-    char *regions;                /* one behind the other */
-    struct part *_Atomic parts[]; /* per rank: the part of the window that is being opened */
+    char *regions; /* one behind the other */
 };
 
 static enum dsc_status map_zeroed(size_t n_bytes, void **out) {
@@ -45,8 +44,7 @@ void dsc__shm_world_unref(struct dsc__shm_world *world) {
 static enum dsc_status world_new(int size, struct dsc__shm_world **out) {
     void *block = NULL, *memory = NULL;
     size_t n_bytes = (size_t)size * dsc__shm_region_size(size);
-    DSC_TRY(
-        dsc_alloc(sizeof(struct dsc__shm_world) + (size_t)size * sizeof(struct part *), &block));
+    DSC_TRY(dsc_alloc(sizeof(struct dsc__shm_world), &block));
     enum dsc_status status = map_zeroed(n_bytes, &memory);
     if (status != DSC_OK) {
         dsc_free(block);
@@ -152,7 +150,7 @@ enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
         dsc_free(block);
         return status;
     }
-    atomic_store(&shm->node->world->parts[shm->rank], own);
+    memcpy(shm->blocks[shm->rank]->small[shm->sequence & 1], &own, sizeof own);
     if ((status = dsc__shm_step(shm)) != DSC_OK) {
         /* The world is broken; who else holds the part is unknown, so it stays. */
         dsc_free(block);
@@ -161,7 +159,8 @@ enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
     struct dsc_window *window = block;
     window->n_bytes = n_bytes;
     for (int r = 0; r < shm->size; r++) {
-        struct part *part = atomic_load(&shm->node->world->parts[r]);
+        struct part *part;
+        memcpy(&part, shm->blocks[r]->small[shm->sequence & 1], sizeof part);
         window->base[r] = part->memory;
         parts_of(window, shm->size)[r] = part;
     }

@@ -799,6 +799,52 @@ static void windows_leave_no_descriptor(void) {
         CHECK_EQ_INT(end_of(&p, r), 0);
 }
 
+/* Descriptors of a group's window travel between its members alone: rank 0 is no member here. */
+static int group_windows_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct dsc_comm *group = NULL;
+    int before = count_fds();
+    (void)arg;
+    if (rank > 0) {
+        CHECK_OK(dsc_comm_open_group(comm, NULL, (int[]){3, 1, 2}, 3, "others", &group));
+        for (int i = 0; i < 50; i++)
+            window_body(group, dsc_comm_rank(group), NULL);
+        bell_body(group, dsc_comm_rank(group), NULL);
+        CHECK_EQ_INT(count_fds(), before);
+        dsc_comm_close(group);
+    }
+    return dsc_comm_barrier(comm, NULL) == DSC_OK ? 0 : 1;
+}
+
+static void windows_of_a_group_need_its_members_only(void) {
+    struct processes p = start_processes(4, 5, group_windows_body, NULL);
+    for (int r = 0; r < 4; r++)
+        CHECK_EQ_INT(end_of(&p, r), 0);
+}
+
+/* Rank 1 dies between two windows of a group that rank 0 is not in. */
+static int killed_member_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct dsc_comm *group = NULL;
+    struct dsc_window *window = NULL;
+    (void)arg;
+    if (rank == 0)
+        return dsc_comm_barrier(comm, NULL) == DSC_EDEAD ? 0 : 1;
+    CHECK_OK(dsc_comm_open_group(comm, NULL, (int[]){1, 2}, 2, "pair", &group));
+    CHECK_OK(dsc_comm_window_open(group, 4096, "first", &window));
+    if (rank == 1)
+        (void)kill(getpid(), SIGKILL);
+    CHECK(dsc_comm_window_open(group, 4096, "second", &window) == DSC_EDEAD);
+    CHECK_TEXT("died");
+    CHECK_TEXT("of group pair");
+    return 0;
+}
+
+static void a_killed_member_ends_its_groups_window(void) {
+    struct processes p = start_processes(3, 0, killed_member_body, NULL);
+    CHECK_EQ_INT(end_of(&p, 0), 0);
+    CHECK_EQ_INT(end_of(&p, 1), 128 + SIGKILL);
+    CHECK_EQ_INT(end_of(&p, 2), 0);
+}
+
 enum victim { IN_BARRIER, IN_LARGE, IN_BELL, IN_WINDOW };
 
 /* Rank 1 dies by SIGKILL while the others wait for it; a child of its own, forked before, lives on
@@ -912,7 +958,7 @@ static int child_body(struct dsc_comm *comm, int rank, void *arg) {
         dsc_comm_abort(comm, "not mine to abort");
         dsc_comm_window_close(comm, window);
         dsc_comm_close(comm);
-        /* one socket and one pidfd less per peer, or all of rank 0's */
+        /* one pidfd less per peer */
         _exit(count_fds() < before ? 0 : 1);
     }
     CHECK(waitpid(pid, &status, 0) == pid);
@@ -1142,6 +1188,8 @@ static struct test_case cases[] = {
     CASE(random_delays_change_no_bit),
     CASE(processes_give_the_same_bits_as_threads),
     CASE(windows_leave_no_descriptor),
+    CASE(windows_of_a_group_need_its_members_only),
+    CASE(a_killed_member_ends_its_groups_window),
     CASE(a_killed_rank_is_named_within_seconds),
     CASE(a_rank_killed_in_the_middle_of_data_is_noticed),
     CASE(slow_is_not_dead),

@@ -98,6 +98,75 @@ static void a_group_outlives_its_parent(void) {
         run_threads(2, 8, true, orphan_body, NULL);
 }
 
+/* ---- windows and bells ---- */
+
+/* Each member writes its place; whoever sees another group's memory sees another mark. */
+static void window_once(struct dsc_comm *group, int mark, size_t n) {
+    struct dsc_window *window = NULL;
+    int mine = dsc_comm_rank(group);
+    CHECK_OK(dsc_comm_window_open(group, n, "w", &window));
+    CHECK(window->base[mine][0] == 0 && window->base[mine][n - 1] == 0);
+    window->base[mine][n - 1] = (char)(mark + mine);
+    CHECK_OK(dsc_comm_barrier(group, NULL));
+    for (int r = 0; r < dsc_comm_size(group); r++)
+        CHECK_EQ_INT(window->base[r][n - 1], mark + r);
+    dsc_comm_window_close(group, window);
+}
+
+/* Ranks in two groups open windows of one right after the other's: what one rank has published for
+ * the first must not be lost to one that comes late. */
+static void windows_body(struct dsc_comm *world, int rank, void *arg) {
+    struct dsc_comm *pair = rank % 2 ? group_of(world, "odd", 2, (int[]){3, 1})
+                                     : group_of(world, "even", 2, (int[]){0, 2});
+    struct dsc_comm *three = rank > 0 ? group_of(world, "three", 3, (int[]){2, 3, 1}) : NULL;
+    unsigned seed = (unsigned)rank + 3;
+    (void)arg;
+    for (int i = 0; i < 50; i++) {
+        window_once(pair, rank % 2 ? 10 : 20, 4097);
+        if (next_random(&seed) % 8 == 0)
+            nap_ms(1);
+        if (three)
+            window_once(three, 30, 1 << 21);
+    }
+    dsc_comm_close(three);
+    dsc_comm_close(pair);
+}
+
+static void groups_have_windows_of_their_own(void) {
+    run_threads(4, 8, false, windows_body, NULL);
+}
+
+/* A bell rings for one place of one group. */
+static void bells_body(struct dsc_comm *world, int rank, void *arg) {
+    struct dsc_comm *pair =
+        group_of(world, rank % 2 ? "odd" : "even", 2, rank % 2 ? (int[]){3, 1} : (int[]){0, 2});
+    struct dsc_window *window = NULL;
+    int mine = dsc_comm_rank(pair), n = rank % 2 ? 300 : 170;
+    (void)arg;
+    CHECK_OK(dsc_comm_window_open(pair, sizeof(int), "turns", &window));
+    uint32_t of_world = dsc_comm_bell(world);
+    _Atomic int *turn = (void *)window->base[0];
+    for (int i = mine; i < n; i += 2) {
+        for (;;) {
+            uint32_t seen = dsc_comm_bell(pair);
+            if (atomic_load(turn) == i)
+                break;
+            CHECK_OK(dsc_comm_wait_bell(pair, seen, "my turn", dsc_comm_now()));
+        }
+        atomic_store(turn, i + 1);
+        dsc_comm_ring_others(pair);
+    }
+    CHECK_OK(dsc_comm_barrier(pair, NULL));
+    CHECK_EQ_INT(atomic_load(turn), n);
+    CHECK(dsc_comm_bell(world) == of_world);
+    dsc_comm_window_close(pair, window);
+    dsc_comm_close(pair);
+}
+
+static void groups_have_bells_of_their_own(void) {
+    run_threads(4, 8, false, bells_body, NULL);
+}
+
 /* ---- faults ---- */
 
 static void diverged_body(struct dsc_comm *world, int rank, void *arg) {
@@ -229,6 +298,8 @@ static struct test_case cases[] = {
     CASE(groups_reduce_over_their_own_ranks),
     CASE(groups_can_be_opened_again_and_again),
     CASE(a_group_outlives_its_parent),
+    CASE(groups_have_windows_of_their_own),
+    CASE(groups_have_bells_of_their_own),
     CASE(a_diverged_member_is_named_on_all_and_the_rest_hears_of_it),
     CASE(a_member_that_does_not_open_is_named),
     CASE(ranks_in_different_channels_are_told_so),

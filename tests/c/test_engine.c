@@ -270,6 +270,48 @@ static struct outcome *run(const struct setup *setup) {
     return first;
 }
 
+/* ---- engines over groups ---- */
+
+/* One of four ranks: the engine of its pair, {0, 2} or {3, 1}, while the other pair runs another.
+ */
+static void *run_in_pair(void *context) {
+    struct rank_job *job = context;
+    struct dsc_comm *world = job->comm;
+    bool odd = job->rank % 2;
+    CHECK_OK(dsc_comm_open_group(world, NULL, odd ? (int[]){3, 1} : (int[]){0, 2}, 2,
+                                 odd ? "odd" : "even", &job->comm));
+    if (odd)
+        dsc_comm_close(world);
+    job->rank = dsc_comm_rank(job->comm);
+    (void)run_rank(job);
+    dsc_comm_close(job->comm);
+    if (!odd)
+        dsc_comm_close(world);
+    return NULL;
+}
+
+/* Two pairs side by side give what each gives alone. */
+static void check_pairs(const struct setup *even, const struct setup *odd) {
+    struct rank_job *jobs = calloc(4, sizeof *jobs);
+    struct dsc_comm *comms[4];
+    pthread_t threads[4];
+    struct dsc_comm_options options = {.timeout_s = 8};
+    CHECK_OK(dsc_comm_open_threads(&options, 4, comms));
+    for (int r = 0; r < 4; r++) {
+        jobs[r] = (struct rank_job){.setup = r % 2 ? odd : even, .comm = comms[r], .rank = r};
+        CHECK(pthread_create(&threads[r], NULL, run_in_pair, &jobs[r]) == 0);
+    }
+    for (int r = 0; r < 4; r++)
+        pthread_join(threads[r], NULL);
+    for (int r = 0; r < 4; r++) {
+        struct outcome *alone = run(jobs[r].setup);
+        CHECK(memcmp(jobs[r].out.master, alone->master, sizeof alone->master) == 0);
+        CHECK(memcmp(jobs[r].out.norm, alone->norm, sizeof alone->norm) == 0);
+        free(alone);
+    }
+    free(jobs);
+}
+
 static void check_same(const struct setup *a, const struct setup *b) {
     struct outcome *x = run(a), *y = run(b);
     if (memcmp(x->master, y->master, sizeof x->master) != 0 ||
@@ -318,6 +360,19 @@ static void sweep(int size, int n_micro, bool delays, enum dsc_optim_kind optim,
                     base.stage = n_micro > 1 && other.stage == 2 ? 2 : 0;
                     check_same(&base, &other);
                 }
+    }
+}
+
+static void pairs_of_ranks_run_engines_of_their_own(void) {
+    struct setup even = plain, odd = plain;
+    even.bucket = odd.bucket = 1000;
+    even.delays = odd.delays = true;
+    odd.n_micro = 3;
+    odd.dtype = DSC_BF16;
+    for (even.stage = 0; even.stage <= 2; even.stage++) {
+        odd.stage = 2 - even.stage;
+        odd.overlap = even.stage == 1;
+        check_pairs(&even, &odd);
     }
 }
 
@@ -487,6 +542,7 @@ static const struct test_case cases[] = {
     CASE(lamb_does_not_depend_on_threads),
     CASE(cuts_between_parameters_stand_nearest_to_equal_shares),
     CASE(a_world_of_one_agrees_over_stages),
+    CASE(pairs_of_ranks_run_engines_of_their_own),
     CASE(stages_overlap_and_buckets_agree_on_2_ranks),
     CASE(stages_overlap_and_buckets_agree_on_4_ranks),
     CASE(three_micro_steps_agree_on_2_ranks),

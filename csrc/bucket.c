@@ -50,6 +50,8 @@ static const char *tag_data(const struct dsc_buckets *set, int rank, uint64_t ta
 
 const float *dsc_buckets_sums(const struct dsc_buckets *set, int owner) {
     struct dsc_range owned = dsc_space_owned(set->space, owner);
+    if (dsc_range_size(owned) == 0)
+        return NULL;
     if (set->private_sums) /* of this rank's range, or of all */
         return owned.begin >= set->held.begin && owned.end <= set->held.end
                    ? set->private_sums + (owned.begin - set->held.begin)

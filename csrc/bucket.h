@@ -93,7 +93,7 @@ void dsc_buckets_set_phase(struct dsc_buckets *buckets, bool in_backward, bool l
 void dsc_buckets_reset(struct dsc_buckets *buckets);
 
 /* The sums of an owner's range, from its first element on: this rank's own, or any rank's where
- * they are shared or early. */
+ * they are shared or early. NULL where the owner has nothing. */
 const float *dsc_buckets_sums(const struct dsc_buckets *buckets, int owner);
 struct dsc_bucket_counters dsc_buckets_counters(const struct dsc_buckets *buckets);
 /* Bytes of private memory and of touched staging: for the memory table. */

@@ -229,11 +229,12 @@ enum dsc_status dsc_buckets_wait_settled(struct dsc_buckets *set, uint32_t n_rou
 void dsc_buckets_put_sums(struct dsc_buckets *set, size_t segment, const float *values,
                           float factor) {
     const struct dsc_segment *where = &set->space->segments[segment];
-    struct dsc_range owned = dsc_space_owned(set->space, set->rank);
-    struct dsc_range part = dsc_range_cut(dsc_segment_range(where), owned);
-    float *sums = dsc__bucket_own_sums(set);
+    /* Where no memory is shared, each rank has all that it steps from, at stage 0 everything. */
+    struct dsc_range kept = set->remote ? set->held : dsc_space_owned(set->space, set->rank);
+    struct dsc_range part = dsc_range_cut(dsc_segment_range(where), kept);
+    float *sums = set->remote ? set->private_sums : dsc__bucket_own_sums(set);
     for (size_t i = part.begin; i < part.end; i++)
-        sums[i - owned.begin] = values[i - where->begin] * factor;
+        sums[i - kept.begin] = values[i - where->begin] * factor;
     if (set->remote)
         return;
     for (size_t at = part.begin; at < part.end;) { /* the norm that settlements took is stale */

@@ -14,6 +14,7 @@ from . import model as model_setup
 from .distributed import engine_comm
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer
 from .optimizer_run import CoreRun, ForeignRun
+from .replaced import Places
 from .report import StepReport
 from .runtime import lr_schedules
 from .settings import EngineSettings
@@ -64,7 +65,7 @@ _HOOKS = {}
 
 
 def _remove_hooks(handles):
-    for key, handle in handles:
+    for key, handle in handles.items():
         handle.remove()
         if _HOOKS.get(key) is handle:
             del _HOOKS[key]
@@ -105,9 +106,10 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         self._last_step_skipped = self._step_applied = self._said_changed = False
         self._scaled = False  # since the last step, a loss was scaled by backward() or scale()
         self._grad_norm = None
-        self._handles = []
+        self._handles = {}
         self._finalizer = weakref.finalize(self, _remove_hooks, self._handles)
         self._places = {}
+        self._where = None
         self.optimizer = self.basic_optimizer = self._run = self._core = None
         self.module = model
         self.lr_scheduler = self.training_dataloader = None
@@ -161,11 +163,15 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             self.basic_optimizer = optimizer
             self.optimizer = DeepSpeedOptimizer(self, optimizer)
         self._params = parameters.tensors if parameters else []
-        trained = {id(p) for p in self._params}
-        self._frozen = {name: p for name, p in self.module.named_parameters()
-                        if not p.requires_grad and id(p) not in trained}
+        self._frozen = self._frozen_now()
         model_setup.check_storages(self.module, self._params)
         return parameters
+
+    def _frozen_now(self):
+        """{name: Parameter} of what is not trained and requires no gradient."""
+        trained = {id(p) for p in self._params}
+        return {name: p for name, p in self.module.named_parameters()
+                if not p.requires_grad and id(p) not in trained}
 
     def _take_module(self, parameters):
         """Gives the module its dtype and rank 0's values, and opens the core over what is trained."""
@@ -184,17 +190,23 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             self.basic_optimizer.bind(self)
 
     def _install_hooks(self):
-        self._homes = model_setup.homes(self.module, self._params)
+        if self._core is not None:
+            self._where = Places(self.module, self._params, self._names)
         self._places = claim(self, self._params)
         weakref.finalize(self, release, self._places)
         for i, p in enumerate(self._params):
-            # An earlier engine over the same parameter stops taking its gradients.
-            earlier = _HOOKS.pop(id(p), None)
-            if earlier is not None:
-                earlier.remove()
-            if self._core.early:
-                _HOOKS[id(p)] = p.register_post_accumulate_grad_hook(self._core.hook(i))
-                self._handles.append((id(p), _HOOKS[id(p)]))
+            self._hook(i, p)
+
+    def _hook(self, i, earlier):
+        """Parameter i's gradients go to this engine; no engine takes those of `earlier` (often the same) any more."""
+        handle = _HOOKS.pop(id(earlier), None)
+        self._handles.pop(id(earlier), None)
+        if handle is not None:
+            handle.remove()
+        if self._core.early:
+            p = self._params[i]
+            _HOOKS[id(p)] = p.register_post_accumulate_grad_hook(self._core.hook(i))
+            self._handles[id(p)] = _HOOKS[id(p)]
 
     def _make_scheduler(self, given):
         if given is not None:
@@ -246,6 +258,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         if not loss.requires_grad:
             raise ValueError("backward needs a loss that depends on parameters that require a gradient; got one "
                              "without grad_fn")
+        self._take_replaced()
         self._refuse_unfrozen()
         divisor = self.gradient_accumulation_steps() if scale_wrt_gas and self._managed else 1
         factor = core.scale / divisor
@@ -335,8 +348,8 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         """The boundary in the core, then counters and what has to be said about it."""
         core = self._needs_core("step")
         try:
+            self._take_replaced()
             self._refuse_unscaled()
-            self._refuse_replaced()
             self.optimizer.run_hooks("pre")
             self._run.prepare()
         except BaseException:
@@ -367,19 +380,17 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             raise RuntimeError(f"Loss scaling is required: the loss scale is {scale:g} and gradients come from a "
                                "plain loss.backward(); use engine.backward(loss), or engine.scale(loss).backward()")
 
-    def _refuse_replaced(self):
-        """What stands where a trained parameter stood would not be trained, and nobody would notice."""
-        if all(home.get(key) is p for home, key, p in self._homes):
+    def _take_replaced(self):
+        """Parameters that were assigned over trained ones since the last look take their places in everything."""
+        if self._where is None or not self._where.changed():
             return
-        trained = {id(p) for p in self._params}
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        for home, key, _ in self._homes:
-            p = home.get(key)
-            if p is not None and p.requires_grad and id(p) not in trained:
-                raise ValueError(f"parameter {names.get(id(p), key)} is another object than at initialize "
-                                 "(load_state_dict(assign=True)?), which the engine does not train; copy values into "
-                                 "the parameters that are there, or call initialize again")
-        self._homes = model_setup.homes(self.module, self._params)
+        taken = self._where.take_over()
+        self._run.replace(taken)
+        self._frozen = self._frozen_now()
+        for i, old, _ in taken:
+            self._hook(i, old)
+        release(self._places)
+        self._places.update(claim(self, self._params))
 
     def _say_nonfinite(self, report):
         if self.global_rank != 0:
@@ -406,7 +417,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
     def zero_grad(self, set_to_none=True):
         """Drops the gradients of the module's parameters, and what this rank has added up of them over micro-steps.
         At stage 2, and with overlap_comm, what earlier backward passes reduced stays, as in DeepSpeed."""
-        for p in self.module.parameters():
+        for p in (*self.module.parameters(), *self._params):
             p.grad = None
         if self._core is not None:
             self._core.drop_sums()

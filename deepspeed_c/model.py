@@ -148,13 +148,6 @@ class Parameters:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def homes(module, parameters):
-    """[(the dict of a submodule's own parameters, key, parameter)]: where each of `parameters` stands."""
-    wanted = {id(p) for p in parameters}
-    return [(child._parameters, key, p) for child in module.modules() for key, p in child._parameters.items()
-            if id(p) in wanted]
-
-
 def open_core(comm, config, parameters, kind, whole):
     """The C engine over these parameters; whole: none is cut between ranks. Collective."""
     return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of,

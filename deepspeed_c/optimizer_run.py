@@ -35,6 +35,13 @@ class _Run:
     def prepare(self):
         """What may fail on this rank alone, before step()."""
 
+    def replace(self, taken):
+        """New Parameters, [(index, old, new)], stand in groups and ``state`` where the old ones stood."""
+        new = {id(old): p for _, old, p in taken}
+        for group in self.optimizer.param_groups:
+            group["params"][:] = [new.get(id(p), p) for p in group["params"]]
+        _rename(self.optimizer.state, [(old, p) for _, old, p in taken])
+
     def release(self):
         """Gives up what the core has lent, so that it can be freed. What stands in the caller's own optimizer stays
         its own."""

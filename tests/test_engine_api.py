@@ -389,17 +389,121 @@ def test_parameters_keep_storages_of_their_own(tmp_path):
     assert len({p.untyped_storage().data_ptr() for p in module.parameters()}) == 4
 
 
-def test_a_parameter_that_was_replaced_is_an_error_that_names_it():
+def trained_with(change, rank, stage, overlap, dtype):
+    """Bits after steps of one and of two micro-steps; change(module, i) comes before forward pass i."""
+    module = net()
+    config = {**CONFIG, "train_batch_size": 4, "zero_optimization": {"stage": stage, "overlap_comm": overlap}}
+    engine, optimizer, *_ = start(config if dtype == "fp32" else {**config, dtype: {"enabled": True}}, module)
+    for i in range(6):
+        change(module, i)
+        x = torch.full((2, 4), 1.0 + i + rank, dtype=module[0].weight.dtype)
+        engine.set_gradient_accumulation_boundary(i not in (2, 4))
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    assert all(a is b for a, b in zip((p for g in optimizer.param_groups for p in g["params"]), module.parameters()))
+    assert engine._core.early == (overlap or stage == 2) and set(optimizer.state) <= set(module.parameters())
+    return models.bits(module)
+
+
+def assigned(module, i):
+    if i in (1, 3, 5):
+        values = {k: v.clone() for k, v in module.state_dict().items()}
+        module.load_state_dict(values, assign=True)
+
+
+def placed(module, i):
+    if i in (1, 3):
+        module[0].weight = nn.Parameter(module[0].weight.detach().t().clone().t())  # in another memory order
+        module[2] = copy.deepcopy(module[2])
+
+
+def replaces(rank, world):
+    torch.set_num_threads(1)
+    return {setting: [trained_with(change, rank, *setting) for change in (lambda *_: None, assigned, placed)]
+            for setting in ((0, False, "fp32"), (1, True, "fp32"), (1, False, "bf16"), (2, False, "bf16"))}
+
+
+def test_a_parameter_in_the_place_of_another_is_trained_on(ranks):
+    for setting, (expected, *others) in ranks(2, replaces)[1].items():
+        assert others == [expected, expected], setting
+
+
+def test_a_parameter_in_the_place_of_another_of_a_foreign_optimizer_is_trained_on():
+    results = []
+    for change in (lambda *_: None, assigned):
+        module = net()
+        engine, *_ = start({k: v for k, v in CONFIG.items() if k != "optimizer"}, module,
+                           optimizer=torch.optim.RMSprop(module.parameters(), lr=1e-2, momentum=0.9))
+        for i in range(4):
+            change(module, i)
+            one_step(engine)
+        results.append(models.bits(module))
+    assert results[0] == results[1]
+
+
+def replace_shape(module):
+    module[2].bias = nn.Parameter(torch.zeros(3))
+
+
+def replace_dtype(module):
+    module.load_state_dict({k: v.to(torch.bfloat16) for k, v in module.state_dict().items()}, assign=True)
+
+
+def take_away(module):
+    module[2].bias = None
+
+
+def tie(module):
+    module[2].bias = module[0].bias
+
+
+def wrap(module):
+    module[2] = nn.Sequential(module[2])
+    module[2].weight = nn.Parameter(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("change, text", [
+    (replace_shape, r"2.bias was replaced by one that does not fit: \(3,\).*allowed: \(2,\)"),
+    (replace_dtype, r"0.weight was replaced.*bfloat16.*allowed: .*float32"),
+    (take_away, "2.bias, which the engine trains, is not in the module any more"),
+    (tie, "2.bias is the same object as 0.bias"),
+    (wrap, r"2.weight still is in the module.*places \(2.weight\)"),
+])
+def test_what_cannot_take_a_parameters_place_is_an_error_that_names_it(change, text):
     module = net()
     engine, *_ = start(module=module)
     one_step(engine)
-    kept, module[2].bias = module[2].bias, torch.nn.Parameter(torch.zeros(2), requires_grad=False)
-    one_step(engine)  # nothing that is to be trained stands there
-    module[2].bias = kept
+    before, kept = models.bits(module), list(engine._params)
+    x = torch.ones(2, 4, dtype=torch.float32)
+    loss = module(x).square().mean()
+    change(module)
+    for _ in range(2):  # and again: nothing was half taken
+        with pytest.raises(ValueError, match=text):
+            engine.backward(loss)
+    assert all(a is b for a, b in zip(engine._params, kept)) and b"".join(
+        p.detach().numpy().tobytes() for p in kept) == before
+
+
+def test_a_parameter_that_stood_in_two_places_must_be_replaced_in_both():
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].weight = module[0].weight
+    engine, *_ = start(module=module)
     one_step(engine)
     module.load_state_dict({k: v.clone() for k, v in module.state_dict().items()}, assign=True)
-    with pytest.raises(ValueError, match="0.weight is another object"):
+    with pytest.raises(ValueError, match="0.weight is another object in each of its places.*tie them again"):
         one_step(engine)
+    module[1].weight = module[0].weight
+    one_step(engine)
+    assert len(engine._params) == 3 and engine._params[0] is module[1].weight
+
+
+def test_a_wrapped_module_is_trained_on():
+    module = net()
+    engine, *_ = start(module=module)
+    module[2] = nn.Sequential(module[2])
+    before = module[2][0].weight.detach().clone()
+    one_step(engine)
+    assert not torch.equal(module[2][0].weight, before)
 
 
 def test_an_engine_that_is_dropped_is_collected():

@@ -3,6 +3,7 @@
 It runs the module, autograd and the caller's objects; every number between gradient and new parameter is
 the core's. Configuration accessors (``fp16_enabled()`` and so on) are in settings.py.
 """
+import logging
 import os
 import weakref
 from contextlib import contextmanager
@@ -98,6 +99,9 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         self._scales = self._config.get("fp16.enabled") or self._autocast is torch.float16
         for line in self._config.warnings if self.global_rank == 0 else ():
             logger.warning("configuration: %s", line)
+        if self._config.get("zero_optimization.overlap_comm") and self._comm.backend not in ("self", "shm"):
+            log_dist(f"zero_optimization.overlap_comm has no effect over {self._comm.backend}: gradients travel at the "
+                     "end of a backward pass (stage 2) or at the boundary", ranks=[0], level=logging.WARNING)
         self.device = torch.device("cpu")
         self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
         self._micro_origin = 0  # the micro-step from which boundaries are counted

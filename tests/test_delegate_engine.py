@@ -1,4 +1,5 @@
 """What users do with the engine, where ranks share no memory: the cases of the other files again, over `delegate`."""
+import logging
 import os
 import signal
 import threading
@@ -116,6 +117,18 @@ def loaded(rank, world, stage):
     return found
 
 
+def said_of_overlap(rank, world):
+    """What initialize logs where overlap_comm is asked for."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    for overlap in (True, False):
+        test_optimizers.start(test_optimizers.SECTIONS["lion"], 1, zero={"overlap_comm": overlap}).destroy()
+    logging.getLogger("DeepSpeed").removeHandler(handler)
+    return [line for line in lines if "overlap_comm has no effect" in line]
+
+
 CASES = [
     *[(test_faults.retried, stage, True) for stage in STAGES],
     *[(test_faults.second_initialize_fails,), (test_faults.other_rates,)],
@@ -144,6 +157,8 @@ def all_cases(rank, world):
     refused = [test_faults.one_refuses(rank, world, stage) for stage in STAGES]
     assert max(seconds for seconds, _ in refused) < test_faults.SECONDS
     found["one_refuses"] = [bits for _, bits in refused]
+    expected = 1 if rank == 0 and distributed.world_comm().backend == "delegate" else 0
+    assert len(said_of_overlap(rank, world)) == expected
     return found
 
 

@@ -277,6 +277,7 @@ enum dsc_status dsc__engine_usable(const struct dsc_engine *e) {
 
 enum dsc_status dsc_engine_begin_backward(struct dsc_engine *e, bool boundary, int *need) {
     DSC_TRY(dsc__engine_usable(e));
+    DSC_TRY(dsc__engine_check_whole(e));
     /* Another backward pass after that of the boundary (a second loss): what came so far is a
      * round. */
     if (e->round_open)

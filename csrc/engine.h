@@ -108,10 +108,12 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *engine, size_t param, const
  * are ready to be lent, and after the optimizer has run the second half follows. */
 enum dsc_status dsc_engine_step(struct dsc_engine *engine, struct dsc_view *views,
                                 const struct dsc_hyper *groups, struct dsc_step_report *report);
-/* The second half. Collective. failed: this rank's optimizer raised; then every rank gets an error.
- */
+/* The second half. Collective. failed: this rank's optimizer raised; then every rank gets an error,
+ * and, where there are others, steps are refused until mend. */
 enum dsc_status dsc_engine_end_step(struct dsc_engine *engine, struct dsc_view *views, bool failed,
                                     struct dsc_step_report *report);
+/* Every rank has loaded parameters and states. */
+void dsc_engine_mend(struct dsc_engine *engine);
 
 /* The first parameter that is to be stepped and has got no gradient on this rank since the last
  * step; -1 where there is none. */

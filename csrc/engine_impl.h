@@ -66,8 +66,9 @@ struct dsc_engine {
     struct dsc_scaler scaler;
     uint64_t n_boundaries, n_micro; /* micro-steps of the open step */
     bool between;                   /* the halves of a foreign optimizer's step */
-    bool pending_16bit;             /* 16-bit gradients lie in .grad */
-    bool boundary;                  /* of the backward pass that runs or ran last */
+    int torn_by; /* 1 + the rank whose foreign optimizer raised in an earlier step; 0: none */
+    bool pending_16bit; /* 16-bit gradients lie in .grad */
+    bool boundary;      /* of the backward pass that runs or ran last */
     bool round_open;
     uint32_t n_rounds; /* ended in this step */
     struct dsc__culprit culprit;
@@ -84,6 +85,8 @@ enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t param, const v
 enum dsc_status dsc__engine_need_local(struct dsc_engine *e, size_t s);
 /* DSC_ESTATE in a forked child. */
 enum dsc_status dsc__engine_usable(const struct dsc_engine *e);
+/* DSC_ESTATE after a step that a foreign optimizer has left half done; see engine_step.c. */
+enum dsc_status dsc__engine_check_whole(const struct dsc_engine *e);
 /* Rounds of all spaces open and end together. sources: what did not arrive; NULL: nothing. */
 void dsc__engine_open_round(struct dsc_engine *e);
 enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources);

@@ -415,10 +415,30 @@ void dsc_engine_refuse_step(struct dsc_engine *e) {
         (void)begin_step(e, NULL, NULL, true);
 }
 
+/* What an optimizer of torch's has changed before it raised cannot be undone, and differs between
+ * ranks: at stage 0 one has stepped in part and the others wholly. */
+enum dsc_status dsc__engine_check_whole(const struct dsc_engine *e) {
+    if (!e->torn_by)
+        return DSC_OK;
+    return DSC_FAIL(DSC_ESTATE,
+                    "the optimizer raised on rank %d in an earlier step, so ranks may hold "
+                    "different values; load them on every rank (the module's, then "
+                    "optimizer.load_state_dict), or call initialize again",
+                    e->torn_by - 1);
+}
+
+void dsc_engine_mend(struct dsc_engine *e) {
+    e->torn_by = 0;
+}
+
 enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
                                 const struct dsc_hyper *groups, struct dsc_step_report *report) {
     *report = (struct dsc_step_report){.bad_rank = -1, .bad_param = -1, .changed_param = -1};
     DSC_TRY(dsc__engine_usable(e));
+    if (e->torn_by) {
+        (void)begin_step(e, NULL, NULL, true);
+        return dsc__engine_check_whole(e);
+    }
     for (int g = 0; g < e->n_groups; g++)
         if (dsc_optim_check(e->options.optim, &groups[g], g) != DSC_OK) {
             (void)begin_step(e, NULL, NULL, true);
@@ -439,11 +459,13 @@ static enum dsc_status meet_optimizers(struct dsc_engine *e, bool failed) {
         DSC_TRY(dsc_comm_meet(e->comm, e->label, 5, &mine, sizeof mine, e->meeting));
     for (int r = 0; e->size > 1 && r < e->size; r++) {
         memcpy(&mine, e->meeting + (size_t)r * sizeof mine, sizeof mine);
-        if (mine)
-            return DSC_FAIL(DSC_ESTATE,
-                            "the optimizer raised on rank %d (its own error says why); this step "
-                            "has reached no parameter of another rank",
-                            r);
+        if (!mine)
+            continue;
+        e->torn_by = 1 + r;
+        return DSC_FAIL(DSC_ESTATE,
+                        "the optimizer raised on rank %d (its own error says why); this step has "
+                        "reached no parameter of another rank",
+                        r);
     }
     return DSC_OK;
 }

@@ -143,6 +143,7 @@ class _Run:
         for group, packed in zip(self.optimizer.param_groups, saved["param_groups"]):
             group.update({key: value for key, value in packed.items() if key != "params"})
         self._core.scaler = tuple(saved["loss_scaler"][name] for name in SCALER)
+        self._core.mend()
 
 
 class CoreRun(_Run):

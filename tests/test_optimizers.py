@@ -292,24 +292,72 @@ def test_an_untested_optimizer_with_sharded_states_has_to_be_allowed():
 
 
 def failing(rank, world):
-    module = models.make(Net)
+    found = []
 
     class Failing(torch.optim.SGD):
+        fails = False
+
         def step(self, closure=None):
-            if rank == 1:
+            if self.fails and rank == 1:
                 raise KeyError("mine")
             super().step()
 
-    engine = start(Failing(module.parameters(), lr=1.0), 1, module=module, zero_allow_untested_optimizer=True)
-    engine.backward(engine(batch(rank, 0)))
-    with pytest.raises((KeyError, RuntimeError)) as caught:
-        engine.step()
-    return str(caught.value)
+    def steps(engine, first, last):
+        for i in range(first, last):
+            engine.backward(engine(batch(rank, i)))
+            engine.step()
+
+    for stage in (0, 1, 2):
+        module = models.make(Net)
+        optimizer = Failing(module.parameters(), lr=0.1, momentum=0.9)
+        engine = start(optimizer, stage, module=module, zero_allow_untested_optimizer=True)
+        steps(engine, 0, 2)
+        saved = copy.deepcopy((module.state_dict(), engine.optimizer.state_dict()))
+        steps(engine, 2, 4)
+        expected = models.bits(module)
+        optimizer.fails = True
+        said = []
+        for i in range(2):
+            with pytest.raises((KeyError, RuntimeError)) as caught:
+                steps(engine, 4, 5)
+            said.append(str(caught.value))
+            optimizer.fails = False
+        module.load_state_dict(saved[0])
+        engine.optimizer.load_state_dict(saved[1])
+        steps(engine, 2, 4)
+        found.append((said, expected == models.bits(module)))
+    return found
 
 
-def test_an_optimizer_that_raises_on_one_rank_is_an_error_on_all(ranks):
-    said = ranks(2, failing)
-    assert "raised on rank 1" in said[0] and "mine" in said[1]
+def test_an_optimizer_that_raises_on_one_rank_is_an_error_on_all_until_values_are_loaded(ranks):
+    for (first, same), (second, same_there) in zip(*ranks(2, failing)):
+        assert "raised on rank 1" in first[0] and "mine" in second[0]
+        assert "ranks may hold different values" in first[1] and first[1] == second[1]
+        assert same and same_there
+
+
+def one_that_fails(rank, world):
+    """Loaded on one rank only: the other still refuses, and both hear of it."""
+    module = models.make(Net)
+    optimizer = type("Own", (torch.optim.SGD,), {})(module.parameters(), lr=0.1)
+    engine = start(optimizer, 0, module=module)
+    saved = copy.deepcopy(engine.optimizer.state_dict())
+    step, optimizer.step = optimizer.step, (lambda: 1 / 0) if rank == 1 else optimizer.step
+    said = []
+    for _ in range(2):
+        engine(batch(rank, 0)).backward()
+        with pytest.raises((ZeroDivisionError, RuntimeError, ValueError)) as caught:
+            engine.step()
+        said.append(str(caught.value))
+        optimizer.step = step
+        if rank == 0:
+            engine.optimizer.load_state_dict(saved)
+    return said[1]
+
+
+def test_values_that_only_one_rank_loads_are_an_error_on_both(ranks):
+    first, second = ranks(2, one_that_fails)
+    assert "rank 1 cannot step" in first and "ranks may hold different values" in second
 
 
 def test_a_late_group_is_named():

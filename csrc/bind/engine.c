@@ -753,6 +753,15 @@ static PyObject *engine_refuse_step(EngineObject *self, PyObject *unused) {
     Py_RETURN_NONE;
 }
 
+static PyObject *engine_mend(EngineObject *self, PyObject *unused) {
+    (void)unused;
+    if (enter(self, "mend") < 0)
+        return NULL;
+    dsc_engine_mend(self->core);
+    self->busy = false;
+    Py_RETURN_NONE;
+}
+
 /* ---- looking ---- */
 
 static PyObject *engine_counters(EngineObject *self, PyObject *unused) {
@@ -935,6 +944,8 @@ static PyMethodDef engine_methods[] = {
      "gradients and values, where the optimizer is foreign."},
     {"refuse_step", (PyCFunction)engine_refuse_step, METH_NOARGS,
      "In place of step where this rank cannot: the others get an error instead of waiting."},
+    {"mend", (PyCFunction)engine_mend, METH_NOARGS,
+     "Parameters and states are loaded: steps go on after one that a foreign optimizer left."},
     {"counters", (PyCFunction)engine_counters, METH_NOARGS, "Counters as a dict."},
     {"state", (PyCFunction)engine_state, METH_VARARGS,
      "state(i, which): (first element, float32 array), a copy of what held(i, which) shows; "

@@ -18,12 +18,13 @@
 enum {
     DSC__SHM_PAGE = 4096,
     DSC__SHM_RANKS_MAX = 1024,
-    DSC__SHM_CHANNELS = 128,       /* open at a time, per rank; number 0 is the whole node's */
-    DSC__SHM_RING = 4,             /* fingerprints kept; 2 are needed, the rest is for texts */
-    DSC__SHM_SMALL = 32 << 10,     /* up to here data travels with the fingerprint */
-    DSC__SHM_CHUNK = 1 << 20,      /* beyond, in chunks that stay in the caches: at most this, */
-    DSC__SHM_CHUNK_MIN = 64 << 10, /* at least this */
-    DSC__SHM_LANES = 8,            /* messages on their way between two ranks, per direction */
+    DSC__SHM_CHANNELS = 128,   /* open at a time, per rank; number 0 is the whole node's */
+    DSC__SHM_RING = 4,         /* fingerprints kept; 2 are needed, the rest is for texts */
+    DSC__SHM_SMALL = 32 << 10, /* up to here data travels with the fingerprint */
+    DSC__SHM_AREA = 2 << 20,   /* beyond, in chunks through the cells of an area, which are */
+    DSC__SHM_CELL_MIN = 16 << 10,
+    DSC__SHM_CELL_MAX = 128 << 10,
+    DSC__SHM_LANES = 8, /* messages on their way between two ranks, per direction */
     DSC__SHM_LANE_BYTES = 1 << 20,
     DSC__SHM_BLOCKED_TEXT = 320,
     DSC__SHM_TOKEN = 33, /* 16 random bytes as text */
@@ -46,10 +47,10 @@ struct dsc__shm_block {
     _Alignas(128) _Atomic uint32_t bell;
     _Alignas(128) _Atomic uint32_t left; /* closed */
     _Atomic uint32_t n_posted;           /* asynchronous operations that have not ended */
-    /* Double buffers: an operation's parity or a chunk's parity selects one. */
-    _Alignas(DSC__SHM_PAGE) char small[2][DSC__SHM_SMALL];
-    _Alignas(DSC__SHM_PAGE) char in[2][DSC__SHM_CHUNK];
-    _Alignas(DSC__SHM_PAGE) char result[2][DSC__SHM_CHUNK];
+    _Alignas(DSC__SHM_PAGE) char small[2][DSC__SHM_SMALL]; /* an operation's parity selects one */
+    /* Rings of cells. */
+    _Alignas(DSC__SHM_PAGE) char in[DSC__SHM_AREA];
+    _Alignas(DSC__SHM_PAGE) char result[DSC__SHM_AREA];
 };
 
 /* What a rank's main thread has been waiting in for a while, and for whom. */
@@ -135,6 +136,7 @@ struct dsc__shm {
     unsigned n_spins_max;
     struct dsc__shm_spin spins[DSC__SHM_AWAITED_COUNT];
     uint64_t sequence, phase;
+    uint64_t used; /* bytes of the areas that operations have passed, monotonic, alike on all */
     struct dsc__print current; /* the operation that runs, for texts */
     struct dsc__shm_node *node;
     int *members;                   /* size: a rank's place on the node */
@@ -249,8 +251,9 @@ struct dsc__shm_wait {
 enum dsc_status dsc__shm_wait(struct dsc__shm *shm, const struct dsc__shm_wait *wait);
 /* Whether the word that `wait` looks for is there in `block`. Not for bells. */
 bool dsc__shm_has(struct dsc__shm_block *block, enum dsc__shm_awaited kind, uint64_t target);
-/* A step of all ranks inside an operation: what each wrote before, all see after. */
-enum dsc_status dsc__shm_step(struct dsc__shm *shm);
+/* A step inside an operation. With lag 1 all ranks meet: what each wrote before, all see after.
+ * Otherwise this rank only waits until all have done the step before the last lag - 1. */
+enum dsc_status dsc__shm_step(struct dsc__shm *shm, size_t lag);
 void dsc__shm_publish(struct dsc__shm *shm, const struct dsc__print *print);
 /* The print in rank's slot for `sequence`. */
 void dsc__shm_read_print(const struct dsc__shm *shm, int rank, uint64_t sequence,
@@ -287,14 +290,56 @@ enum dsc_status dsc__shm_message_check(void *state, struct dsc__message *message
 void dsc__shm_message_end(void *state);
 void dsc__shm_ring_mail(void *state);
 
-/* ---- shm_coll.c: algorithms ---- */
-/* Bytes of a chunk where one rank publishes and others consume (broadcast, reduce, gather): an
- * eighth of n_bytes, so that the two overlap, within what pays and what an area holds. Where all
- * ranks do both, they are busy anyway, and each further step only costs. */
-static inline size_t dsc__shm_chunk(size_t n_bytes) {
-    size_t chunk = dsc_round_up((n_bytes + 7) / 8, DSC__SHM_PAGE);
-    return dsc_min(dsc_max(chunk, DSC__SHM_CHUNK_MIN), DSC__SHM_CHUNK);
+/* ---- shm_travel.c: chunks on their way ---- */
+/* One operation on its way. Lengths of parts are in bytes; a part is what one rank has for another,
+ * for the root, or for all. */
+struct dsc__shm_route {
+    struct dsc__shm *shm;
+    const struct dsc_coll *coll;
+    const struct dsc__parts *parts; /* NULL: all parts have n_bytes */
+    size_t n_bytes;                 /* of the longest part, not 0 */
+    size_t cell;                    /* bytes of an area that a chunk takes */
+    size_t chunk;                   /* bytes of a part that travel at once */
+    uint64_t first;                 /* where the first cell is */
+};
+/* Where `shared`, a cell holds a part for each other rank. */
+struct dsc__shm_route dsc__shm_route_of(struct dsc__shm *shm, const struct dsc_coll *coll,
+                                        size_t n_bytes, bool shared);
+/* Does its share of chunk `index`. */
+typedef void (*dsc__shm_stage)(const struct dsc__shm_route *r, size_t index);
+/* Takes every chunk through the stages. What all ranks did in one stage, each sees in the next. */
+enum dsc_status dsc__shm_travel(const struct dsc__shm_route *r, const dsc__shm_stage *stages,
+                                size_t n_stages);
+/* Where chunk `index` of `rank` lies for the others. */
+static inline size_t dsc__shm_cell_at(const struct dsc__shm_route *r, size_t index) {
+    return (r->first + index * r->cell) % DSC__SHM_AREA;
 }
+static inline char *dsc__shm_in(const struct dsc__shm_route *r, int rank, size_t index) {
+    return r->shm->blocks[rank]->in + dsc__shm_cell_at(r, index);
+}
+static inline char *dsc__shm_result(const struct dsc__shm_route *r, int rank, size_t index) {
+    return r->shm->blocks[rank]->result + dsc__shm_cell_at(r, index);
+}
+/* The same where the cell is shared: what `rank` has for `to`, another one. */
+static inline char *dsc__shm_in_for(const struct dsc__shm_route *r, int rank, int to,
+                                    size_t index) {
+    return dsc__shm_in(r, rank, index) + (size_t)(to < rank ? to : to - 1) * r->chunk;
+}
+static inline const char *dsc__shm_small(const struct dsc__shm *shm, int rank) {
+    return shm->blocks[rank]->small[shm->sequence & 1];
+}
+static inline size_t dsc__shm_bytes_of(const struct dsc_coll *coll) {
+    return coll->n_elems * dsc_dtype_size(coll->dtype);
+}
+/* What is left of a part of n bytes at chunk `index`, at most one chunk. */
+static inline size_t dsc__shm_length_at(const struct dsc__shm_route *r, size_t n, size_t index) {
+    size_t first = index * r->chunk;
+    return first < n ? dsc_min(r->chunk, n - first) : 0;
+}
+/* A piece of a result of n_whole bytes: past the caches if that is more than they hold. */
+void dsc__shm_put(void *dst, const void *src, size_t n_bytes, size_t n_whole);
+
+/* ---- shm_coll.c: algorithms ---- */
 enum dsc_status dsc__shm_all_reduce(void *state, const struct dsc_coll *coll);
 enum dsc_status dsc__shm_reduce_scatter(void *state, const struct dsc_coll *coll);
 enum dsc_status dsc__shm_all_gather(void *state, const struct dsc_coll *coll);

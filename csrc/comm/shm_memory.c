@@ -107,7 +107,7 @@ static enum dsc_status invite(struct dsc__shm *shm, struct dsc_shm_listener **li
         DSC_TRY(dsc_shm_listen(listener, text.address, text.token));
         memcpy(shm->blocks[0]->small[shm->sequence & 1], &text, sizeof text);
     }
-    return dsc__shm_step(shm);
+    return dsc__shm_step(shm, 1);
 }
 
 static enum dsc_status gather_parts(struct dsc__shm *shm, struct dsc_window *window,
@@ -158,7 +158,7 @@ enum dsc_status dsc__shm_window_open(void *state, size_t n_bytes, struct dsc_win
     enum dsc_status status = n_bytes > 0 ? exchange(shm, window) : DSC_OK;
     /* A rank that could not map its part tells so here, before anybody relies on the window. */
     if (status == DSC_OK)
-        status = dsc__shm_step(shm);
+        status = dsc__shm_step(shm, 1);
     if (status != DSC_OK) {
         dsc__shm_window_close(shm, window);
         return status;

@@ -346,8 +346,10 @@ enum dsc_status dsc__shm_wait(struct dsc__shm *shm, const struct dsc__shm_wait *
     return sleep_until(shm, wait);
 }
 
-enum dsc_status dsc__shm_step(struct dsc__shm *shm) {
-    struct dsc__shm_wait wait = {.kind = DSC__SHM_PHASE, .target = ++shm->phase};
+enum dsc_status dsc__shm_step(struct dsc__shm *shm, size_t lag) {
+    struct dsc__shm_wait wait = {.kind = DSC__SHM_PHASE};
+    shm->phase++;
+    wait.target = shm->phase >= lag ? shm->phase - (lag - 1) : 0;
     atomic_store(&shm->blocks[shm->rank]->phase, shm->phase);
     wake_others(shm);
     return dsc__shm_wait(shm, &wait);

@@ -151,7 +151,7 @@ enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
         return status;
     }
     memcpy(shm->blocks[shm->rank]->small[shm->sequence & 1], &own, sizeof own);
-    if ((status = dsc__shm_step(shm)) != DSC_OK) {
+    if ((status = dsc__shm_step(shm, 1)) != DSC_OK) {
         /* The world is broken; who else holds the part is unknown, so it stays. */
         dsc_free(block);
         return status;

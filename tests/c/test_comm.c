@@ -19,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CHUNK_F32 = DSC__SHM_CHUNK / 4, SMALL_F32 = DSC__SHM_SMALL / 4 };
+enum { CHUNK_F32 = 2 * DSC__SHM_CELL_MAX, SMALL_F32 = DSC__SHM_SMALL / 4 };
 
 /* ---- elements ---- */
 
@@ -705,7 +705,8 @@ static void stress_body(struct dsc_comm *comm, int rank, void *arg) {
     (void)arg;
     for (int i = 0; i < 60; i++) {
         size_t n = next_random(&plan) >> 8;
-        n %= i % 20 == 0 ? 2 * CHUNK_F32 : 5000;
+        /* Cells of every size follow each other. */
+        n %= i % 20 == 0 ? 2 * CHUNK_F32 : i % 4 == 0 ? CHUNK_F32 / 2 : 5000;
         if (next_random(&seed) % 4 == 0)
             nap_ms((int)(next_random(&seed) >> 16) % 4);
         check_collectives(comm, n, i % 2 ? DSC_BF16 : DSC_F32, DSC_SUM);

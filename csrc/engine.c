@@ -300,7 +300,9 @@ enum dsc_status dsc_engine_end_backward(struct dsc_engine *e, bool boundary, int
     if (!e->keeps && !e->deferring && e->remote) {
         *need |= DSC_NEED_HAND_OVER;
     } else if (!e->keeps && !e->deferring) {
+        double since = dsc_comm_now();
         status = dsc__engine_end_round(e, NULL);
+        e->reduce_s += dsc_comm_now() - since;
     } else if (boundary && !e->deferring) {
         e->pending_16bit = folds;
     } else {
@@ -353,7 +355,9 @@ enum dsc_status dsc_engine_hand_over(struct dsc_engine *e, struct dsc_view *view
     for (size_t i = 0; i < e->n_params; i++)
         e->touched[i] |= e->param_space[i] >= 0 && views[i].grad;
     dsc_engine_check(e, views);
+    double since = dsc_comm_now();
     enum dsc_status status = dsc__engine_hand_over(e, views);
+    e->reduce_s += dsc_comm_now() - since;
     dsc_fp_leave(saved);
     return status;
 }
@@ -409,6 +413,7 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     if (!dsc_buckets_expects(buckets, e->param_segment[param]))
         return DSC_OK;
     uint64_t saved = dsc_fp_enter();
+    double since = dsc_comm_now();
     enum dsc_status status = DSC_OK;
     const void *src = grad;
     enum dsc_dtype src_dtype = dtype;
@@ -423,6 +428,7 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
         accuse(e, param, src, src_dtype, e->n_micro + 1);
     if (src != grad)
         e->folded[param] = false; /* n_folded stays: it says that this step's slots are fp32 */
+    e->reduce_s += dsc_comm_now() - since;
     dsc_fp_leave(saved);
     *taken = e->touched[param] = status == DSC_OK;
     return status;

@@ -50,7 +50,9 @@ struct dsc_step_report {
     size_t bad_elem;    /* within the parameter, in storage order */
     uint64_t bad_micro; /* backward pass within the step, counted from 1 */
     int changed_param;  /* a 16-bit parameter that somebody else wrote to since the last step; -1 */
-    size_t n_changed;   /* how many of them this rank saw among what it steps */
+    double reduce_s; /* this rank's time in the reduction of the step's gradients, waits included */
+    double gather_s; /* and in taking over new values from the ranks that stepped them */
+    size_t n_changed; /* how many of them this rank saw among what it steps */
 };
 
 struct dsc_engine_counters {

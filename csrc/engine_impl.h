@@ -71,6 +71,7 @@ struct dsc_engine {
     bool boundary;      /* of the backward pass that runs or ran last */
     bool round_open;
     uint32_t n_rounds; /* ended in this step */
+    double reduce_s;   /* of this step so far */
     struct dsc__culprit culprit;
     char label[64];
 };

@@ -338,6 +338,7 @@ static void forget_step(struct dsc_engine *e) {
     e->n_folded = 0;
     e->n_micro = 0;
     e->n_rounds = 0;
+    e->reduce_s = 0;
     e->pending_16bit = false;
     e->culprit.param = -1;
     e->n_boundaries++;
@@ -383,6 +384,8 @@ double dsc__engine_divisor(const struct dsc_engine *e) {
 
 static enum dsc_status end_step(struct dsc_engine *e, struct dsc_step_report *report) {
     count_changes(e, report);
+    report->reduce_s = e->reduce_s;
+    report->gather_s = e->spread ? dsc_spread_seconds(e->spread) : 0;
     forget_step(e);
     report->over = true;
     enum dsc_status status = dsc_scaler_update(&e->scaler, !report->stepped);
@@ -394,10 +397,13 @@ static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
                             const struct dsc_hyper *groups, struct dsc_step_report *report) {
     struct dsc_norm norm;
     memset(&norm, 0, sizeof norm);
+    double since = dsc_comm_now();
     DSC_TRY(begin_step(e, views, groups, false));
     DSC_TRY(dsc__engine_make_sources(e, views));
     DSC_TRY(reduce(e, views, &norm));
     DSC_TRY(meet_norm(e, &norm));
+    if (e->size > 1)
+        e->reduce_s += dsc_comm_now() - since;
     double inverse = 1.0 / (e->scaler.scale * dsc__engine_divisor(e));
     report->norm = sqrt(dsc_norm_sum(&norm)) * inverse;
     report->scale = e->scaler.scale;

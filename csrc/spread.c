@@ -20,6 +20,7 @@ struct dsc_spread {
     size_t n_stride;           /* bytes from one rank's to the next */
     int rank, size;
     size_t halves_offset;
+    double seconds, taking_since;
     uint32_t n_committed; /* mine */
     uint32_t n_taken[];   /* per owner */
 };
@@ -96,6 +97,7 @@ enum dsc_status dsc_spread_acquire(struct dsc_spread *spread, const char *label,
         DSC_TRY(dsc_comm_wait_bell(spread->comm, bell, label, since));
     }
     *out = half(spread, spread->rank, spread->n_committed);
+    spread->seconds += dsc_comm_now() - since;
     return DSC_OK;
 }
 
@@ -116,13 +118,16 @@ enum dsc_status dsc_spread_share(struct dsc_spread *spread, size_t n_bytes, cons
                             .n_elems = n_bytes,
                             .dtype = DSC_U8,
                             .label = label};
+    double since = dsc_comm_now();
     spread->n_stride = n_bytes;
-    return dsc_comm_all_gather(spread->comm, &coll);
+    enum dsc_status status = dsc_comm_all_gather(spread->comm, &coll);
+    spread->seconds += dsc_comm_now() - since;
+    return status;
 }
 
 enum dsc_status dsc_spread_take(struct dsc_spread *spread, int owner, const char *label,
                                 const void **out) {
-    double since = dsc_comm_now();
+    double since = spread->taking_since = dsc_comm_now();
     if (!spread->window) {
         *out = spread->gathered + (size_t)owner * spread->n_stride;
         return DSC_OK;
@@ -139,10 +144,17 @@ enum dsc_status dsc_spread_take(struct dsc_spread *spread, int owner, const char
 }
 
 void dsc_spread_release(struct dsc_spread *spread, int owner) {
+    spread->seconds += dsc_comm_now() - spread->taking_since;
     if (!spread->window)
         return;
     spread->n_taken[owner]++;
     atomic_store_explicit(&lines_of(spread, owner)[1 + spread->rank].n, spread->n_taken[owner],
                           memory_order_release);
     dsc_comm_ring(spread->comm, owner);
+}
+
+double dsc_spread_seconds(struct dsc_spread *spread) {
+    double seconds = spread->seconds;
+    spread->seconds = 0;
+    return seconds;
 }

@@ -361,6 +361,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             raise
         report = self._run.step()
         self.optimizer.run_hooks("post")
+        self._report.after_boundary(report)
         self._scaled = False
         self.global_steps += 1
         self.global_samples += self.train_batch_size()

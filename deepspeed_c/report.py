@@ -5,13 +5,15 @@ for, a step pays a few attribute reads.
 """
 import contextlib
 import json
+import sys
 import weakref
 
 from .utils.logging import print_dist
 
 # Our name of a part -> timer of a micro-step, timer of a whole step.
 _TIMERS = {"forward": ("fwd_microstep", "fwd"), "backward": ("bwd_microstep", "bwd"),
-           "backward_inner": ("bwd_inner_microstep", "bwd_inner"), "step": ("step_microstep", "step")}
+           "backward_inner": ("bwd_inner_microstep", "bwd_inner"),
+           "reduction": ("bwd_allreduce_microstep", "bwd_allreduce"), "step": ("step_microstep", "step")}
 _NOTHING = contextlib.nullcontext()
 
 
@@ -54,6 +56,26 @@ class StepReport:
             for timer in timers:
                 timer.stop()
             self._say_memory(f"after {part}")
+
+    def after_boundary(self, report):
+        """Times that the core measured: the reduction of the step's gradients and the gathering of new values."""
+        for name in _TIMERS["reduction"] if self._times else ():
+            self._timers(name).add(report["reduce_s"])
+        log = sys.modules.get(f"{__package__}.comm.logger")  # who has not imported it has not turned it on
+        if log is not None and log.LOG.enabled and self._engine.world_size > 1:
+            self._log_communication(log.LOG, report)
+
+    def _log_communication(self, log, report):
+        """Rows of the comms log, with sizes as of the collective that would do the same."""
+        engine = self._engine
+        n_ranks, stage = engine.world_size, engine.zero_optimization_stage()
+        size = sum(p.numel() * p.element_size() for p in engine._params)
+        rows = [("engine.reduce_gradients", "all_reduce" if stage == 0 else "reduce_scatter", report["reduce_s"])]
+        if stage > 0 and report["stepped"]:
+            rows.append(("engine.gather_values", "all_gather", report["gather_s"]))
+        for name, kind, seconds in rows:
+            if log.wants(name, False):
+                log.append(name, None, size if kind == "all_reduce" else size // n_ranks, seconds, n_ranks, kind)
 
     def after_step(self, boundary):
         """The lines that are due after engine.step()."""

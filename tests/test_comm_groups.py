@@ -518,6 +518,36 @@ def test_the_log_counts_and_times_what_it_is_asked_to(ranks):
     ranks(2, logged)
 
 
+def engine_logged(rank, world):
+    torch.set_num_threads(1)
+    found = []
+    for stage in (0, 1, 2):
+        module = torch.nn.Linear(300, 200)
+        engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=module.parameters(), config={
+                **models.config(stage), "wall_clock_breakdown": True, "comms_logger": {"enabled": stage != 1}})
+        for _ in range(3):
+            engine.backward(engine(torch.ones(2, 300)).square().mean())
+            if rank == 1:
+                time.sleep(0.05)  # rank 0 waits for it in the reduction
+            engine.step()
+        timers = engine.get_wall_clock_timers()
+        found.append((comm.log_summary(return_dict=True), timers["bwd_allreduce"], timers["step"]))
+        comm.configure(enabled=False)
+        comm.reset_log()
+    return found
+
+
+def test_the_engines_own_operations_are_in_the_log_and_in_the_timers(ranks):
+    n_bytes = (300 * 200 + 200) * 4
+    (whole, reduced, stepped), (off, *_), (parts, *_) = ranks(2, engine_logged)[0]
+    assert set(whole) == {"engine.reduce_gradients"} and whole["engine.reduce_gradients"][n_bytes]["count"] == 3
+    assert 20 < reduced <= stepped and whole["engine.reduce_gradients"][n_bytes]["total_latency_ms"] > 60
+    assert off == {}
+    assert set(parts) == {"engine.reduce_gradients", "engine.gather_values"}
+    assert all(sizes[n_bytes // 2]["count"] == 3 for sizes in parts.values())
+
+
 def test_bandwidths_follow_the_documented_formulas():
     from deepspeed_c.comm.logger import bandwidths
     assert bandwidths("all_reduce", 10**9, 1000, 4) == (16, 12)

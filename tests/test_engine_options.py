@@ -415,7 +415,7 @@ def test_wall_clock_breakdown_gives_times_of_the_parts(lines):
     engine = run_some(config(0, wall_clock_breakdown=True, gas=1), 2)
     assert sum(line.startswith("[Rank 0] time (ms) | fwd_microstep: ") for line in lines) == 2
     assert sum(line.startswith("[Rank 0] time (ms) | fwd: ") for line in lines) == 2
-    assert set(engine.get_wall_clock_timers()) == {"fwd", "bwd", "bwd_inner", "step"}
+    assert set(engine.get_wall_clock_timers()) == {"fwd", "bwd", "bwd_inner", "bwd_allreduce", "step"}
     assert run_some(config(0), 1).get_wall_clock_timers() == {}
 
 

@@ -658,11 +658,12 @@ static int read_groups(EngineObject *self, PyObject *groups) {
 
 static PyObject *report_to_dict(const struct dsc_step_report *r) {
     return Py_BuildValue(
-        "{s:O,s:O,s:d,s:d,s:d,s:i,s:i,s:K,s:K,s:i,s:K}", "stepped", r->stepped ? Py_True : Py_False,
-        "nonfinite", r->nonfinite ? Py_True : Py_False, "norm", r->norm, "scale", r->scale,
-        "next_scale", r->next_scale, "bad_rank", r->bad_rank, "bad_param", r->bad_param, "bad_elem",
-        (unsigned long long)r->bad_elem, "bad_micro", (unsigned long long)r->bad_micro,
-        "changed_param", r->changed_param, "n_changed", (unsigned long long)r->n_changed);
+        "{s:O,s:O,s:d,s:d,s:d,s:i,s:i,s:K,s:K,s:i,s:K,s:d,s:d}", "stepped",
+        r->stepped ? Py_True : Py_False, "nonfinite", r->nonfinite ? Py_True : Py_False, "norm",
+        r->norm, "scale", r->scale, "next_scale", r->next_scale, "bad_rank", r->bad_rank,
+        "bad_param", r->bad_param, "bad_elem", (unsigned long long)r->bad_elem, "bad_micro",
+        (unsigned long long)r->bad_micro, "changed_param", r->changed_param, "n_changed",
+        (unsigned long long)r->n_changed, "reduce_s", r->reduce_s, "gather_s", r->gather_s);
 }
 
 static int after_step(EngineObject *self, bool stepped) {

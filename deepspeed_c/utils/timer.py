@@ -55,6 +55,11 @@ class Timer:
         self._n += 1
         self.started_ = False
 
+    def add(self, seconds):
+        """Counts an interval that was measured elsewhere."""
+        self._elapsed += seconds
+        self._n += 1
+
     def reset(self):
         """Forgets all intervals, an unfinished one too."""
         self.started_ = False

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 
 from . import _delegate as delegate
+from . import mpi
 from ._core import Comm, shm_node
 from .utils.logging import logger
 
 DEFAULT_TIMEOUT_MINUTES = 10
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # MASTER_PORT has a default, LOCAL_RANK a use of its own
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 _timeout = None  # (weak reference to the default group, what init_distributed was given for it, as a timedelta)
 _opened = None  # (weak reference to the default group, its Comm, where each rank runs)
@@ -35,8 +35,8 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     """Makes torch.distributed's default group, or adopts the one that exists. Collective.
 
     dist_backend: None picks nccl where CUDA is available, else gloo.
-    auto_mpi_discovery: accepted; starting from MPI's own variables is not yet, and an error where they are all
-        that there is.
+    auto_mpi_discovery: where RANK or WORLD_SIZE is missing, mpirun's (or Azure ML's, or SageMaker's) variables tell;
+        see mpi.py.
     distributed_port: the port of rank 0 where MASTER_PORT is not set.
     timeout: timedelta of one operation, also the communicator's; None: DEEPSPEED_TIMEOUT minutes, else 10.
     init_method, rank, world_size: as in torch.distributed.init_process_group; the environment fills the gaps.
@@ -64,6 +64,12 @@ def init_distributed(dist_backend=None, auto_mpi_discovery=True, distributed_por
     backend = dist_backend or ("nccl" if torch.cuda.is_available() else "gloo")
     if backend == "nccl" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         torch.cuda.set_device(_integer("LOCAL_RANK"))
+    if rank < 0 and world_size < 0 and not (os.environ.get("RANK") and os.environ.get("WORLD_SIZE")):
+        if auto_mpi_discovery:
+            mpi.take_over(distributed_port, verbose)
+        elif mpi.started_by_mpi():
+            raise ValueError("mpirun started this process, RANK and WORLD_SIZE are not set, and auto_mpi_discovery is "
+                             "False: a rank must not take itself for a world of one")
     where = _rendezvous(init_method, rank, world_size, distributed_port)
     _wait_for_rank_0(where, timeout.total_seconds())
     dist.init_process_group(backend, timeout=timeout, **where)
@@ -213,7 +219,6 @@ def _rendezvous(init_method, rank, world_size, port):
     given = {"RANK": rank >= 0, "WORLD_SIZE": world_size >= 0}
     found = [name for name in (*_RENDEZVOUS, "MASTER_PORT") if os.environ.get(name) or given.get(name)]
     if not found:
-        _refuse_mpi()
         return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     rank = rank if rank >= 0 else _required("RANK", found)
     world_size = world_size if world_size >= 0 else _required("WORLD_SIZE", found)
@@ -260,14 +265,6 @@ def _required(name, found=()):
         raise ValueError(f"the environment is incomplete: {have}{', '.join(missing)} missing. Start with the "
                          "deepspeed launcher or torchrun, or unset all of them for one process")
     return os.environ[name] if name == "MASTER_ADDR" else _integer(name)
-
-
-def _refuse_mpi():
-    """A rank that MPI started must not take itself for a world of one."""
-    for name in _MPI_SIZES:
-        if os.environ.get(name, "1") not in ("", "0", "1"):
-            raise NotImplementedError(f"{name} is {os.environ[name]}, but RANK, WORLD_SIZE, MASTER_ADDR are not set: "
-                                      "starting from MPI is not yet; use the deepspeed launcher or torchrun")
 
 
 # ---- the communicator ----

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ranks import die, reserve_port
 
 import deepspeed_c as deepspeed
-from deepspeed_c import CommError, _core, comm
+from deepspeed_c import CommError, _core, comm, mpi
 from deepspeed_c.distributed import opened_comm, world_comm
 
 Comm = _core.Comm
@@ -127,8 +127,8 @@ def test_unknown_arguments_and_functions_that_are_not_there_are_errors():
         comm.all_reduce(torch.ones(1), colour="red")
     with pytest.raises(ValueError, match="comms_logger.enable is unknown"):
         deepspeed.init_distributed(config={"comms_logger": {"enable": True}})
-    with pytest.raises(NotImplementedError, match="not yet"):
-        comm.mpi_discovery()
+    with pytest.raises(NotImplementedError, match="DSC_COMM_BACKEND"):
+        comm.set_backend()
     with pytest.raises(ValueError, match="exactly one of src and group_src"):
         comm.broadcast(torch.ones(1))
 
@@ -174,14 +174,59 @@ def wrong_environments(rank, world):
     says(ValueError, "RANK is 'zero'", RANK="zero", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     says(ValueError, "RANK is 2, WORLD_SIZE is 2", RANK="2", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     says(ValueError, "DEEPSPEED_TIMEOUT is 'soon'", DEEPSPEED_TIMEOUT="soon")
-    without_environment(OMPI_COMM_WORLD_SIZE="4")
-    with pytest.raises(NotImplementedError, match="OMPI_COMM_WORLD_SIZE is 4.*not yet"):
+    says(ValueError, "OMPI_COMM_WORLD_RANK is 'x'", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="x")
+    os.environ["OMPI_COMM_WORLD_RANK"] = "1"
+    with pytest.raises(ValueError, match="auto_mpi_discovery is False"):
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+    with pytest.raises(ValueError, match="LOCAL_SIZE does not say that all 4 ranks.*mpirun -x MASTER_ADDR"):
         deepspeed.init_distributed()
+    assert "RANK" not in os.environ  # as it was
     del os.environ["OMPI_COMM_WORLD_SIZE"]
     with pytest.raises(RuntimeError, match="dist_init_required=False"):
         deepspeed.init_distributed(dist_init_required=False)
     with pytest.raises(RuntimeError, match="call deepspeed_c.init_distributed"):
         comm.barrier()
+
+
+def started_by_mpirun(rank, world, names, address):
+    port = os.environ["MASTER_PORT"]
+    without_environment(**dict(zip(names, map(str, (rank, world, rank, world)))))
+    if address:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    deepspeed.init_distributed(distributed_port=int(port))
+    x = torch.full((3,), float(rank))
+    comm.all_reduce(x)
+    return x[0].item(), comm.get_rank(), comm.get_local_rank(), os.environ["MASTER_PORT"] == port
+
+
+@pytest.mark.parametrize("names, address", [(mpi.KINDS[0], False), (mpi.KINDS[2][:3], True)], ids=["ompi", "pmi"])
+def test_ranks_that_mpirun_started_find_each_other(ranks, names, address):
+    assert ranks(2, started_by_mpirun, names, address) == [(1.0, 0, 0, True), (1.0, 1, 1, True)]
+
+
+def test_environments_of_azure_and_sagemaker_are_taken_over(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "before")  # so that it is put back, too
+        monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match="SageMaker: OMPI_COMM_WORLD_RANK, .*missing"):
+        comm.patch_aws_sm_env_for_torch_nccl_backend()
+    for name, value in zip(mpi.KINDS[0], "5 8 1 4".split()):
+        monkeypatch.setenv(name, value)
+
+    def told():
+        return [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+
+    comm.patch_aws_sm_env_for_torch_nccl_backend()
+    assert told() == ["5", "8", "1", None, None]
+    with pytest.raises(ValueError, match="AZ_BATCH_MASTER_NODE missing"):
+        comm.patch_aml_env_for_torch_nccl_backend()
+    monkeypatch.setenv("AZ_BATCH_MASTER_NODE", "10.0.0.4:6000")
+    comm.patch_aml_env_for_torch_nccl_backend()
+    assert told() == ["5", "8", "1", "10.0.0.4", "6105"] and os.environ["NCCL_SOCKET_IFNAME"] == "^docker0,lo"
+    monkeypatch.setenv("AZ_BATCHAI_MPI_MASTER_NODE", "10.0.0.5")
+    monkeypatch.setenv(mpi.KINDS[0].local_size, "8")
+    comm.patch_aml_env_for_torch_nccl_backend()
+    assert told() == ["5", "8", "1", "10.0.0.5", "54965"]
 
 
 def test_an_incomplete_environment_is_an_error_naming_what_is_missing(ranks):
@@ -485,8 +530,8 @@ def test_every_documented_member_is_there_or_says_not_yet(monkeypatch):
         timedelta timers""".split()
     assert [name for name in documented if not callable(getattr(comm, name, None))] == []
     assert set(documented) <= set(comm.__all__)
-    for name in comm._NOT_YET:
-        with pytest.raises(NotImplementedError, match=rf"comm\.{name}\(\) is not yet"):
+    for name in comm._ABSENT:
+        with pytest.raises(NotImplementedError, match=rf"comm\.{name}\(\): "):
             getattr(comm, name)(1, enabled=True)
     for question in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce_coalesced", "coalescing_manager"):
         assert getattr(comm, f"has_{question}")() is True

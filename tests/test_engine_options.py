@@ -506,3 +506,11 @@ def states(rank, world, stage, dtype, kind):
 def test_masters_and_states_by_parameter(ranks, stage, dtype, kind):
     (m0, n0), (m1, n1) = ranks(2, states, stage, dtype, kind)
     assert m0 == m1 and (n0 + n1 == 480 if stage else n0 == n1 == 480)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_no_masters_with_lamb_or_with_what_torch_runs_names_both(dtype):
+    for name in ("Lamb", "RMSprop"):
+        with pytest.raises(NotImplementedError, match=f"{dtype}_master_weights_and_grads.*LAMB, or with"):
+            run_some(config(0, dtype, optimizer={"type": name, "params": {"lr": 1e-3}},
+                            **{dtype: {"enabled": True, f"{dtype}_master_weights_and_grads": True}}), 1)

@@ -317,7 +317,7 @@ def failing(rank, world):
         expected = models.bits(module)
         optimizer.fails = True
         said = []
-        for i in range(2):
+        for _ in range(2):
             with pytest.raises((KeyError, RuntimeError)) as caught:
                 steps(engine, 4, 5)
             said.append(str(caught.value))

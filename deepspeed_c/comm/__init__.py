@@ -9,9 +9,10 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import ReduceOp, is_available, is_initialized, new_group
 
-from .. import _paths
+from .. import _paths, mpi
 from ..accelerator import get_accelerator
 from ..distributed import destroy_process_group, init_distributed
+from ..mpi import in_aml, in_aws_sm, in_dlts
 from ..utils.timer import SynchronizedWallClockTimer
 from .collectives import (
     all_gather,
@@ -145,35 +146,45 @@ def has_coalescing_manager():
     return hasattr(dist.distributed_c10d, "_coalescing_manager")
 
 
-def in_aml():
-    """Whether this is a job of Azure Machine Learning."""
-    return "AZUREML_EXPERIMENT_ID" in os.environ
+# ---- environments ----
 
 
-def in_aws_sm():
-    """Whether this is a job of Amazon SageMaker."""
-    return "SM_TRAINING_ENV" in os.environ
+def mpi_discovery(distributed_port=29500, verbose=True):
+    """Exports RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from mpirun's variables; mpi.py has the rules.
+    init_distributed does so by itself."""
+    mpi.discover(distributed_port, verbose)
 
 
-def in_dlts():
-    """Whether this is a job of a DLTS cluster."""
-    return "DLTS_JOB_ID" in os.environ
+def patch_aml_env_for_torch_nccl_backend(master_port=mpi.AML_PORT, verbose=True):
+    """The same in a job of Azure Machine Learning."""
+    mpi.patch_aml(master_port, verbose)
 
 
-# The rest of the documented surface: an error that says so, never silence.
-_NOT_YET = ("enable_symm_mem_for_group", "init_deepspeed_backend", "mpi_discovery",
-            "patch_aml_env_for_torch_nccl_backend", "patch_aws_sm_env_for_torch_nccl_backend", "set_backend")
+def patch_aws_sm_env_for_torch_nccl_backend(verbose=True):
+    """The same in a job of Amazon SageMaker."""
+    mpi.patch_aws_sm(verbose)
 
 
-def _not_yet(name):
+# What has no meaning here: an error that says why, never silence.
+_ABSENT = {
+    "enable_symm_mem_for_group": "symmetric memory is CUDA's, and CUDA is not yet; ranks of one machine share memory "
+                                 "without being asked",
+    "init_deepspeed_backend": "there are no back ends of DeepSpeed's own (mpi, ccl) to start; init_distributed() opens "
+                              "the communicators",
+    "set_backend": "there is nothing to set: shared memory or torch.distributed is chosen by where the ranks are, or "
+                   "by DSC_COMM_BACKEND",
+}
+
+
+def _absent(name, why):
     def call(*args, **kwargs):
-        raise NotImplementedError(f"deepspeed_c.comm.{name}() is not yet")
+        raise NotImplementedError(f"deepspeed_c.comm.{name}(): {why}")
     call.__name__ = call.__qualname__ = name
-    call.__doc__ = "Not there yet."
+    call.__doc__ = f"Not there: {why}."
     return call
 
 
-globals().update((name, _not_yet(name)) for name in _NOT_YET)
+globals().update((name, _absent(name, why)) for name, why in _ABSENT.items())
 
 __all__ = [
     "P2POp", "ReduceOp", "all_gather", "all_gather_coalesced", "all_gather_into_tensor", "all_gather_object",
@@ -187,6 +198,7 @@ __all__ = [
     "has_reduce_scatter_tensor", "in_aml", "in_aws_sm", "in_dlts", "inference_all_reduce", "init_distributed",
     "initialize_mesh_device", "irecv", "is_available", "is_initialized", "isend", "log_summary", "monitored_barrier",
     "new_group", "recv", "reduce", "reduce_scatter", "reduce_scatter_fn", "reduce_scatter_tensor", "reset_log",
-    "scatter", "scatter_object_list", "send", "timed_op", "timedelta", "timers", *_NOT_YET,
+    "scatter", "scatter_object_list", "send", "timed_op", "timedelta", "timers", "mpi_discovery",
+    "patch_aml_env_for_torch_nccl_backend", "patch_aws_sm_env_for_torch_nccl_backend", *_ABSENT,
 ]
 __getattr__, __dir__ = _paths.attributes(__name__)

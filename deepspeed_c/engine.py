@@ -13,7 +13,7 @@ import torch
 from . import _core, optimizer_choice
 from . import model as model_setup
 from .distributed import engine_comm
-from .optimizer import CoreOptimizer, DeepSpeedOptimizer
+from .optimizer import CoreOptimizer, DeepSpeedOptimizer, DestroyedEngine
 from .optimizer_run import CoreRun, ForeignRun
 from .replaced import Places
 from .report import StepReport
@@ -534,4 +534,4 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             self._core.close()
             self._core = None
         if isinstance(self.optimizer, DeepSpeedOptimizer):
-            self.optimizer._engine = weakref.proxy(self)  # a cycle would keep the module until a collection
+            self.optimizer._engine = DestroyedEngine(self)  # a cycle would keep the module until a collection

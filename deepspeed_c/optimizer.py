@@ -91,6 +91,23 @@ def _late_group(engine, group):
                                "what is to train later")
 
 
+class DestroyedEngine:
+    """What a DeepSpeedOptimizer has in the place of an engine that was destroyed: answers without it, and errors."""
+
+    _core = None
+
+    def __init__(self, engine):
+        self._last_step_skipped = engine._last_step_skipped
+
+    def loss_scale(self):
+        """As a destroyed engine says."""
+        return 1.0
+
+    def __getattr__(self, name):
+        raise RuntimeError("the optimizer's engine was destroyed: its states and masters are gone; call initialize "
+                           "again")
+
+
 class DeepSpeedOptimizer(torch.optim.Optimizer):
     """What initialize() returns second: the engine's optimizer step with the contract of a torch optimizer.
 

@@ -380,6 +380,21 @@ def test_destroy_leaves_parameters_usable_and_is_idempotent():
         engine.step()
 
 
+def test_an_optimizer_that_outlives_its_engine_says_what_happened():
+    engine, optimizer, *_ = start()
+    one_step(engine)
+    engine.destroy()
+    del engine, _
+    gc.collect()
+    optimizer.zero_grad()
+    assert optimizer.loss_scale == 1.0 and not optimizer.overflow and len(optimizer.param_groups[0]["params"]) == 4
+    loss = torch.zeros(1, requires_grad=True).sum()
+    for call in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict({}),
+                 lambda: optimizer.backward(loss), lambda: optimizer.state_names):
+        with pytest.raises(RuntimeError, match="engine was destroyed.*call initialize again"):
+            call()
+
+
 def test_parameters_keep_storages_of_their_own(tmp_path):
     module = net()
     engine, *_ = start(module=module)

@@ -5,8 +5,9 @@
 Every figure is the least of the rounds' medians on rank 0, because other loads only add; ours and gloo take turns.
 Sizes in MiB: of the whole buffer for all_reduce, reduce, broadcast and messages, of the input for reduce_scatter and
 all_to_all, of one rank's part for all_gather and gather, of the output for scatter. `copies` is the time over that of
-the bytes which a rank must copy through memory that others see, at the bandwidth of a memcpy that all ranks run at the
-same time, between buffers as large as the operation's.
+the bytes which the busiest rank must read and write, at the bandwidth of a memcpy that all ranks run at the same time,
+between buffers as large as the operation's. Tensors are private memory, so what another rank needs is written to shared
+memory first and read from there.
 """
 import argparse
 import multiprocessing
@@ -20,9 +21,14 @@ import torch.distributed as dist
 
 
 def copied(name, n, w):
-    """Bytes that the busiest rank must copy in an operation of n bytes on w ranks."""
-    return {"all_reduce": 2 * n, "reduce_scatter": n, "all_gather": n + w * n, "broadcast": n, "reduce": 2 * n,
-            "gather": w * n, "scatter": w * n, "all_to_all": 2 * n, "send/recv": n, "barrier": 0}[name]
+    """Bytes that a memcpy copies with as much traffic as an operation of n bytes on w ranks must have: half of what its
+    busiest rank reads and writes."""
+    others = n * (w - 1) / w  # of a buffer that has a part for each rank
+    read, written = {
+        "all_reduce": (others + n + others, others + n / w + n), "reduce_scatter": (others + n, others + n / w),
+        "all_gather": (w * n, n + w * n), "broadcast": (n, n), "reduce": (w * n, n), "gather": (w * n, w * n),
+        "scatter": (w * n, w * n), "all_to_all": (others + n, others + n), "send/recv": (n, n), "barrier": (0, 0)}[name]
+    return (read + written) / 2
 
 
 def calls_of(module, rank, world, n_bytes):

@@ -36,26 +36,34 @@ struct reduction {
     int n_srcs;
     enum dsc_dtype dtype;
     enum dsc_op op;
-    bool stream;
+    bool stream, direct;
 };
+
+static bool is_sum(const struct reduction *r) {
+    return r->op == DSC_SUM || r->op == DSC_AVG;
+}
+
+/* Sums of types without a kernel that adds the first source to +0.0. */
+static bool starts_from_zeros(const struct reduction *r) {
+    return is_sum(r) && (int)r->dtype >= DSC_TRAIN_DTYPE_COUNT;
+}
 
 /* acc = the sources' elements from `offset` bytes on, combined. */
 static void combine_block(void *acc, const struct reduction *r, size_t offset, size_t n) {
     const struct dsc_kernels *k = dsc_kernels();
-    bool is_sum = r->op == DSC_SUM || r->op == DSC_AVG;
     const char *first = (const char *)r->srcs[0] + offset;
     int from = 1;
 
-    if (is_sum && (int)r->dtype < DSC_TRAIN_DTYPE_COUNT) {
+    if (is_sum(r) && !starts_from_zeros(r)) {
         k->accumulate[r->dtype](acc, first, n, true); /* +0.0 + x in one pass */
-    } else if (is_sum) {
+    } else if (is_sum(r)) {
         memset(acc, 0, n * dsc_dtype_size(r->dtype));
         from = 0;
     } else if (is_wide(r->dtype)) {
         k->to_f32[r->dtype](acc, first, n);
     } else {
         /* No neutral element exists for every type, so the first rank's values start. */
-        memcpy(acc, first, n * dsc_dtype_size(r->dtype));
+        memmove(acc, first, n * dsc_dtype_size(r->dtype));
     }
     for (int i = from; i < r->n_srcs; i++)
         k->combine[r->dtype][r->op](acc, (const char *)r->srcs[i] + offset, n);
@@ -68,6 +76,10 @@ static void reduce_block(const struct reduction *r, size_t offset, size_t n) {
     const char *result = acc;
     size_t n_bytes = n * dsc_dtype_size(r->dtype);
 
+    if (r->direct) { /* the lines stay in the first-level cache until the last source is added */
+        combine_block(r->dst + offset, r, offset, n);
+        return;
+    }
     combine_block(acc, r, offset, n);
     if (is_wide(r->dtype)) {
         dsc_kernels()->from_f32[r->dtype](rounded, (const float *)(const void *)acc, n);
@@ -81,12 +93,15 @@ static void reduce_block(const struct reduction *r, size_t offset, size_t n) {
 
 void dsc__reduce(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
                  enum dsc_dtype dtype, enum dsc_op op, bool stream) {
-    struct reduction r = {dst, srcs, n_srcs, dtype, op, stream};
+    struct reduction r = {dst, srcs, n_srcs, dtype, op, stream, !stream && !is_wide(dtype)};
     size_t size = dsc_dtype_size(dtype);
     size_t block = BLOCK_BYTES / dsc_max(size, sizeof(float));
 
     if (n_elems == 0)
         return;
+    /* A source that is the result's memory must be the first, and one that is read at once. */
+    for (int i = starts_from_zeros(&r) ? 0 : 1; i < n_srcs; i++)
+        r.direct = r.direct && srcs[i] != dst;
     /* A rank whose user flushes denormals must give the same bits as the others. */
     uint64_t caller = dsc_fp_enter();
     for (size_t i = 0; i < n_elems; i += block)

@@ -106,14 +106,13 @@ def into_parts(tensors, whole, async_op, work):
 
     def finish():
         place = 0
-        with torch.no_grad():
-            for t in tensors:
-                part = whole[place:place + t.numel()].view(t.shape)
-                place += t.numel()
-                if part.data_ptr() == t.data_ptr():
-                    _changed(t)
-                else:
-                    t.copy_(part)
+        for t in tensors:
+            n = t.numel()
+            if t.data_ptr() == whole.data_ptr() + place * whole.element_size():
+                _changed(t)
+            else:
+                _copy(t, whole[place:place + n].view(t.shape))
+            place += n
 
     if async_op:
         return Work([work], tensors, finish)
@@ -123,13 +122,13 @@ def into_parts(tensors, whole, async_op, work):
 def _joined(tensors):
     """A flat view of all where they lie one behind the other in one storage (the chunks of a tensor), else None."""
     first = tensors[0]
-    end, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    start, size, storage = first.data_ptr(), first.element_size(), first.untyped_storage().data_ptr()
+    n = 0
     for t in tensors:
-        if not t.is_contiguous() or t.data_ptr() != end or t.untyped_storage().data_ptr() != storage:
+        if not t.is_contiguous() or t.data_ptr() != start + n * size or t.untyped_storage().data_ptr() != storage:
             return None
-        end += t.numel() * t.element_size()
-    n = sum(t.numel() for t in tensors)
-    return first.detach().as_strided((n,), (1,), first.storage_offset())
+        n += t.numel()
+    return (first.detach() if first.requires_grad else first).as_strided((n,), (1,), first.storage_offset())
 
 
 def one_behind_the_other(tensors):

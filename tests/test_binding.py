@@ -92,7 +92,7 @@ def test_more_types_than_the_cache_of_tables_holds_change_no_reference_count(alo
 def test_wrong_arguments_of_the_engine_are_errors_not_crashes():
     engine = engine_of(torch.nn.Linear(2, 2))
     core = engine._core
-    for call in (lambda: core.hook(99), lambda: core.hook(-1), lambda: core.state(5, 0), lambda: core.state(0, 7)):
+    for call in (lambda: core.hook(99), lambda: core.hook(-1), lambda: core.held(5, 0), lambda: core.held(0, 7)):
         with pytest.raises(IndexError):
             call()
     with pytest.raises(ValueError, match="list of 1 groups"):

@@ -136,7 +136,7 @@ def accumulate(rank, world, stage, more):
             grad = safe_get_full_grad(model.weight)
         engine.step()
     value = safe_get_full_fp32_param(model.weight).item()
-    return grad.item(), value, engine._core.state(0, -1) is None
+    return grad.item(), value, engine._core.held(0, -1) is None
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

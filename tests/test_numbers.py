@@ -266,18 +266,19 @@ def test_frozen_and_unused_parameters_stay_as_they_are():
     assert torch.equal(module.frozen.weight, frozen) and torch.equal(module.unused.weight, unused)
 
 
-def test_masters_and_states_can_be_looked_at_as_arrays():
+def test_masters_and_states_can_be_looked_at():
     engine, module, _ = one_rank({"train_batch_size": 1, "gradient_clipping": 0, "bf16": {"enabled": True},
                                   "optimizer": {"type": "Adam", "params": {"lr": 0.5}}}, Scalar(3))
     engine.backward(engine(torch.tensor([1.0, 2.0, -4.0], dtype=torch.bfloat16)))
     engine.step()
-    begin, master = engine._core.state(0, -1)
-    assert begin == 0 and master.dtype == "float32"
-    assert torch.equal(torch.from_numpy(master).to(torch.bfloat16), module.w.detach())
-    assert engine._core.state(0, 0)[1].tolist() == pytest.approx([0.1, 0.2, -0.4])
-    assert engine._core.state(0, 1)[1].tolist() == pytest.approx([0.001, 0.004, 0.016])
+    begins, held = zip(*(engine._core.held(0, which) for which in (-1, 0, 1)))
+    master, first, second = map(torch.utils.dlpack.from_dlpack, held)
+    assert begins == (0, 0, 0) and master.dtype == torch.float32
+    assert torch.equal(master.to(torch.bfloat16), module.w.detach())
+    assert first.tolist() == pytest.approx([0.1, 0.2, -0.4])
+    assert second.tolist() == pytest.approx([0.001, 0.004, 0.016])
     with pytest.raises(IndexError, match="allowed"):
-        engine._core.state(1, 0)
+        engine._core.held(1, 0)
 
 
 def test_a_plain_backward_with_a_loss_scale_is_an_error_that_says_what_to_call():

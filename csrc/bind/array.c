@@ -1,4 +1,4 @@
-/* NumPy arrays handed out: rates, data order, a parameter's state. The NumPy C API is imported by
+/* NumPy arrays handed out: rates and data order. The NumPy C API is imported by
  * the first call, in this file alone, so that importing deepspeed_c._core does not import NumPy. */
 #include "bind.h"
 

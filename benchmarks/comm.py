@@ -1,13 +1,14 @@
 """Collectives and messages of deepspeed_c.comm against gloo and against this machine's copies, in one run.
 
-    python benchmarks/comm.py [--ranks 2] [--rounds 5] [--sizes 0.004,1,64]
+    python benchmarks/comm.py [--ranks 2] [--rounds 5] [--sizes 0.004,1,64] [--nodes aabb]
 
 Every figure is the least of the rounds' medians on rank 0, because other loads only add; ours and gloo take turns.
 Sizes in MiB: of the whole buffer for all_reduce, reduce, broadcast and messages, of the input for reduce_scatter and
 all_to_all, of one rank's part for all_gather and gather, of the output for scatter. `copies` is the time over that of
 the bytes which the busiest rank must read and write, at the bandwidth of a memcpy that all ranks run at the same time,
 between buffers as large as the operation's. Tensors are private memory, so what another rank needs is written to shared
-memory first and read from there.
+memory first and read from there. --nodes: ranks with different letters pretend different machines;
+DSC_COMM_BACKEND=delegate in the environment makes each rank its own node.
 """
 import argparse
 import multiprocessing
@@ -67,6 +68,8 @@ def median_us(call, barrier, n_calls):
 
 def run_rank(rank, world, port, args, pipe):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if args.nodes:
+        os.environ["DSC_COMM_NODE"] = args.nodes[rank]
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     import deepspeed_c
@@ -109,6 +112,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=lambda text: [float(s) for s in text.split(",")], default=[4 / 1024, 1, 64])
+    parser.add_argument("--nodes", default="")
     args = parser.parse_args()
     found = measure(args)
     print(f"{'operation':16}{'KiB':>8}{'us':>12}{'gloo us':>12}{'gloo/ours':>11}{'copies':>9}")

@@ -1,8 +1,9 @@
 /* Buckets of ranks that share no memory: one exchange is one walk of all ranks, in step, over
  * chunks of every owner's range. Each rank packs what it contributes to chunk k of each owner; one
- * all_to_all brings every owner what all ranks contribute to its own chunk, and it adds them in
- * rank order. Invariant: the same additions in the same order as where memory is shared (bucket.c),
- * so the same bits; a contribution of nothing travels as zeros, which change no sum. */
+ * operation (dsc_comm_part_sums) brings every owner what all ranks contribute to its own chunk, a
+ * part per rank, or per node where a node's ranks add up first; it adds the parts in order.
+ * Invariant: one order of additions at every stage; where a part is a rank's, it is that of shared
+ * memory (bucket.c), with the same bits. Nothing travels as zeros, which change no sum. */
 #include "bucket_impl.h"
 
 #include "alloc.h"
@@ -14,7 +15,7 @@
 struct dsc__remote {
     char *send, *recv; /* slot_elems fp32 elements for each rank */
     size_t n_bytes;    /* of each */
-    size_t *n_send, *n_recv;
+    size_t *n_send;
     uint32_t n_rounds; /* exchanged in this step */
 };
 
@@ -27,8 +28,7 @@ enum dsc_status dsc__remote_open(struct dsc_buckets *set) {
     remote->n_bytes = size * set->slot_elems * sizeof(float);
     DSC_TRY(dsc_arena_alloc(remote->n_bytes, (void **)&remote->send));
     DSC_TRY(dsc_arena_alloc(remote->n_bytes, (void **)&remote->recv));
-    DSC_TRY(dsc_alloc(2 * size * sizeof(size_t), (void **)&remote->n_send));
-    remote->n_recv = remote->n_send + size;
+    DSC_TRY(dsc_alloc(size * sizeof(size_t), (void **)&remote->n_send));
     DSC_TRY(dsc_alloc(set->slot_elems / DSC_BLOCK * sizeof *set->squares, (void **)&set->squares));
     return dsc__bucket_hold(set, set->options.shared_sums ? all
                                                           : dsc_space_owned(set->space, set->rank));
@@ -65,7 +65,6 @@ static void pack(struct dsc_buckets *set, const struct dsc_source *source, size_
     for (int r = 0; r < set->size; r++) {
         struct dsc_range chunk = chunk_of(set, r, k);
         remote->n_send[r] = dsc_range_size(chunk);
-        remote->n_recv[r] = dsc_range_size(chunk_of(set, set->rank, k));
         if (source)
             dsc__bucket_pack(set, source, chunk, set->slot_dtype, to);
         else
@@ -78,6 +77,8 @@ struct sum_job {
     const struct dsc_buckets *set;
     float *sums;
     size_t n; /* elements of this rank's chunk */
+    size_t n_parts;
+    enum dsc_dtype dtype; /* of the parts */
     bool takes_norm;
 };
 
@@ -85,16 +86,16 @@ static void sum_blocks(void *context, size_t begin, size_t end) {
     const struct sum_job *job = context;
     const struct dsc_buckets *set = job->set;
     const struct dsc__remote *remote = set->remote;
-    size_t elem_size = dsc_dtype_size(set->slot_dtype);
+    size_t elem_size = dsc_dtype_size(job->dtype);
     for (size_t block = begin; block < end; block++) {
         float *dst = job->sums + block * DSC_BLOCK;
         if (remote->n_rounds == 0)
             memset(dst, 0, DSC_BLOCK * sizeof *dst);
         else
             dsc__bucket_round_sums(set, dst);
-        for (size_t r = 0; r < (size_t)set->size; r++)
-            dsc_kernels()->accumulate[set->slot_dtype](
-                dst, remote->recv + (r * job->n + block * DSC_BLOCK) * elem_size, DSC_BLOCK, false);
+        for (size_t p = 0; p < job->n_parts; p++)
+            dsc_kernels()->accumulate[job->dtype](
+                dst, remote->recv + (p * job->n + block * DSC_BLOCK) * elem_size, DSC_BLOCK, false);
         if (job->takes_norm)
             set->squares[block] = dsc_kernels()->sum_squares(dst, DSC_BLOCK);
     }
@@ -102,7 +103,12 @@ static void sum_blocks(void *context, size_t begin, size_t end) {
 
 static void sum_chunk(struct dsc_buckets *set, struct dsc_range chunk, struct dsc_norm *norm) {
     size_t n = dsc_range_size(chunk);
-    struct sum_job job = {set, set->private_sums + (chunk.begin - set->held.begin), n, norm};
+    struct sum_job job = {.set = set,
+                          .sums = set->private_sums + (chunk.begin - set->held.begin),
+                          .n = n,
+                          .n_parts = (size_t)dsc_comm_n_parts(set->comm),
+                          .dtype = dsc_comm_part_dtype(set->comm, set->slot_dtype),
+                          .takes_norm = norm};
     dsc_pool_run(set->options.pool, n / DSC_BLOCK, 32, sum_blocks, &job);
     for (size_t block = 0; norm && block < n / DSC_BLOCK; block++)
         dsc_norm_add(norm, set->squares[block]);
@@ -138,8 +144,9 @@ enum dsc_status dsc__remote_exchange(struct dsc_buckets *set, const struct dsc_s
                                 .dtype = set->slot_dtype,
                                 .label = label};
         pack(set, source, k);
-        DSC_TRY(dsc_comm_all_to_all_v(set->comm, &coll, remote->n_send, remote->n_recv));
-        sum_chunk(set, chunk_of(set, set->rank, k), norm);
+        struct dsc_range own = chunk_of(set, set->rank, k);
+        DSC_TRY(dsc_comm_part_sums(set->comm, &coll, remote->n_send, dsc_range_size(own)));
+        sum_chunk(set, own, norm);
         if (set->options.shared_sums)
             DSC_TRY(share_sums(set, k, n, label));
     }

@@ -26,28 +26,59 @@ _LOST = (RuntimeError, ValueError, OSError)  # what torch raises for a broken co
 _movers = weakref.WeakSet()
 
 
+def node():
+    """This process's node, as text without blanks: ranks where it is equal can share memory. DSC_COMM_NODE, if set,
+    makes ranks pretend to be on another machine. Raises ValueError where that has blanks or cannot be shown."""
+    pretended = os.environ.get("DSC_COMM_NODE", "")
+    if not pretended:
+        return shm_node()
+    if not pretended.isprintable() or " " in pretended:
+        raise ValueError(f"the environment variable DSC_COMM_NODE is {pretended!r}; text without blanks is expected")
+    return f"{shm_node()}/{pretended}"
+
+
 def place():
-    """Where this process runs, as text: equal where a process id means the same process."""
+    """Where this process runs, as text: its node, and its process id as others of the node know it."""
     try:
-        return f"{shm_node()} {os.readlink('/proc/self/ns/pid')} {os.getpid()}"
+        return f"{node()} {os.readlink('/proc/self/ns/pid')} {os.getpid()}"
     except OSError:
-        return f"{shm_node()} ? {os.getpid()}"
+        return f"{node()} ? {os.getpid()}"
+
+
+def layout(places):
+    """How many ranks each node has, if their ranks reduce among themselves first, else 1; and a phrase that says so.
+
+    places: `place()` of every rank, in order.
+    """
+    names = [text.split(" ")[0] for text in places]
+    n_nodes = len(set(names))
+    n_local = len(names) // n_nodes
+    if n_nodes == 1:
+        return 1, "flat, because all ranks are on one node"
+    if n_local * n_nodes != len(names) or any(names.count(name) != n_local for name in names[::n_local]):
+        return 1, "flat, because nodes have different numbers of ranks"
+    if n_local == 1:
+        return 1, "flat, because every node has one rank"
+    if any(len(set(names[i:i + n_local])) > 1 for i in range(0, len(names), n_local)):
+        return 1, "flat, because the ranks of a node do not follow each other"
+    return n_local, f"{n_nodes} nodes of {n_local} ranks, which reduce inside the node first"
 
 
 class Mover:
     """One rank's end of a gloo group, and its view of the job's board.
 
     store: the job's. channel: text that names the group among all of the job. places: `place()` of every rank.
+    memory: another Mover's, of the same rank, which never moves at the same time.
     Methods other than the constructor return a str, the reason, where the connection or the store is lost.
     """
 
-    def __init__(self, store, channel, rank, size, places, timeout):
+    def __init__(self, store, channel, rank, size, places, timeout, memory=None):
         self._store = store
         self._places = places
         self._pid = os.getpid()
         self._work = None
         self._tensors = ()
-        self._memory = torch.empty(max(STAGING_BYTES, size * 4096), dtype=torch.uint8)
+        self._memory = torch.empty(max(STAGING_BYTES, size * 4096), dtype=torch.uint8) if memory is None else memory
         self.staging = memoryview(self._memory.numpy())
         self._group = dist.ProcessGroupGloo(dist.PrefixStore(f"gloo/{channel}", store), rank, size, timeout)
         self._group.set_timeout(_NEVER)
@@ -152,11 +183,12 @@ class Mover:
             self._group = None
 
 
-def open_comm(store, channel, rank, places, timeout):
+def open_comm(store, channel, rank, places, timeout, flat=False):
     """A communicator of some or all of the default group's ranks, over a gloo group of its own. Collective.
 
     store: the default group's. channel: text, equal on all its ranks and no other communicator's, past or present.
     rank: this one's place. places: place() of every rank. timeout: seconds of one operation, 0 for none.
+    flat: every rank counts as a node of its own, wherever it is.
     Raises TimeoutError, CommError where ranks do not come.
     """
     try:
@@ -168,22 +200,52 @@ def open_comm(store, channel, rank, places, timeout):
     store = dist.PrefixStore(_PREFIX, store)
     _meet(store, channel, places, timeout)
     mover = Mover(store, channel, rank, size, places, limit)
-    return Comm.delegate(mover, channel, rank, size, dist.get_rank(), dist.get_world_size(), timeout)
+    job = dist.get_rank(), dist.get_world_size()
+    n_local = 1 if flat else layout(places)[0]
+    if n_local == 1:
+        return Comm.delegate(mover, channel, rank, size, *job, timeout)
+    index, at = divmod(rank, n_local)
+    rail = Mover(store, f"{channel}/rail {at}", index, size // n_local, places[at::n_local], limit, mover._memory)
+    first = index * n_local
+    node = _open_node(store, f"{channel}/node {index}", at, places[first:first + n_local], timeout)
+    return Comm.delegate(mover, channel, rank, size, *job, timeout, node, rail)
+
+
+def _open_node(store, channel, at, places, timeout):
+    """The communicator over shared memory of this node's ranks, of which this one is number `at`."""
+    listener, address, token = Comm.listen() if at == 0 else (None, "", "")
+    if at == 0:
+        store.set(f"open/{channel}", f"{address}\n{token}")
+    _poll(lambda: store.check([f"open/{channel}"]), places, timeout,
+          lambda: f"rank 0 of \"{channel}\" did not open its memory")
+    address, token = store.get(f"open/{channel}").decode().split("\n")
+    return Comm.shm(listener, address, token, at, len(places), timeout)
 
 
 def _meet(store, channel, places, timeout):
     """gloo's own connecting handles no signal and no death, so it begins when all ranks are there."""
-    deadline, pause = time.monotonic() + (timeout or math.inf), 0.001
     came = store.add(f"open/{channel}", 1)
-    while came < len(places):
+
+    def all_came():
+        nonlocal came
+        came = store.add(f"open/{channel}", 0)
+        return came >= len(places)
+
+    _poll(all_came, places, timeout,
+          lambda: f"{came} of {len(places)} ranks came to open the communicator \"{channel}\"")
+
+
+def _poll(is_there, places, timeout, what):
+    """Returns once is_there() is true. what(): for the text of a time-out. Raises TimeoutError, CommError naming a rank
+    that has ended."""
+    deadline, pause = time.monotonic() + (timeout or math.inf), 0.001
+    while not is_there():
         if time.monotonic() >= deadline:
-            raise TimeoutError(f"{came} of {len(places)} ranks came to open the communicator \"{channel}\" within "
-                               f"{timeout:.1f} s")
+            raise TimeoutError(f"{what()} within {timeout:.1f} s")
         time.sleep(pause)
         pause = min(1.5 * pause, 0.05)
         if pause == 0.05 and (dead := _dead(places)):
-            raise CommError(f"{dead} died or ended before the communicator \"{channel}\" was open")
-        came = store.add(f"open/{channel}", 0)
+            raise CommError(f"{dead} died or ended before a communicator was open: {what()}")
 
 
 def _dead(places):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from . import _delegate as delegate
 from . import mpi
-from ._core import Comm, shm_node
+from ._core import Comm
 from .utils.logging import logger
 
 DEFAULT_TIMEOUT_MINUTES = 10
@@ -132,11 +132,14 @@ def _open_group(world, ranks, name, timeout=None):
     timeout = _comm_timeout(_world_group()).total_seconds() if timeout is None else timeout
     if len(ranks) == 1:
         return Comm.self_(timeout)
-    places, opening = _opened[2]
+    places, opening, flat = _opened[2]
+    n_local = 1 if flat else delegate.layout(places)[0]
+    if len({rank // n_local for rank in ranks}) == 1:
+        return world.group(ranks, name, timeout)  # inside a node of a world in two levels: shared memory
     store = dist.distributed_c10d._get_default_store()
     store = dist.PrefixStore(str(opening), store)  # what was told in an earlier opening is past
     return delegate.open_comm(store, f"group {name}", list(ranks).index(world.rank),
-                              [places[r] for r in ranks], timeout)
+                              [places[r] for r in ranks], timeout, flat)
 
 
 def destroy_process_group(group=None):
@@ -304,15 +307,18 @@ def _open_ranks(rank, size, timeout):
     # A count per rank in the store itself: a new default group, or the same store again, gives new keys.
     opening = store.add(f"deepspeed_c/comm/openings/{rank}", 1)
     prefix = f"deepspeed_c/comm/{opening}"
-    store.set(f"{prefix}/{rank}", "\n".join((shm_node(), address, token, delegate.place(), wanted)))
+    store.set(f"{prefix}/{rank}", "\n".join((delegate.node(), address, token, delegate.place(), wanted)))
     told = _read_all(store, prefix, size, timeout)
-    why = _why_delegate(told)
-    where = [t[3] for t in told], opening
+    why, flat = _why_delegate(told)
+    places = [t[3] for t in told]
+    where = places, opening, flat
     if why is None:
         return Comm.shm(listener, told[0][1], told[0][2], rank, size, timeout), where
     if rank == 0:
-        logger.info("communicator: delegate, over gloo, %d ranks: %s", size, why)
-    return delegate.open_comm(dist.PrefixStore(str(opening), store), "world", rank, where[0], timeout), where
+        how = "flat, because each rank counts as its own node then" if flat else delegate.layout(places)[1]
+        logger.info("communicator: delegate, over gloo, %d ranks: %s; %s", size, why, how)
+    store = dist.PrefixStore(str(opening), store)
+    return delegate.open_comm(store, "world", rank, places, timeout, flat), where
 
 
 def _wanted_backend():
@@ -323,12 +329,15 @@ def _wanted_backend():
 
 
 def _why_delegate(told):
-    """A phrase where ranks cannot, or shall not, share memory; None where they can. Equal on all ranks."""
+    """A phrase where ranks cannot, or shall not, share memory, None where they can; and whether every rank shall be its
+    own node. Equal on all ranks."""
     elsewhere = [str(r) for r, other in enumerate(told) if other[0] != told[0][0]]
     asked = [str(r) for r, other in enumerate(told) if other[4] == "delegate"]
+    if asked:
+        return f"DSC_COMM_BACKEND asks for it on ranks {', '.join(asked)}", True
     if elsewhere:
-        return f"ranks {', '.join(elsewhere)} do not share rank 0's machine, user and network namespace"
-    return f"DSC_COMM_BACKEND asks for it on ranks {', '.join(asked)}" if asked else None
+        return f"ranks {', '.join(elsewhere)} do not share rank 0's machine, user and network namespace", False
+    return None, False
 
 
 def _read_all(store, prefix, size, timeout):

@@ -44,6 +44,20 @@ struct dsc_comm *dsc_bind_comm(struct dsc_bind_state *state, PyObject *comm) {
     return self->core;
 }
 
+struct dsc_comm *dsc_bind_comm_take(struct dsc_bind_state *state, PyObject *comm) {
+    struct dsc_comm *core = dsc_bind_comm(state, comm);
+    CommObject *self = (CommObject *)comm;
+    if (!core)
+        return NULL;
+    self->lent = false;
+    if (dsc_bind_comm_enter(self, "delegate") < 0)
+        return NULL;
+    self->closed = true;
+    self->core = NULL;
+    self->busy = false;
+    return core;
+}
+
 /* ---- opening ---- */
 
 static struct dsc_comm_options options_of(double timeout_s) {

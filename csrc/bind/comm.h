@@ -20,6 +20,10 @@ int dsc_bind_comm_enter(CommObject *self, const char *what);
 /* Ends that: None, or the exception of the status. */
 PyObject *dsc_bind_comm_leave(CommObject *self, enum dsc_status status);
 
+/* Takes the communicator out of a Comm that nobody else uses, which is then closed; NULL with an
+ * exception. */
+struct dsc_comm *dsc_bind_comm_take(struct dsc_bind_state *state, PyObject *comm);
+
 /* Methods of Comm: name and arguments, as their documentation has them. */
 #define DSC_BIND_COMM_CALLS(X)                                                                     \
     X(all_reduce, "(tensor, op='sum', label=None, is_async=False)\n\n"                             \

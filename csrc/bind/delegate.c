@@ -3,7 +3,7 @@
  * Decides: how the core's callbacks become method calls. A method returns a str where the
  * connection or the board is lost, which is DSC_EDEAD with that text; whatever it raises came from
  * a signal handler, stays set, and is DSC_EINTR. Invariant: the GIL is held for the method only. */
-#include "bind.h"
+#include "comm.h"
 
 #include "../comm/delegate.h"
 
@@ -150,9 +150,12 @@ static void release(void *context) {
 }
 
 const char dsc_bind_delegate_doc[] =
-    "delegate(mover, channel, rank, size, job_rank, job_size, timeout=0.0) -> Comm\n\n"
+    "delegate(mover, channel, rank, size, job_rank, job_size, timeout=0.0, node=None,\n"
+    "rail=None) -> Comm\n\n"
     "A communicator over what `mover` (deepspeed_c._delegate.Mover) moves. channel: the same\n"
-    "text on all its ranks, and no other communicator's of the job.";
+    "text on all its ranks, and no other communicator's of the job. node: the Comm of the ranks\n"
+    "of this node, which is taken over; rail: the Mover of the ranks with this one's place on\n"
+    "every node, over mover's staging; with both a node reduces within itself first.";
 
 static struct context *new_context(PyObject *mover, int size) {
     PyObject *staging = PyObject_GetAttrString(mover, "staging");
@@ -171,14 +174,40 @@ static struct context *new_context(PyObject *mover, int size) {
     return c;
 }
 
+/* The second level of a new communicator, which is closed where that fails; 0 or -1 with an
+ * exception. */
+static int use_nodes(struct dsc_bind_state *state, struct dsc_comm *core, PyObject *node,
+                     PyObject *rail) {
+    struct dsc_comm *inside = dsc_bind_comm_take(state, node);
+    struct context *c = NULL;
+    enum dsc_status status;
+    if (inside)
+        c = new_context(rail, dsc_comm_size(core) / dsc_comm_size(inside));
+    if (!c) {
+        dsc_comm_close(inside);
+        dsc_comm_close(core);
+        return -1;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    status = dsc_comm_delegate_use_nodes(core, inside, c);
+    if (status != DSC_OK)
+        dsc_comm_close(core);
+    Py_END_ALLOW_THREADS;
+    if (status == DSC_OK)
+        return 0;
+    (void)dsc_bind_raise(state, status);
+    return -1;
+}
+
 PyObject *dsc_bind_delegate(PyObject *type, PyObject *args) {
-    PyObject *mover;
+    struct dsc_bind_state *state = dsc_bind_state_of((PyTypeObject *)type);
+    PyObject *mover, *node = Py_None, *rail = Py_None;
     const char *channel;
     int rank, size, job_rank, job_size;
     double timeout_s = 0;
     struct dsc_comm *core = NULL;
-    if (!PyArg_ParseTuple(args, "Osiiii|d:delegate", &mover, &channel, &rank, &size, &job_rank,
-                          &job_size, &timeout_s))
+    if (!PyArg_ParseTuple(args, "Osiiii|dOO:delegate", &mover, &channel, &rank, &size, &job_rank,
+                          &job_size, &timeout_s, &node, &rail))
         return NULL;
     struct context *c = new_context(mover, size);
     if (!c)
@@ -203,6 +232,8 @@ PyObject *dsc_bind_delegate(PyObject *type, PyObject *args) {
                                              .interrupted = dsc_bind_interrupted};
     const enum dsc_status status = dsc_comm_open_delegate(&options, &delegate, rank, size, &core);
     if (status != DSC_OK)
-        return dsc_bind_raise(dsc_bind_state_of((PyTypeObject *)type), status);
+        return dsc_bind_raise(state, status);
+    if (node != Py_None && use_nodes(state, core, node, rail) < 0)
+        return NULL;
     return dsc_bind_wrap_comm((PyTypeObject *)type, core);
 }

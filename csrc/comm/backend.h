@@ -76,6 +76,10 @@ struct dsc_comm_backend {
     enum dsc_status (*all_to_all)(void *state, const struct dsc_coll *coll);
     enum dsc_status (*all_to_all_v)(void *state, const struct dsc_coll *coll,
                                     const struct dsc__parts *parts);
+    /* See dsc_comm_part_sums. n_parts NULL: a part is a rank's. part_sums NULL: there is none. */
+    int (*n_parts)(void *state);
+    enum dsc_status (*part_sums)(void *state, const struct dsc_coll *coll, const size_t *n_send,
+                                 size_t n_mine);
     /* Messages between two ranks, from any thread; all NULL where there are none. advance does what
      * can be done without waiting. wait returns when `mail` differs from what it was, or after a
      * tenth of a second at most. check looks whether the message can still come. */
@@ -213,6 +217,14 @@ enum dsc_status dsc__print_compare(struct dsc_comm *comm, const struct dsc__prin
  * dst may equal a source, not overlap one otherwise. `stream`: dst is part of a large result. */
 void dsc__reduce(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
                  enum dsc_dtype dtype, enum dsc_op op, bool stream);
+/* The same in two steps. First the ranks of a node, into values of sum_dtype (fp32 for 16-bit
+ * floats), neither divided nor rounded; then the nodes' values, in node order. dst may equal no
+ * source. */
+enum dsc_dtype dsc__sum_dtype(enum dsc_dtype dtype);
+void dsc__reduce_ranks(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
+                       enum dsc_dtype dtype, enum dsc_op op);
+void dsc__reduce_nodes(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
+                       enum dsc_dtype dtype, enum dsc_op op, int n_ranks);
 
 /* isa_stream.c: memcpy past the caches. Pays for results from about this size on. */
 enum { DSC__STREAM_FROM = 16 << 20 };

@@ -30,6 +30,7 @@ enum dsc_comm_op {
     DSC_COMM_SEND,
     DSC_COMM_RECV,
     DSC_COMM_BARRIER,
+    DSC_COMM_PART_SUMS,
     DSC_COMM_WINDOW,
     DSC_COMM_MEET,
     DSC_COMM_OP_COUNT
@@ -190,6 +191,18 @@ bool dsc_comm_has_windows(const struct dsc_comm *comm);
  * round trip over a network. Returns what was set before. Back ends where it does not compare as
  * ever. */
 bool dsc_comm_cover(struct dsc_comm *comm, bool covered);
+
+/* The contributions of all ranks to what each owns, in as few parts as the back end can tell apart
+ * without choosing an order of its own: dsc_comm_n_parts of them, in rank order, whose sum (from
+ * +0.0, in that order) is every element's. A part is a rank's own contribution, of `dtype`, or,
+ * where the ranks of a node add up first, the sum of a node's (from +0.0, in rank order), of fp32.
+ * coll: src holds n_send[r] elements for each rank r, one after the other; dst receives n_parts
+ * times n_mine elements of dsc_comm_part_dtype; n_elems is the longest n_send of all ranks. Counts
+ * must follow from what ranks agreed on before: all bring n_send[r] of what rank r calls n_mine. */
+int dsc_comm_n_parts(const struct dsc_comm *comm);
+enum dsc_dtype dsc_comm_part_dtype(const struct dsc_comm *comm, enum dsc_dtype dtype);
+enum dsc_status dsc_comm_part_sums(struct dsc_comm *comm, const struct dsc_coll *coll,
+                                   const size_t *n_send, size_t n_mine);
 
 /* Every rank brings n_bytes (<= DSC_MEET_MAX) and receives everyone's, in rank order, in `all`
  * (size * n_bytes). `label` and `tag` are fingerprinted: ranks that come with different ones all

@@ -16,16 +16,26 @@
 enum { SMALL_BYTES = 64 * 1024, ALIGN = 64 };
 
 static size_t send_area(const struct dsc__delegate *d, size_t chunk) {
-    return (chunk & 1) * d->area;
+    return dsc__delegate_send_area(d, chunk);
 }
 
 static size_t fill_area(const struct dsc__delegate *d, size_t chunk) {
-    return (2 + (chunk & 1)) * d->area;
+    return dsc__delegate_fill_area(d, chunk);
+}
+
+static size_t cut(size_t n, size_t at, size_t step) {
+    return dsc__delegate_cut(n, at, step);
+}
+
+enum dsc_status dsc__delegate_start(struct dsc__delegate *d, void *context,
+                                    const struct dsc_move *move) {
+    d->moving = context;
+    enum dsc_status status = d->ops.start(context, move);
+    return status == DSC_OK ? DSC_OK : dsc__delegate_lost(d, status);
 }
 
 static enum dsc_status start(struct dsc__delegate *d, const struct dsc_move *move) {
-    enum dsc_status status = d->ops.start(d->ops.context, move);
-    return status == DSC_OK ? DSC_OK : dsc__delegate_lost(d, status);
+    return dsc__delegate_start(d, d->ops.context, move);
 }
 
 static enum dsc_status run_move(struct dsc__delegate *d, const struct dsc_move *move) {
@@ -96,10 +106,6 @@ struct walk {
     size_t elem_size;
     bool combines; /* what arrives is combined instead of stored */
 };
-
-static size_t cut(size_t n, size_t at, size_t step) {
-    return n <= at ? 0 : dsc_min(n - at, step);
-}
 
 /* Fills chunk k's staging, and says how it moves. */
 static void pack(const struct walk *w, size_t k, char *to) {
@@ -223,7 +229,29 @@ static enum dsc_status all_to_all_v(void *state, const struct dsc_coll *coll,
     return walk(&w);
 }
 
+static int n_parts(void *state) {
+    const struct dsc__delegate *d = state;
+    return d->nodes ? dsc__nodes_count(d->nodes) : d->comm->size;
+}
+
+/* Without nodes every rank's contribution is a part. */
+static enum dsc_status part_sums(void *state, const struct dsc_coll *coll, const size_t *n_send,
+                                 size_t n_mine) {
+    struct dsc__delegate *d = state;
+    if (d->nodes)
+        return dsc__nodes_part_sums(d, coll, n_send, n_mine);
+    struct walk w = exchange_of(d, coll);
+    size_t send_at = 0;
+    for (int r = 0; r < d->comm->size; r++) {
+        d->parts[r] = (struct dsc__delegate_part){send_at, n_send[r], (size_t)r * n_mine, n_mine};
+        send_at += n_send[r];
+    }
+    return walk(&w);
+}
+
 static enum dsc_status reduce_scatter(void *state, const struct dsc_coll *coll) {
+    if (((struct dsc__delegate *)state)->nodes)
+        return dsc__nodes_reduce_scatter(state, coll);
     struct walk w = exchange_of(state, coll);
     w.combines = true;
     return walk(&w);
@@ -246,6 +274,8 @@ static enum dsc_status gather_to_root(void *state, const struct dsc_coll *coll) 
 }
 
 static enum dsc_status reduce(void *state, const struct dsc_coll *coll) {
+    if (((struct dsc__delegate *)state)->nodes)
+        return dsc__nodes_reduce(state, coll);
     struct walk w = to_root(state, coll);
     w.combines = true;
     return walk(&w);
@@ -263,11 +293,15 @@ static enum dsc_status scatter(void *state, const struct dsc_coll *coll) {
 }
 
 static enum dsc_status all_gather(void *state, const struct dsc_coll *coll) {
+    if (((struct dsc__delegate *)state)->nodes)
+        return dsc__nodes_all_gather(state, coll);
     struct walk w = {.d = state, .coll = coll, .kind = DSC_MOVE_GATHER, .n_elems = coll->n_elems};
     return walk(&w);
 }
 
 static enum dsc_status broadcast(void *state, const struct dsc_coll *coll) {
+    if (((struct dsc__delegate *)state)->nodes)
+        return dsc__nodes_broadcast(state, coll);
     struct dsc_coll in_place = *coll;
     in_place.src = coll->dst;
     struct walk w = {
@@ -281,6 +315,10 @@ static enum dsc_status all_reduce_small(struct dsc__delegate *d, const struct ds
         .kind = DSC_MOVE_GATHER, .src = 0, .dst = fill_area(d, 0), .n_bytes = n_bytes};
     memcpy(d->ops.staging, coll->src, n_bytes);
     DSC_TRY(run_move(d, &move));
+    if (d->nodes) {
+        dsc__nodes_reduce_here(d, coll, d->ops.staging + move.dst, n_bytes);
+        return DSC_OK;
+    }
     for (int r = 0; r < d->comm->size; r++)
         d->srcs[r] = d->ops.staging + move.dst + (size_t)r * n_bytes;
     dsc__reduce(coll->dst, d->srcs, d->comm->size, coll->n_elems, coll->dtype, coll->op, false);
@@ -294,6 +332,8 @@ static enum dsc_status all_reduce(void *state, const struct dsc_coll *coll) {
     size_t room = d->area / size / ALIGN * ALIGN;
     if (coll->n_elems * es <= dsc_min(SMALL_BYTES, room))
         return all_reduce_small(d, coll);
+    if (d->nodes)
+        return dsc__nodes_all_reduce(d, coll);
     while (at < coll->n_elems) {
         size_t n = dsc_min(coll->n_elems - at, size * (room / es));
         size_t part = dsc_round_up((n + size - 1) / size, ALIGN / es);
@@ -332,11 +372,16 @@ static void leave(void *state) {
         return;
     d->left = true;
     dsc__delegate_tell(d, "left", false, DSC_EDEAD, "it closed its communicator");
+    if (d->nodes)
+        dsc__nodes_leave(d);
     d->ops.leave(d->ops.context);
 }
 
 static void give_up(void *state, enum dsc_status status, const char *reason) {
-    dsc__delegate_tell(state, "broken", true, status, reason);
+    struct dsc__delegate *d = state;
+    dsc__delegate_tell(d, "broken", true, status, reason);
+    if (d->nodes)
+        dsc__nodes_give_up(d, reason);
     dsc__delegate_linger(state, status, reason);
 }
 
@@ -351,8 +396,21 @@ static void free_parts(struct dsc__delegate *d) {
 static void close_delegate(void *state) {
     struct dsc__delegate *d = state;
     leave(d);
+    if (d->nodes)
+        dsc__nodes_close(d);
     d->ops.release(d->ops.context);
     free_parts(d);
+}
+
+static enum dsc_status open_group(void *state, const struct dsc__group *group,
+                                  struct dsc_comm **out) {
+    struct dsc__delegate *d = state;
+    if (d->nodes)
+        return dsc__nodes_open_group(d, group, out);
+    return DSC_FAIL(DSC_ENOTYET,
+                    "group \"%s\": every rank of this communicator is its own node, "
+                    "and it opens groups inside nodes only",
+                    group->name);
 }
 
 /* The connections are the delegate's, which knows of forks itself. */
@@ -378,6 +436,9 @@ static const struct dsc_comm_backend delegate_backend = {
     .scatter = scatter,
     .all_to_all = all_to_all,
     .all_to_all_v = all_to_all_v,
+    .n_parts = n_parts,
+    .part_sums = part_sums,
+    .open_group = open_group,
     .give_up = give_up,
     .leave = leave,
 };
@@ -421,6 +482,7 @@ enum dsc_status dsc_comm_open_delegate(const struct dsc_comm_options *options,
     d = comm->state;
     d->comm = comm;
     d->ops = *delegate;
+    d->moving = d->ops.context;
     name_channel(d, delegate->channel);
     d->area = delegate->n_staging / 4 / ALIGN * ALIGN;
     d->watch.seen = -1;

@@ -57,4 +57,12 @@ enum dsc_status dsc_comm_open_delegate(const struct dsc_comm_options *options,
                                        const struct dsc_delegate *delegate, int rank, int size,
                                        struct dsc_comm **out);
 
+/* Collective over the ranks of this one's node: from now on they reduce among themselves first, and
+ * only sums of nodes travel (delegate_nodes.c). Every node has as many ranks of `comm`, at least
+ * two, one after the other. node: their communicator, with windows. rail: another context of the
+ * delegate's start, wait, leave and release, over the same staging: the ranks with this one's place
+ * on all nodes, in the order of nodes. Takes over both (closed, released also on failure). */
+enum dsc_status dsc_comm_delegate_use_nodes(struct dsc_comm *comm, struct dsc_comm *node,
+                                            void *rail);
+
 #endif

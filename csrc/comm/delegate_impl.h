@@ -1,4 +1,5 @@
-/* What delegate.c (moving) and delegate_watch.c (waiting) share. Nobody else includes it. */
+/* What delegate.c (moving), delegate_nodes.c (moving in two levels) and delegate_watch.c (waiting)
+ * share. Nobody else includes it. */
 #ifndef DSC_COMM_DELEGATE_IMPL_H
 #define DSC_COMM_DELEGATE_IMPL_H
 
@@ -23,9 +24,13 @@ struct dsc__delegate_part {
     size_t send_at, n_send, fill_at, n_fill;
 };
 
+struct dsc__nodes; /* delegate_nodes.c */
+
 struct dsc__delegate {
     struct dsc_comm *comm;
     struct dsc_delegate ops;
+    void *moving;             /* the context whose move runs: ops.context, or the rail's */
+    struct dsc__nodes *nodes; /* NULL: every rank is its own node */
     char channel[DSC__CHANNEL_MAX];
     struct dsc__print current;
     struct dsc__print *prints; /* per rank; as of the last difference */
@@ -40,6 +45,45 @@ struct dsc__delegate {
     bool left;
 };
 
+/* ---- delegate.c ---- */
+static inline size_t dsc__delegate_send_area(const struct dsc__delegate *d, size_t chunk) {
+    return (chunk & 1) * d->area;
+}
+static inline size_t dsc__delegate_fill_area(const struct dsc__delegate *d, size_t chunk) {
+    return (2 + (chunk & 1)) * d->area;
+}
+/* What is left of n elements from `at` on, at most `step`. */
+static inline size_t dsc__delegate_cut(size_t n, size_t at, size_t step) {
+    return n <= at ? 0 : dsc_min(n - at, step);
+}
+/* Begins a move of all ranks, or of this one's rail; dsc__delegate_finish ends it. */
+enum dsc_status dsc__delegate_start(struct dsc__delegate *d, void *context,
+                                    const struct dsc_move *move);
+
+/* ---- delegate_nodes.c: operations in two levels ---- */
+int dsc__nodes_count(const struct dsc__nodes *nodes);
+enum dsc_status dsc__nodes_all_reduce(struct dsc__delegate *d, const struct dsc_coll *coll);
+enum dsc_status dsc__nodes_reduce_scatter(struct dsc__delegate *d, const struct dsc_coll *coll);
+enum dsc_status dsc__nodes_all_gather(struct dsc__delegate *d, const struct dsc_coll *coll);
+enum dsc_status dsc__nodes_broadcast(struct dsc__delegate *d, const struct dsc_coll *coll);
+enum dsc_status dsc__nodes_reduce(struct dsc__delegate *d, const struct dsc_coll *coll);
+enum dsc_status dsc__nodes_part_sums(struct dsc__delegate *d, const struct dsc_coll *coll,
+                                     const size_t *n_send, size_t n_mine);
+/* The same reduction of contributions that are all here, n_bytes of each rank from `all` on. */
+void dsc__nodes_reduce_here(struct dsc__delegate *d, const struct dsc_coll *coll, const char *all,
+                            size_t n_bytes);
+enum dsc_status dsc__nodes_open_group(struct dsc__delegate *d, const struct dsc__group *group,
+                                      struct dsc_comm **out);
+void dsc__nodes_give_up(struct dsc__delegate *d, const char *reason);
+void dsc__nodes_leave(struct dsc__delegate *d);
+void dsc__nodes_close(struct dsc__delegate *d);
+
+/* ---- delegate_watch.c ---- */
+/* A wait of another kind: begins, looks around (each 100 ms; what it returns ends the wait), ends.
+ */
+void dsc__delegate_begin_wait(struct dsc__delegate *d);
+enum dsc_status dsc__delegate_look_around(struct dsc__delegate *d, double since);
+void dsc__delegate_end_wait(struct dsc__delegate *d);
 /* Waits for the move that runs, and finds out when it never will end. */
 enum dsc_status dsc__delegate_finish(struct dsc__delegate *d);
 /* A move failed with `status`: the error that says whose end, or whose decision, that was. */

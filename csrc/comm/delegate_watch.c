@@ -201,7 +201,7 @@ enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status stat
                     reason, d->comm->rank, call);
 }
 
-static enum dsc_status slice(struct dsc__delegate *d, double since) {
+enum dsc_status dsc__delegate_look_around(struct dsc__delegate *d, double since) {
     const struct dsc_comm_options *options = &d->comm->options;
     struct dsc__watch *watch = &d->watch;
     if (options->interrupted && options->interrupted(options->interrupt_context))
@@ -218,20 +218,28 @@ static enum dsc_status slice(struct dsc__delegate *d, double since) {
     return DSC_OK;
 }
 
+void dsc__delegate_begin_wait(struct dsc__delegate *d) {
+    d->watch.n_slices = 0;
+    d->watch.seen = -1;
+}
+
+void dsc__delegate_end_wait(struct dsc__delegate *d) {
+    if (d->watch.posted)
+        unpost(d);
+}
+
 enum dsc_status dsc__delegate_finish(struct dsc__delegate *d) {
     double since = dsc_comm_now();
     bool done = false;
     enum dsc_status status = DSC_OK;
-    d->watch.n_slices = 0;
-    d->watch.seen = -1;
+    dsc__delegate_begin_wait(d);
     while (status == DSC_OK && !done) {
-        status = d->ops.wait(d->ops.context, SLICE_MS, &done);
+        status = d->ops.wait(d->moving, SLICE_MS, &done);
         if (status != DSC_OK)
             status = dsc__delegate_lost(d, status);
         else if (!done)
-            status = slice(d, since);
+            status = dsc__delegate_look_around(d, since);
     }
-    if (d->watch.posted)
-        unpost(d);
+    dsc__delegate_end_wait(d);
     return status;
 }

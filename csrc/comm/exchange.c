@@ -1,7 +1,8 @@
-/* all_to_all with parts of any lengths.
+/* Exchanges of parts of any lengths: all_to_all, and the engine's sums in parts.
  *
  * Decides: how lengths are compared: everybody gathers everybody's counts, so that all ranks find
- * the same contradiction. Invariant: as in comm.c, no data moves before the lengths agree. */
+ * the same contradiction. Invariant: as in comm.c, no data moves before the lengths agree (those of
+ * part_sums follow from what was agreed on before). */
 #include "backend.h"
 
 #include "../alloc.h"
@@ -78,4 +79,34 @@ enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_co
         status = dsc__leave(comm, exchange(comm, coll, &parts, counts));
     dsc_free(counts);
     return status;
+}
+
+/* ---- sums in parts ---- */
+
+int dsc_comm_n_parts(const struct dsc_comm *comm) {
+    return comm->backend->n_parts ? comm->backend->n_parts(comm->state) : comm->size;
+}
+
+enum dsc_dtype dsc_comm_part_dtype(const struct dsc_comm *comm, enum dsc_dtype dtype) {
+    return dsc_comm_n_parts(comm) < comm->size ? dsc__sum_dtype(dtype) : dtype;
+}
+
+enum dsc_status dsc_comm_part_sums(struct dsc_comm *comm, const struct dsc_coll *coll,
+                                   const size_t *n_send, size_t n_mine) {
+    size_t n_src = 0, n_parts = (size_t)dsc_comm_n_parts(comm);
+    size_t width = dsc_dtype_size(dsc_comm_part_dtype(comm, coll->dtype));
+    struct dsc__print print = dsc__print_of(comm, DSC_COMM_PART_SUMS, coll->label);
+    if (!comm->backend->part_sums)
+        return DSC_FAIL(DSC_ENOTYET, "part_sums: \"%s\" has none", comm->backend->name);
+    for (int r = 0; r < comm->size; r++)
+        n_src += n_send[r];
+    DSC_TRY(dsc__check_pair(comm, "part_sums", coll, n_src,
+                            n_parts * n_mine * width / dsc_dtype_size(coll->dtype)));
+    print.n_elems = coll->n_elems;
+    print.dtype = coll->dtype;
+    DSC_TRY(dsc__enter(comm));
+    enum dsc_status status = dsc__agree(comm, &print, NULL, 0);
+    if (status == DSC_OK && coll->n_elems > 0)
+        status = comm->backend->part_sums(comm->state, coll, n_send, n_mine);
+    return dsc__leave(comm, status);
 }

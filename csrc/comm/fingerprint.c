@@ -22,6 +22,7 @@ static const char *const op_names[DSC_COMM_OP_COUNT] = {
     [DSC_COMM_RECV] = "recv",
     [DSC_COMM_BARRIER] = "barrier",
     [DSC_COMM_WINDOW] = "window",
+    [DSC_COMM_PART_SUMS] = "part_sums",
     [DSC_COMM_MEET] = "meet",
 };
 
@@ -41,6 +42,7 @@ static void arguments(const struct dsc__print *p, char *text, size_t size) {
         break;
     case DSC_COMM_ALL_GATHER:
     case DSC_COMM_ALL_TO_ALL:
+    case DSC_COMM_PART_SUMS:
         snprintf(text, size, "%s x %llu per rank", dtype, n);
         break;
     case DSC_COMM_REDUCE:

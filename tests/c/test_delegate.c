@@ -26,7 +26,7 @@ struct world {
         uint64_t awaits;
         unsigned seed;
         bool dead;
-        _Alignas(64) char staging[STAGING];
+        char *staging; /* a rail's is that of all ranks */
     } ranks[RANKS_MAX];
     struct {
         char key[DSC_BOARD_KEY_MAX], text[DSC_BOARD_TEXT_MAX];
@@ -154,21 +154,59 @@ static void nothing(void *context) {
     (void)context;
 }
 
-/* Runs body on `size` ranks over the fake. */
-static void run_fake(int size, rank_fn body, void *arg) {
-    struct dsc_comm_options options = {.timeout_s = 30};
+static struct world *new_world(int size) {
     struct world *w = calloc(1, sizeof *w);
-    struct rank_thread threads[RANKS_MAX];
-    pthread_t ids[RANKS_MAX];
     CHECK(w != NULL);
     w->size = size;
     pthread_mutex_init(&w->lock, NULL);
     pthread_cond_init(&w->changed, NULL);
     for (int r = 0; r < size; r++) {
-        struct dsc_comm *comm = NULL;
         w->ranks[r].world = w;
         w->ranks[r].rank = r;
         w->ranks[r].seed = (unsigned)r;
+    }
+    return w;
+}
+
+/* What a rank on nodes of n_local ranks opens, in its own thread, because opening waits there. */
+struct entrance {
+    struct dsc_comm *comm, *node;
+    struct rank *rail; /* NULL: no nodes */
+    struct rank_thread inside;
+};
+
+static void *enter(void *arg) {
+    struct entrance *e = arg;
+    if (e->rail)
+        CHECK_OK(dsc_comm_delegate_use_nodes(e->comm, e->node, e->rail));
+    return run_rank(&e->inside);
+}
+
+static void open_rails(struct world *w, struct entrance *entrances, int n_local,
+                       struct world **rails) {
+    struct dsc_comm_options options = {.timeout_s = 30};
+    struct dsc_comm *nodes[RANKS_MAX];
+    for (int place = 0; place < n_local; place++)
+        rails[place] = new_world(w->size / n_local);
+    for (int first = 0; first < w->size; first += n_local)
+        CHECK_OK(dsc_comm_open_threads(&options, n_local, &nodes[first]));
+    for (int r = 0; r < w->size; r++) {
+        entrances[r].node = nodes[r];
+        entrances[r].rail = &rails[r % n_local]->ranks[r / n_local];
+        entrances[r].rail->staging = w->ranks[r].staging;
+    }
+}
+
+/* Runs body on `size` ranks over the fake, on nodes of n_local ranks. */
+static void run_nodes(int size, int n_local, rank_fn body, void *arg) {
+    struct dsc_comm_options options = {.timeout_s = 30};
+    struct world *w = new_world(size), *rails[RANKS_MAX] = {NULL};
+    struct entrance entrances[RANKS_MAX] = {{NULL}};
+    pthread_t ids[RANKS_MAX];
+    for (int r = 0; r < size; r++) {
+        struct dsc_comm *comm = NULL;
+        w->ranks[r].staging = aligned_alloc(64, STAGING);
+        CHECK(w->ranks[r].staging != NULL);
         const struct dsc_delegate fake = {.context = &w->ranks[r],
                                           .staging = w->ranks[r].staging,
                                           .n_staging = STAGING,
@@ -184,15 +222,28 @@ static void run_fake(int size, rank_fn body, void *arg) {
                                           .leave = nothing,
                                           .release = nothing};
         CHECK_OK(dsc_comm_open_delegate(&options, &fake, r, size, &comm));
-        threads[r] = (struct rank_thread){.comm = comm, .body = body, .arg = arg ? arg : w};
-        CHECK(pthread_create(&ids[r], NULL, run_rank, &threads[r]) == 0);
+        entrances[r].comm = comm;
+        entrances[r].inside =
+            (struct rank_thread){.comm = comm, .body = body, .arg = arg ? arg : w};
     }
+    if (n_local > 1)
+        open_rails(w, entrances, n_local, rails);
+    for (int r = 0; r < size; r++)
+        CHECK(pthread_create(&ids[r], NULL, enter, &entrances[r]) == 0);
     for (int r = 0; r < size; r++)
         CHECK(pthread_join(ids[r], NULL) == 0);
     for (int r = 0; r < size; r++)
-        dsc_comm_close(threads[r].comm);
+        dsc_comm_close(entrances[r].comm);
     CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
+    for (int r = 0; r < size; r++)
+        free(w->ranks[r].staging);
+    for (int place = 0; place < n_local; place++)
+        free(rails[place]);
     free(w);
+}
+
+static void run_fake(int size, rank_fn body, void *arg) {
+    run_nodes(size, 1, body, arg);
 }
 
 /* ---- every operation against its definition ---- */
@@ -259,6 +310,37 @@ static void operations_do_what_they_say(void) {
     run_fake(3, operations_body, NULL);
 }
 
+static void operations_on_nodes_do_what_they_say(void) {
+    run_nodes(4, 2, operations_body, NULL);
+}
+
+/* Another order than the ranks' own gives other bits: (big + small) - big, node by node. */
+static void order_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const float given[4] = {1e8f, -1e8f, 1, 1e-3f};
+    enum { N = 40000 };
+    struct dsc_coll coll = {.n_elems = N, .dtype = DSC_F32, .op = DSC_SUM};
+    float *x = malloc(N * sizeof *x);
+    (void)arg;
+    CHECK(x);
+    for (int in_place = 0; in_place < 2; in_place++) {
+        for (int i = 0; i < N; i++)
+            x[i] = given[(rank + i) % 4];
+        coll.src = coll.dst = x;
+        coll.n_elems = in_place ? 8 : N;
+        CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+        for (size_t i = 0; i < coll.n_elems; i++) {
+            float first = given[i % 4] + given[(1 + i) % 4];
+            float second = given[(2 + i) % 4] + given[(3 + i) % 4];
+            CHECK(x[i] == first + second);
+        }
+    }
+    free(x);
+}
+
+static void nodes_add_their_ranks_first(void) {
+    run_nodes(4, 2, order_body, NULL);
+}
+
 /* Part sizes that differ, with and without a comparison of the counts. */
 static void uneven_body(struct dsc_comm *comm, int rank, void *arg) {
     size_t n_send[3], n_recv[3], n_in = 0, n_max = 40000;
@@ -296,6 +378,40 @@ static void uneven_parts_arrive(void) {
     run_fake(3, uneven_body, NULL);
 }
 
+/* Uneven shares, in parts per node or per rank. */
+static void parts_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const size_t shares[4] = {30000, 0, 17, 9000};
+    size_t size = (size_t)dsc_comm_size(comm), n_parts = (size_t)dsc_comm_n_parts(comm);
+    size_t n_mine = shares[rank], before = 0, n_src = 0;
+    for (size_t r = 0; r < size; r++) {
+        before += (int)r < rank ? shares[r] : 0;
+        n_src += shares[r];
+    }
+    float *src = malloc(n_src * sizeof *src), *dst = malloc((n_parts * n_mine + 1) * sizeof *dst);
+    struct dsc_coll coll = {.src = src, .dst = dst, .n_elems = 30000, .dtype = DSC_F32};
+    CHECK(src && dst && n_parts == *(const size_t *)arg);
+    for (size_t i = 0; i < n_src; i++)
+        src[i] = value(rank, i);
+    (void)dsc_comm_cover(comm, true);
+    CHECK_OK(dsc_comm_part_sums(comm, &coll, shares, n_mine));
+    (void)dsc_comm_cover(comm, false);
+    for (size_t p = 0; p < n_parts; p++)
+        for (size_t i = 0; i < n_mine; i++) {
+            float sum = 0;
+            for (size_t r = p * size / n_parts; r < (p + 1) * size / n_parts; r++)
+                sum += value((int)r, before + i);
+            CHECK(dst[p * n_mine + i] == sum);
+        }
+    free(src);
+    free(dst);
+}
+
+static void sums_come_in_parts(void) {
+    size_t per_rank = 4, per_node = 2;
+    run_fake(4, parts_body, &per_rank);
+    run_nodes(4, 2, parts_body, &per_node);
+}
+
 /* ---- failures ---- */
 
 static void diverged_body(struct dsc_comm *comm, int rank, void *arg) {
@@ -314,6 +430,7 @@ static void diverged_body(struct dsc_comm *comm, int rank, void *arg) {
 
 static void different_calls_are_an_error_on_all(void) {
     run_fake(3, diverged_body, NULL);
+    run_nodes(4, 2, diverged_body, NULL);
 }
 
 static void dead_body(struct dsc_comm *comm, int rank, void *arg) {
@@ -346,6 +463,30 @@ static void gives_up_body(struct dsc_comm *comm, int rank, void *arg) {
 
 static void a_rank_that_gives_up_says_why(void) {
     run_fake(3, gives_up_body, NULL);
+}
+
+/* Without an agreement before, ranks 0, 2 and 3 wait inside the operation, each for another. */
+static void gives_up_inside_body(struct dsc_comm *comm, int rank, void *arg) {
+    enum { N = 100000 };
+    float *x = calloc(N, sizeof *x);
+    struct dsc_coll coll = {.src = x, .dst = x, .n_elems = N, .dtype = DSC_F32};
+    (void)arg;
+    CHECK(x);
+    CHECK_OK(dsc_comm_barrier(comm, NULL));
+    (void)dsc_comm_cover(comm, true);
+    if (rank == 1) {
+        nap_ms(30);
+        dsc_comm_abort(comm, "out of data");
+    } else {
+        CHECK(dsc_comm_all_reduce(comm, &coll) == DSC_EDEAD);
+        CHECK_TEXT("rank 1");
+        CHECK_TEXT("out of data");
+    }
+    free(x);
+}
+
+static void a_rank_that_gives_up_ends_waits_in_its_node_and_in_others(void) {
+    run_nodes(4, 2, gives_up_inside_body, NULL);
 }
 
 /* ---- the engine ---- */
@@ -440,6 +581,22 @@ static void train_everywhere(enum dsc_dtype dtype) {
     free(faked);
 }
 
+/* On nodes there is another order, the same at every stage and on every rank. */
+static void stages_on_nodes_give_the_same_bits(void) {
+    struct training *first = calloc(1, sizeof *first), *other = calloc(1, sizeof *other);
+    CHECK(first && other);
+    first->dtype = other->dtype = DSC_BF16;
+    run_nodes(4, 2, train_body, first);
+    CHECK(first->result[0][0] != 0);
+    CHECK(memcmp(first->result[0], first->result[3], sizeof first->result[0]) == 0);
+    for (other->stage = 1; other->stage < 3; other->stage++) {
+        run_nodes(4, 2, train_body, other);
+        CHECK(memcmp(first->result, other->result, sizeof first->result) == 0);
+    }
+    free(first);
+    free(other);
+}
+
 static void training_has_the_bits_of_shared_memory_in_fp32(void) {
     train_everywhere(DSC_F32);
 }
@@ -480,10 +637,15 @@ static void the_end_of_a_process_ends_waits_of_its_threads(void) {
 
 static const struct test_case cases[] = {
     CASE(operations_do_what_they_say),
+    CASE(operations_on_nodes_do_what_they_say),
+    CASE(nodes_add_their_ranks_first),
     CASE(uneven_parts_arrive),
+    CASE(sums_come_in_parts),
     CASE(different_calls_are_an_error_on_all),
     CASE(a_dead_rank_is_named),
     CASE(a_rank_that_gives_up_says_why),
+    CASE(a_rank_that_gives_up_ends_waits_in_its_node_and_in_others),
+    CASE(stages_on_nodes_give_the_same_bits),
     CASE(the_end_of_a_process_ends_waits_of_its_threads),
     CASE(training_has_the_bits_of_shared_memory_in_fp32),
     CASE(training_has_the_bits_of_shared_memory_in_bf16),

@@ -15,6 +15,7 @@ struct dsc__watch {
     bool posted;       /* on the board */
     bool counts;       /* as a rank that is blocked */
     bool hopeful;      /* and as one whose operation will end */
+    bool noted;        /* that a process has ended */
     int64_t seen;      /* `moves` when all were blocked at the last look; -1: they were not */
     uint64_t sequence; /* posted under */
 };

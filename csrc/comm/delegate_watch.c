@@ -1,6 +1,8 @@
 /* Waiting over a delegate: who is dead, who gave up, and who waits for what will never come.
  *
- * Decides: what a blocked rank does in its slices of 100 ms. Each: signals, time-out. Each second:
+ * Decides: what a blocked rank does in its slices of 100 ms. Each: signals, time-out. Each third:
+ * whether a process of its machine has ended, which is no error yet (what it owed may be on its
+ * way), but noted for those whose connection breaks and who cannot see it. Each second:
  * whether a rank gave up, in whatever channel, or the job stands still. After 1.5 s it posts that
  * it is blocked: when all of the job are, none of them in an operation that all have come to, and
  * nothing has moved between two looks, that is a standstill, which the first to see it posts for
@@ -16,7 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { SLICE_MS = 100, LOOK_EACH = 10, POST_AT = 15, NAMED_MAX = 4, READ_MAX = 16 };
+enum { SLICE_MS = 100, LOOK_EACH = 10, NOTE_EACH = 3, POST_AT = 15, NAMED_MAX = 4, READ_MAX = 16 };
 #define LINGER_S 1.5
 
 /* ---- what the board says ---- */
@@ -177,9 +179,25 @@ static enum dsc_status timed_out(const struct dsc__delegate *d) {
                     d->comm->size, d->comm->options.timeout_s);
 }
 
+static enum dsc_status note_dead(struct dsc__delegate *d) {
+    char key[DSC_BOARD_KEY_MAX], dead[DSC_BOARD_DEAD_MAX] = "";
+    d->ops.dead(d->ops.context, dead);
+    if (!dead[0] || d->watch.noted)
+        return DSC_OK;
+    d->watch.noted = true;
+    snprintf(key, sizeof key, "ended/%s", d->channel);
+    return d->ops.put(d->ops.context, key, dead, true);
+}
+
+/* A process that is known to have ended, by this rank or by one of its machine. */
+static enum dsc_status find_dead(struct dsc__delegate *d, char text[DSC_BOARD_TEXT_MAX]) {
+    d->ops.dead(d->ops.context, text);
+    return text[0] ? DSC_OK : look(d, "ended", d->channel, text);
+}
+
 /* The connection broke: whose end, or whose decision, that was shows within a moment. */
 enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status status) {
-    char reason[400], dead[DSC_BOARD_DEAD_MAX] = "", text[DSC_BOARD_TEXT_MAX];
+    char reason[400], text[DSC_BOARD_TEXT_MAX];
     char call[DSC__CALL_TEXT_MAX];
     snprintf(reason, sizeof reason, "%s", dsc_last_error());
     dsc__print_operation(&d->current, call);
@@ -188,10 +206,10 @@ enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status stat
     for (int i = 0; i < LOOK_EACH; i++) {
         const struct timespec pause = {.tv_nsec = SLICE_MS * 1000000};
         DSC_TRY(check_board(d));
-        d->ops.dead(d->ops.context, dead);
-        if (dead[0])
-            return DSC_FAIL(DSC_EDEAD, "%s died or ended; rank %d waits in %s", dead, d->comm->rank,
-                            call);
+        DSC_TRY(find_dead(d, text));
+        if (text[0])
+            return DSC_FAIL(DSC_EDEAD, "%.60s died or ended; rank %d waits in %s", text,
+                            d->comm->rank, call);
         DSC_TRY(look(d, "left", d->channel, text));
         if (text[0])
             return heard(d, text, "left");
@@ -209,6 +227,8 @@ enum dsc_status dsc__delegate_look_around(struct dsc__delegate *d, double since)
     if (options->timeout_s > 0 && dsc_comm_now() - since > options->timeout_s)
         return timed_out(d);
     watch->n_slices++;
+    if (watch->n_slices % NOTE_EACH == 0)
+        DSC_TRY(note_dead(d));
     if (watch->n_slices == POST_AT)
         DSC_TRY(post(d));
     else if (watch->n_slices % LOOK_EACH == 0)

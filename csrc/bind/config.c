@@ -1,10 +1,9 @@
 /* The Python type Config, and config_keys().
  *
- * Decides: how a Python dict, a file or JSON text becomes the tree that the core reads, and how
- * values come back. Invariant: a Config never changes; what it gives out are fresh objects, so that
- * nobody's edits reach it. `given` is the configuration as Python objects with every "auto" left
- * out: ints stay ints and tuples tuples, which a cJSON tree cannot keep. */
-#include "bind.h"
+ * Decides: how values come back. Invariant: a Config never changes; what it gives out are fresh
+ * objects, so that nobody's edits reach it. `given` is the configuration as Python objects with
+ * every "auto" left out: ints stay ints and tuples tuples, which a cJSON tree cannot keep. */
+#include "config_source.h"
 
 #include "../alloc.h"
 #include "../config.h"
@@ -13,167 +12,19 @@
 #include <string.h>
 
 typedef struct {
-    PyObject_HEAD PyObject *source; /* the user's own dict, or what the text says */
+    PyObject_HEAD struct dsc_bind_given source; /* config and reading point into its tree */
     PyObject *given;
     PyObject *warnings;
-    cJSON *root; /* config and reading point into it */
     struct dsc_config config;
     struct dsc_config_reading reading;
 } ConfigObject;
-
-enum { DEPTH_LIMIT = 64, PATH_BYTES = 512 };
-
-/* Where in the configuration a value stands, for messages. */
-struct step {
-    const struct step *up;
-    const char *name;
-    int depth;
-};
-
-static void show_step(const struct step *step, char *out, size_t n) {
-    if (step->up)
-        show_step(step->up, out, n);
-    size_t used = strlen(out);
-    PyOS_snprintf(out + used, n - used, "%s%s", used ? "." : "", step->name);
-}
-
-static PyObject *raise_text(struct dsc_bind_state *state, const char *text) {
-    PyObject *message = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace");
-    if (message)
-        PyErr_SetObject(state->config_error, message);
-    Py_XDECREF(message);
-    return NULL;
-}
-
-/* DeepSpeedConfigError "optimizer.params.lr: ...". The exception that was set is dropped: it is the
- * reason, and `why` says it. */
-static void *refuse(struct dsc_bind_state *state, const struct step *at, const char *why,
-                    PyObject *object) {
-    char path[PATH_BYTES] = "";
-    show_step(at, path, sizeof path);
-    PyErr_Clear(); /* replaced by the exception below */
-    PyObject *name = PyUnicode_DecodeUTF8(path, (Py_ssize_t)strlen(path), "replace");
-    if (name)
-        PyErr_Format(state->config_error, "%U: %s (%.60s)", name, why, Py_TYPE(object)->tp_name);
-    Py_XDECREF(name);
-    return NULL;
-}
-
-static const char *text_of(struct dsc_bind_state *state, PyObject *object, const struct step *at) {
-    Py_ssize_t n;
-    const char *text = PyUnicode_AsUTF8AndSize(object, &n);
-    if (!text)
-        return refuse(state, at, "text with a lone surrogate", object);
-    if (strlen(text) != (size_t)n)
-        return refuse(state, at, "text with a zero byte", object);
-    return text;
-}
-
-static cJSON *tree_of(struct dsc_bind_state *state, PyObject *object, const struct step *at);
-
-static cJSON *tree_of_dict(struct dsc_bind_state *state, PyObject *dict, const struct step *at) {
-    cJSON *tree = cJSON_CreateObject();
-    PyObject *key, *value; /* borrowed */
-    Py_ssize_t position = 0;
-    while (tree && PyDict_Next(dict, &position, &key, &value)) {
-        struct step here = {at->name[0] ? at : NULL, "", at->depth + 1};
-        const char *name = NULL;
-        cJSON *item = NULL;
-        /* A value's own __float__ or __fspath__ may take both out of the dict. */
-        Py_INCREF(key);
-        Py_INCREF(value);
-        if (!PyUnicode_Check(key))
-            refuse(state, at, "a key that is not a string", key);
-        else
-            name = text_of(state, key, at);
-        here.name = name;
-        if (name)
-            item = tree_of(state, value, &here);
-        bool added = item && cJSON_AddItemToObject(tree, name, item);
-        Py_DECREF(key);
-        Py_DECREF(value);
-        if (!added) {
-            cJSON_Delete(item);
-            cJSON_Delete(tree);
-            return PyErr_Occurred() ? NULL : (cJSON *)PyErr_NoMemory();
-        }
-    }
-    return tree ? tree : (cJSON *)PyErr_NoMemory();
-}
-
-static cJSON *tree_of_list(struct dsc_bind_state *state, PyObject *list, const struct step *at) {
-    cJSON *tree = cJSON_CreateArray();
-    for (Py_ssize_t i = 0; tree && i < PySequence_Fast_GET_SIZE(list); i++) {
-        char name[32];
-        PyOS_snprintf(name, sizeof name, "[%zd]", i);
-        struct step here = {at, name, at->depth + 1};
-        PyObject *value = Py_NewRef(PySequence_Fast_GET_ITEM(list, i));
-        cJSON *item = tree_of(state, value, &here);
-        Py_DECREF(value);
-        if (!item || !cJSON_AddItemToArray(tree, item)) {
-            cJSON_Delete(item);
-            cJSON_Delete(tree);
-            return PyErr_Occurred() ? NULL : (cJSON *)PyErr_NoMemory();
-        }
-    }
-    return tree ? tree : (cJSON *)PyErr_NoMemory();
-}
-
-/* Numbers of NumPy and torch count as what float() makes of them. */
-static cJSON *tree_of_number(struct dsc_bind_state *state, PyObject *object,
-                             const struct step *at) {
-    PyNumberMethods *methods = Py_TYPE(object)->tp_as_number;
-    if (!methods || (!methods->nb_float && !methods->nb_index))
-        return refuse(state, at,
-                      "not a value for a configuration; allowed: None, bool, int, float, str, "
-                      "list, tuple, dict",
-                      object);
-    double value = PyFloat_AsDouble(object);
-    if (value == -1 && PyErr_Occurred())
-        return refuse(state, at, "a number that a float cannot hold", object);
-    cJSON *tree = cJSON_CreateNumber(value);
-    return tree ? tree : (cJSON *)PyErr_NoMemory();
-}
-
-static cJSON *tree_of_text(struct dsc_bind_state *state, PyObject *object, const struct step *at) {
-    const char *text = text_of(state, object, at);
-    if (!text)
-        return NULL;
-    cJSON *tree = cJSON_CreateString(text);
-    return tree ? tree : (cJSON *)PyErr_NoMemory();
-}
-
-static cJSON *tree_of(struct dsc_bind_state *state, PyObject *object, const struct step *at) {
-    cJSON *tree = NULL;
-    if (at->depth > DEPTH_LIMIT)
-        return refuse(state, at, "nested too deeply", object);
-    if (PyDict_Check(object))
-        return tree_of_dict(state, object, at);
-    if (PyList_Check(object) || PyTuple_Check(object))
-        return tree_of_list(state, object, at);
-    if (PyUnicode_Check(object))
-        return tree_of_text(state, object, at);
-    if (object == Py_None)
-        tree = cJSON_CreateNull();
-    else if (PyBool_Check(object))
-        tree = cJSON_CreateBool(object == Py_True);
-    else if (PyObject_HasAttrString((PyObject *)Py_TYPE(object), "__fspath__")) {
-        PyObject *path = PyOS_FSPath(object);
-        tree = path && PyUnicode_Check(path) ? tree_of_text(state, path, at)
-                                             : refuse(state, at, "a path that is not text", object);
-        Py_XDECREF(path);
-        return tree;
-    } else
-        return tree_of_number(state, object, at);
-    return tree ? tree : (cJSON *)PyErr_NoMemory();
-}
 
 static bool is_auto(PyObject *object) {
     return PyUnicode_Check(object) && PyUnicode_CompareWithASCIIString(object, "auto") == 0;
 }
 
 /* A deep copy of dicts, lists and tuples without the keys whose value is "auto". Depth is bounded,
- * because tree_of has accepted the object. */
+ * because config_source.c has accepted the object. */
 static PyObject *copy_given(PyObject *object) {
     PyObject *key, *value; /* borrowed */
     Py_ssize_t position = 0;
@@ -203,108 +54,6 @@ static PyObject *copy_given(PyObject *object) {
     PyObject *tuple = PyList_AsTuple(copy);
     Py_DECREF(copy);
     return tuple;
-}
-
-static PyObject *json_loads(PyObject *text) {
-    PyObject *json = PyImport_ImportModule("json");
-    PyObject *value = json ? PyObject_CallMethod(json, "loads", "O", text) : NULL;
-    Py_XDECREF(json);
-    return value;
-}
-
-/* The same text for Python. json is stricter than cJSON in a few places (a number like 01), and
- * what it refuses is refused. */
-static PyObject *objects_of_text(struct dsc_bind_state *state, const char *text, size_t n,
-                                 const char *name) {
-    size_t mark = n >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0;
-    PyObject *decoded = PyUnicode_DecodeUTF8(text + mark, (Py_ssize_t)(n - mark), "strict");
-    PyObject *value = decoded ? json_loads(decoded) : NULL;
-    Py_XDECREF(decoded);
-    if (value || !PyErr_ExceptionMatches(PyExc_ValueError))
-        return value;
-    PyObject *type, *why, *trace;
-    PyErr_Fetch(&type, &why, &trace);
-    PyErr_Format(state->config_error, "%s: not JSON: %S", name, why ? why : Py_None);
-    Py_XDECREF(type);
-    Py_XDECREF(why);
-    Py_XDECREF(trace);
-    return NULL;
-}
-
-static int take_text(ConfigObject *self, const char *text, size_t n, const char *name) {
-    struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
-    enum dsc_status status = dsc_config_tree(text, n, name, &self->root);
-    if (status == DSC_OK)
-        self->source = objects_of_text(state, text, n, name);
-    else if (status == DSC_ECONFIG)
-        raise_text(state, dsc_last_error());
-    else
-        dsc_bind_raise(state, status);
-    return self->source ? 0 : -1;
-}
-
-/* Whether text is base64 of a JSON object. */
-static bool is_base64(const char *base64, char **text, size_t *n) {
-    if (dsc_config_decode(base64, text, n) != DSC_OK)
-        return false;
-    if ((*text)[strspn(*text, " \t\r\n")] == '{')
-        return true;
-    dsc_free(*text);
-    *text = NULL;
-    return false;
-}
-
-/* A file, or where there is none, base64 of JSON text. */
-static int take_file(ConfigObject *self, PyObject *source) {
-    struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
-    PyObject *path = NULL;
-    char *text = NULL;
-    size_t n = 0;
-    enum dsc_status status;
-    if (!PyUnicode_FSConverter(source, &path))
-        return -1;
-    const char *name = PyBytes_AS_STRING(path);
-    Py_BEGIN_ALLOW_THREADS status = dsc_config_read_file(name, &text, &n);
-    Py_END_ALLOW_THREADS int failed = status != DSC_OK;
-    if (!failed) {
-        failed = take_text(self, text, n, name);
-    } else if (status == DSC_ECONFIG) {
-        raise_text(state, dsc_last_error());
-        if (is_base64(name, &text, &n)) {
-            PyErr_Clear(); /* there is no such file, and need not be */
-            failed = take_text(self, text, n, "the configuration in base64");
-        }
-    } else {
-        dsc_bind_raise(state, status);
-    }
-    dsc_free(text);
-    Py_DECREF(path);
-    return failed ? -1 : 0;
-}
-
-/* Text that begins with a brace is JSON, any other text a path or base64. */
-static int take_source(ConfigObject *self, PyObject *source) {
-    struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
-    if (PyDict_Check(source)) {
-        struct step top = {NULL, "", 0};
-        self->source = Py_NewRef(source);
-        self->root = tree_of(state, source, &top);
-        return self->root ? 0 : -1;
-    }
-    if (PyUnicode_Check(source)) {
-        Py_ssize_t n;
-        const char *text = PyUnicode_AsUTF8AndSize(source, &n);
-        if (text && text[strspn(text, " \t\r\n")] == '{')
-            return take_text(self, text, (size_t)n, "the configuration text");
-        PyErr_Clear(); /* a path may hold bytes that UTF-8 cannot carry */
-        return take_file(self, source);
-    }
-    if (PyObject_HasAttrString((PyObject *)Py_TYPE(source), "__fspath__"))
-        return take_file(self, source);
-    PyErr_Format(PyExc_TypeError,
-                 "a configuration is a dict, a path, JSON text or base64 of it, not %.60s",
-                 Py_TYPE(source)->tp_name);
-    return -1;
 }
 
 static PyObject *text_list(char *const *texts, size_t n) {
@@ -339,12 +88,12 @@ static int parse(ConfigObject *self, long long world_size) {
     struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
     char *text = NULL;
     enum dsc_status status =
-        dsc_config_parse(self->root, world_size, is_strict(), &self->config, &self->reading);
+        dsc_config_parse(self->source.root, world_size, is_strict(), &self->config, &self->reading);
     if (status == DSC_OK)
         return 0;
     /* The core's last error is cut at its buffer; the report has every fault. */
     if (status == DSC_ECONFIG && dsc_config_report(&self->reading, &text) == DSC_OK)
-        raise_text(state, text);
+        dsc_bind_config_raise(state, text);
     else
         dsc_bind_raise(state, status);
     dsc_free(text);
@@ -361,9 +110,10 @@ static PyObject *config_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     ConfigObject *self = (ConfigObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
-    if (take_source(self, source) < 0 || parse(self, world_size) < 0)
+    if (dsc_bind_config_take(dsc_bind_state_of(type), source, &self->source) < 0 ||
+        parse(self, world_size) < 0)
         goto error;
-    self->given = copy_given(self->source);
+    self->given = copy_given(self->source.objects);
     self->warnings = text_list(self->reading.warnings, self->reading.n_warnings);
     if (self->given && self->warnings)
         return (PyObject *)self;
@@ -374,14 +124,14 @@ error:
 
 static int config_traverse(ConfigObject *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->source);
+    Py_VISIT(self->source.objects);
     Py_VISIT(self->given);
     Py_VISIT(self->warnings);
     return 0;
 }
 
 static int config_clear(ConfigObject *self) {
-    Py_CLEAR(self->source);
+    Py_CLEAR(self->source.objects);
     Py_CLEAR(self->given);
     Py_CLEAR(self->warnings);
     return 0;
@@ -392,7 +142,7 @@ static void config_dealloc(ConfigObject *self) {
     PyObject_GC_UnTrack(self);
     (void)config_clear(self);
     dsc_config_reading_free(&self->reading);
-    cJSON_Delete(self->root);
+    cJSON_Delete(self->source.root);
     type->tp_free(self);
     Py_DECREF(type);
 }
@@ -414,7 +164,7 @@ static PyObject *item_at(PyObject *dict, const char *path) {
 
 /* What was given for a path under any of its names, borrowed; NULL if nothing or None. */
 static PyObject *given_at(ConfigObject *self, const char *path) {
-    char name[PATH_BYTES];
+    char name[DSC_BIND_PATH_BYTES];
     for (size_t i = 0; dsc_config_spelling(path, i, name, sizeof name); i++) {
         PyObject *item = item_at(self->given, name);
         if ((item && item != Py_None) || PyErr_Occurred())
@@ -425,7 +175,7 @@ static PyObject *given_at(ConfigObject *self, const char *path) {
 
 /* Whether a path is a key, or lies in an object whose keys are not the table's. */
 static bool is_known(const char *path) {
-    char part[PATH_BYTES];
+    char part[DSC_BIND_PATH_BYTES];
     if (strlen(path) >= sizeof part)
         return false;
     memcpy(part, path, strlen(path) + 1);
@@ -487,7 +237,7 @@ static PyObject *default_of(const struct dsc_key *key) {
         return key->kind == DSC_KEY_SECTION ? Py_NewRef(Py_None)
                                             : scalar(&dsc_config_defaults, key);
     PyObject *text = PyUnicode_FromString(key->text);
-    PyObject *value = text ? json_loads(text) : NULL;
+    PyObject *value = text ? dsc_bind_json_loads(text) : NULL;
     Py_XDECREF(text);
     return value;
 }
@@ -568,11 +318,11 @@ static PyObject *config_origin(ConfigObject *self, PyObject *arg) {
     if (!path || check_known(path) < 0)
         return NULL;
     const struct dsc_key *key = dsc_config_find(path);
-    char written[PATH_BYTES] = "";
+    char written[DSC_BIND_PATH_BYTES] = "";
     const cJSON *given = key ? self->reading.given[key - dsc_config_keys] : NULL;
     const cJSON *absent = key ? self->reading.absent[key - dsc_config_keys] : NULL;
     if ((!given && !absent) ||
-        !dsc_config_written(self->root, given ? given : absent, written, sizeof written))
+        !dsc_config_written(self->source.root, given ? given : absent, written, sizeof written))
         Py_RETURN_NONE;
     return Py_BuildValue("ss", written, given ? "given" : cJSON_IsString(absent) ? "auto" : "null");
 }
@@ -594,7 +344,7 @@ static PyObject *config_get_warnings(ConfigObject *self, void *unused) {
 
 static PyObject *config_get_source(ConfigObject *self, void *unused) {
     (void)unused;
-    return Py_NewRef(self->source);
+    return Py_NewRef(self->source.objects);
 }
 
 const struct dsc_config *dsc_bind_config(struct dsc_bind_state *state, PyObject *object) {

@@ -32,7 +32,7 @@ PRIVATE = {
 # Outside headers with one place each.
 OUTSIDE = {
     r"Python\.h|numpy/|dlpack/": r"csrc/bind/",
-    r"cJSON\.h": r"csrc/config|csrc/bind/(bind\.h|config\.c)",
+    r"cJSON\.h": r"csrc/config|csrc/bind/(bind\.h|config(_source)?\.[ch])",
     r"\w*intrin\.h|arm_neon\.h|cpuid\.h": r"csrc/(kernels|comm)/(isa_\w+|dispatch)\.c|csrc/fpenv\.h",
 }
 

@@ -5,9 +5,13 @@ a gloo group that is its own, never the user's. Invariant: at most one operation
 but the staging, which lives as long as they may.
 """
 import atexit
+import contextlib
 import ctypes
+import ipaddress
 import math
 import os
+import secrets
+import socket
 import time
 import weakref
 from datetime import timedelta
@@ -183,12 +187,13 @@ class Mover:
             self._group = None
 
 
-def open_comm(store, channel, rank, places, timeout, flat=False):
+def open_comm(store, channel, rank, places, timeout, flat=False, messages=False):
     """A communicator of some or all of the default group's ranks, over a gloo group of its own. Collective.
 
     store: the default group's. channel: text, equal on all its ranks and no other communicator's, past or present.
     rank: this one's place. places: place() of every rank. timeout: seconds of one operation, 0 for none.
     flat: every rank counts as a node of its own, wherever it is.
+    messages: whether it also has messages between two ranks; one communicator of the job may.
     Raises TimeoutError, CommError where ranks do not come.
     """
     try:
@@ -198,17 +203,20 @@ def open_comm(store, channel, rank, places, timeout, flat=False):
     size = len(places)
     limit = timedelta(seconds=timeout) if timeout > 0 else _NEVER
     store = dist.PrefixStore(_PREFIX, store)
-    _meet(store, channel, places, timeout)
-    mover = Mover(store, channel, rank, size, places, limit)
-    job = dist.get_rank(), dist.get_world_size()
-    n_local = 1 if flat else layout(places)[0]
-    if n_local == 1:
-        return Comm.delegate(mover, channel, rank, size, *job, timeout)
-    index, at = divmod(rank, n_local)
-    rail = Mover(store, f"{channel}/rail {at}", index, size // n_local, places[at::n_local], limit, mover._memory)
-    first = index * n_local
-    node = _open_node(store, f"{channel}/node {index}", at, places[first:first + n_local], timeout)
-    return Comm.delegate(mover, channel, rank, size, *job, timeout, node, rail)
+    with contextlib.ExitStack() as ends:
+        mail = ends.enter_context(_Listener(store, rank, places)) if messages else None
+        _meet(store, channel, places, timeout)
+        mover = Mover(store, channel, rank, size, places, limit)
+        levels = None, None
+        n_local = 1 if flat else layout(places)[0]
+        if n_local > 1:
+            index, at = divmod(rank, n_local)
+            rail = Mover(store, f"{channel}/rail {at}", index, size // n_local, places[at::n_local], limit,
+                         mover._memory)
+            first = index * n_local
+            levels = _open_node(store, f"{channel}/node {index}", at, places[first:first + n_local], timeout), rail
+        return Comm.delegate(mover, channel, rank, size, dist.get_rank(), dist.get_world_size(), timeout, *levels,
+                             *(mail.take() if messages else ()))
 
 
 def _open_node(store, channel, at, places, timeout):
@@ -220,6 +228,42 @@ def _open_node(store, channel, at, places, timeout):
           lambda: f"rank 0 of \"{channel}\" did not open its memory")
     address, token = store.get(f"open/{channel}").decode().split("\n")
     return Comm.shm(listener, address, token, at, len(places), timeout)
+
+
+class _Listener:
+    """A listening socket for messages, and its place on the board. Closed at the end of the block, unless taken.
+
+    The other ranks find it at this machine's address on the way to the job's store. On the store's own machine that
+    may be a loopback address, which is nothing to ranks elsewhere: they get the store's name, as they have it already.
+    """
+
+    def __init__(self, store, rank, places):
+        self._token = secrets.token_hex(16)
+        base = store
+        while isinstance(base, dist.PrefixStore):
+            base = base.underlying_store
+        host = getattr(base, "host", "") or socket.gethostname()
+        family, _, _, _, where = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # sends nothing
+            mine = probe.getsockname()[0]
+        here = {place.rpartition(" ")[0] for place in places}
+        by_name = ipaddress.ip_address(mine.partition("%")[0]).is_loopback and len(here) > 1
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setblocking(False)
+        self._socket.bind(("" if by_name else mine, 0))
+        self._socket.listen(128)
+        store.set(f"mail/{rank}", f"{host if by_name else mine} {self._socket.getsockname()[1]} {self._token}")
+
+    def take(self):
+        """Its descriptor, which is the caller's now, and the token that a connection has to show."""
+        return self._socket.detach(), self._token
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._socket.close()
 
 
 def _meet(store, channel, places, timeout):

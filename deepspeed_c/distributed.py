@@ -318,7 +318,7 @@ def _open_ranks(rank, size, timeout):
         how = "flat, because each rank counts as its own node then" if flat else delegate.layout(places)[1]
         logger.info("communicator: delegate, over gloo, %d ranks: %s; %s", size, why, how)
     store = dist.PrefixStore(str(opening), store)
-    return delegate.open_comm(store, "world", rank, places, timeout, flat), where
+    return delegate.open_comm(store, "world", rank, places, timeout, flat, messages=True), where
 
 
 def _wanted_backend():

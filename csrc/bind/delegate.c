@@ -151,11 +151,14 @@ static void release(void *context) {
 
 const char dsc_bind_delegate_doc[] =
     "delegate(mover, channel, rank, size, job_rank, job_size, timeout=0.0, node=None,\n"
-    "rail=None) -> Comm\n\n"
+    "rail=None, listener=-1, token=None) -> Comm\n\n"
     "A communicator over what `mover` (deepspeed_c._delegate.Mover) moves. channel: the same\n"
     "text on all its ranks, and no other communicator's of the job. node: the Comm of the ranks\n"
     "of this node, which is taken over; rail: the Mover of the ranks with this one's place on\n"
-    "every node, over mover's staging; with both a node reduces within itself first.";
+    "every node, over mover's staging; with both a node reduces within itself first. listener: "
+    "the\n"
+    "descriptor of a listening TCP socket, taken over, and token: what a connection to it has to\n"
+    "show; without a token the communicator has no messages between two ranks.";
 
 static struct context *new_context(PyObject *mover, int size) {
     PyObject *staging = PyObject_GetAttrString(mover, "staging");
@@ -204,10 +207,12 @@ PyObject *dsc_bind_delegate(PyObject *type, PyObject *args) {
     PyObject *mover, *node = Py_None, *rail = Py_None;
     const char *channel;
     int rank, size, job_rank, job_size;
+    const char *token = NULL;
     double timeout_s = 0;
+    int listener = -1;
     struct dsc_comm *core = NULL;
-    if (!PyArg_ParseTuple(args, "Osiiii|dOO:delegate", &mover, &channel, &rank, &size, &job_rank,
-                          &job_size, &timeout_s, &node, &rail))
+    if (!PyArg_ParseTuple(args, "Osiiii|dOOiz:delegate", &mover, &channel, &rank, &size, &job_rank,
+                          &job_size, &timeout_s, &node, &rail, &listener, &token))
         return NULL;
     struct context *c = new_context(mover, size);
     if (!c)
@@ -219,6 +224,8 @@ PyObject *dsc_bind_delegate(PyObject *type, PyObject *args) {
         .channel = channel,
         .job_rank = job_rank,
         .job_size = job_size,
+        .listener = listener,
+        .token = token,
         .start = start,
         .wait = wait_for,
         .add = add,

@@ -38,6 +38,7 @@ struct dsc__message {
     void *lane;
     size_t n_bytes, n_moved;
     double since;
+    unsigned n_looks, n_gone; /* the back end's, for its checks */
 };
 
 /* A group that is being opened. */
@@ -80,15 +81,19 @@ struct dsc_comm_backend {
     int (*n_parts)(void *state);
     enum dsc_status (*part_sums)(void *state, const struct dsc_coll *coll, const size_t *n_send,
                                  size_t n_mine);
-    /* Messages between two ranks, from any thread; all NULL where there are none. advance does what
-     * can be done without waiting. wait returns when `mail` differs from what it was, or after a
-     * tenth of a second at most. check looks whether the message can still come. */
+    /* Messages between two ranks, from any thread; all NULL where there are none. has_messages:
+     * NULL where all communicators of the back end have them. advance does what can be done without
+     * waiting. wait returns when `mail` differs from what it was, or after a tenth of a second at
+     * most. check looks whether the message can still come. */
+    bool (*has_messages)(void *state);
     enum dsc_status (*message_advance)(void *state, struct dsc__message *message);
     uint32_t (*mail)(void *state);
     void (*message_wait)(void *state, uint32_t seen);
     enum dsc_status (*message_check)(void *state, struct dsc__message *message, uint32_t seen);
-    /* A synchronous wait for a message has ended. */
+    /* A synchronous wait for a message has ended. May be NULL. */
     void (*message_end)(void *state);
+    /* The message failed: its memory is no longer the back end's. May be NULL. */
+    void (*message_drop)(void *state, struct dsc__message *message);
     void (*ring_mail)(void *state); /* ends this rank's own waits */
 
     /* By how much the number of this rank's unfinished asynchronous operations changes. May be
@@ -114,6 +119,9 @@ struct dsc_comm_backend {
     void (*give_up)(void *state, enum dsc_status status, const char *reason);
     /* Tells the other ranks that this one closed; the state stays. */
     void (*leave)(void *state);
+    /* The process ends, or the communicator is left: no thread of the back end's own goes on. May
+     * be NULL. */
+    void (*halt)(void *state);
 };
 
 struct dsc_comm {
@@ -202,6 +210,11 @@ enum dsc_status dsc__drain(struct dsc_comm *comm);
 bool dsc__on_own_thread(const struct dsc_comm *comm);
 /* dsc_interrupt_fn of every communicator: context is the communicator. */
 bool dsc__interrupted(void *context);
+
+/* messages.c: a message as a call, and DSC_EDIVERGED for a recv that found another one sent. */
+void dsc__message_call(const struct dsc__message *message, char text[DSC__CALL_TEXT_MAX]);
+enum dsc_status dsc__message_differs(const struct dsc__message *recv, int rank,
+                                     enum dsc_dtype dtype, size_t n_bytes, const char *label);
 
 /* fork.c: the list of live communicators that the fork handler walks. */
 enum dsc_status dsc__fork_register(struct dsc_comm *comm);

@@ -85,6 +85,8 @@ void dsc_comm_halt(struct dsc_comm *comm) {
         return;
     comm->silent = true;
     close_queues(comm);
+    if (comm->backend->halt)
+        comm->backend->halt(comm->state);
     if (comm->backend->agrees_by_message)
         end_waits(comm);
 }

@@ -11,6 +11,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Up to here an all_reduce is one gathering of everything. */
 enum { SMALL_BYTES = 64 * 1024, ALIGN = 64 };
@@ -366,11 +367,18 @@ static enum dsc_status all_reduce(void *state, const struct dsc_coll *coll) {
 
 /* ---- life ---- */
 
+static void halt(void *state) {
+    struct dsc__delegate *d = state;
+    if (d->mail)
+        dsc__mail_finish(d->mail);
+}
+
 static void leave(void *state) {
     struct dsc__delegate *d = state;
     if (d->left)
         return;
     d->left = true;
+    halt(d);
     dsc__delegate_tell(d, "left", false, DSC_EDEAD, "it closed its communicator");
     if (d->nodes)
         dsc__nodes_leave(d);
@@ -379,6 +387,8 @@ static void leave(void *state) {
 
 static void give_up(void *state, enum dsc_status status, const char *reason) {
     struct dsc__delegate *d = state;
+    if (d->mail)
+        dsc__mail_break(d->mail, status, reason);
     dsc__delegate_tell(d, "broken", true, status, reason);
     if (d->nodes)
         dsc__nodes_give_up(d, reason);
@@ -396,6 +406,7 @@ static void free_parts(struct dsc__delegate *d) {
 static void close_delegate(void *state) {
     struct dsc__delegate *d = state;
     leave(d);
+    dsc__mail_close(d->mail);
     if (d->nodes)
         dsc__nodes_close(d);
     d->ops.release(d->ops.context);
@@ -413,9 +424,11 @@ static enum dsc_status open_group(void *state, const struct dsc__group *group,
                     group->name);
 }
 
-/* The connections are the delegate's, which knows of forks itself. */
+/* The other connections are the delegate's, which knows of forks itself. */
 static void forked(void *state) {
-    (void)state;
+    const struct dsc__delegate *d = state;
+    if (d->mail)
+        dsc__mail_forked(d->mail);
 }
 
 static const struct dsc_comm_backend delegate_backend = {
@@ -439,8 +452,16 @@ static const struct dsc_comm_backend delegate_backend = {
     .n_parts = n_parts,
     .part_sums = part_sums,
     .open_group = open_group,
+    .has_messages = dsc__delegate_has_messages,
+    .message_advance = dsc__delegate_message_advance,
+    .mail = dsc__delegate_mail,
+    .message_wait = dsc__delegate_message_wait,
+    .message_check = dsc__delegate_message_check,
+    .message_drop = dsc__delegate_message_drop,
+    .ring_mail = dsc__delegate_ring_mail,
     .give_up = give_up,
     .leave = leave,
+    .halt = halt,
 };
 
 /* A long name keeps its beginning, and stays apart from others. */
@@ -476,6 +497,8 @@ enum dsc_status dsc_comm_open_delegate(const struct dsc_comm_options *options,
     if (status == DSC_OK)
         status = dsc__comm_new(&delegate_backend, options, rank, size, &comm);
     if (status != DSC_OK) {
+        if (delegate->token)
+            (void)close(delegate->listener);
         delegate->release(delegate->context);
         return status;
     }
@@ -486,7 +509,14 @@ enum dsc_status dsc_comm_open_delegate(const struct dsc_comm_options *options,
     name_channel(d, delegate->channel);
     d->area = delegate->n_staging / 4 / ALIGN * ALIGN;
     d->watch.seen = -1;
-    if ((status = allocate(d, (size_t)size)) != DSC_OK) {
+    if (delegate->token)
+        status = dsc__mail_open(delegate->listener, delegate->token, rank, size, &d->mail);
+    if (status == DSC_OK)
+        status = allocate(d, (size_t)size);
+    if (status != DSC_OK) {
+        if (d->mail)
+            dsc__mail_finish(d->mail);
+        dsc__mail_close(d->mail);
         delegate->release(delegate->context);
         free_parts(d);
         dsc__comm_delete(comm);

@@ -34,6 +34,11 @@ struct dsc_delegate {
     size_t n_staging;       /* at least 4 * 64 * size */
     const char *channel;    /* names this communicator among all of the job; copied */
     int job_rank, job_size; /* this process among all that use the board */
+    /* For messages between two ranks: a listening TCP socket, taken over, and what a connection to
+     * it has to show (copied). The board says where each rank listens ("mail/RANK": "host port
+     * token"). NULL: no messages. */
+    int listener;
+    const char *token;
 
     enum dsc_status (*start)(void *context, const struct dsc_move *move);
     /* Waits at most `ms` for what start began. */
@@ -52,7 +57,8 @@ struct dsc_delegate {
     void (*release)(void *context); /* the last call */
 };
 
-/* Local: the delegate's connections exist. Takes over `delegate` (released also on failure). */
+/* Local: the delegate's connections exist. Takes over `delegate` (released also on failure),
+ * and its listener. */
 enum dsc_status dsc_comm_open_delegate(const struct dsc_comm_options *options,
                                        const struct dsc_delegate *delegate, int rank, int size,
                                        struct dsc_comm **out);

@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "delegate.h"
+#include "tcp_mail.h"
 
 enum { DSC__CHANNEL_MAX = 48 };
 
@@ -43,6 +44,7 @@ struct dsc__delegate {
     const void **srcs;                /* per rank */
     size_t area; /* bytes of each of the staging's four parts: two to send from, two to fill */
     struct dsc__watch watch;
+    struct dsc__mail *mail; /* NULL: no messages */
     bool left;
 };
 
@@ -92,6 +94,22 @@ enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status stat
 /* The reason for the other ranks, of this channel or of all the job; the first one stays. */
 void dsc__delegate_tell(struct dsc__delegate *d, const char *list, bool of_all,
                         enum dsc_status status, const char *reason);
+/* The error of a rank that gave up, in whatever channel, or of a standstill, if there is one. */
+enum dsc_status dsc__delegate_check_board(struct dsc__delegate *d);
+/* Whoever ended (`reason`: how that showed) has left a word about it, or is known to be dead;
+ * `call` is what waited. */
+enum dsc_status dsc__delegate_gone(struct dsc__delegate *d, const char *reason, const char *call);
+
+/* delegate_mail.c: the entries of the back end for messages. */
+bool dsc__delegate_has_messages(void *state);
+enum dsc_status dsc__delegate_message_advance(void *state, struct dsc__message *message);
+enum dsc_status dsc__delegate_message_check(void *state, struct dsc__message *message,
+                                            uint32_t seen);
+void dsc__delegate_message_drop(void *state, struct dsc__message *message);
+void dsc__delegate_message_wait(void *state, uint32_t seen);
+uint32_t dsc__delegate_mail(void *state);
+void dsc__delegate_ring_mail(void *state);
+
 /* After it: gives the others time to hear it where this process holds the board. */
 void dsc__delegate_linger(struct dsc__delegate *d, enum dsc_status status, const char *reason);
 

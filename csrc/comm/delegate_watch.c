@@ -79,7 +79,7 @@ static enum dsc_status heard(const struct dsc__delegate *d, const char *text, co
                     rank == d->comm->rank ? ", this one" : "", how, at + (*at == ' '));
 }
 
-static enum dsc_status check_board(struct dsc__delegate *d) {
+enum dsc_status dsc__delegate_check_board(struct dsc__delegate *d) {
     char text[DSC_BOARD_TEXT_MAX];
     DSC_TRY(look(d, "broken", "all", text));
     if (text[0])
@@ -167,7 +167,7 @@ static enum dsc_status check_standstill(struct dsc__delegate *d) {
         return DSC_OK;
     describe(d, text);
     DSC_TRY(d->ops.put(d->ops.context, "standstill/all", text, true));
-    return check_board(d);
+    return dsc__delegate_check_board(d);
 }
 
 /* ---- the end of a wait ---- */
@@ -195,17 +195,12 @@ static enum dsc_status find_dead(struct dsc__delegate *d, char text[DSC_BOARD_TE
     return text[0] ? DSC_OK : look(d, "ended", d->channel, text);
 }
 
-/* The connection broke: whose end, or whose decision, that was shows within a moment. */
-enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status status) {
-    char reason[400], text[DSC_BOARD_TEXT_MAX];
-    char call[DSC__CALL_TEXT_MAX];
-    snprintf(reason, sizeof reason, "%s", dsc_last_error());
-    dsc__print_operation(&d->current, call);
-    if (status != DSC_EDEAD)
-        return DSC_FAIL(status, "%s", reason);
+/* Whose end, or whose decision, a lost connection was shows within a moment. */
+enum dsc_status dsc__delegate_gone(struct dsc__delegate *d, const char *reason, const char *call) {
+    char text[DSC_BOARD_TEXT_MAX];
     for (int i = 0; i < LOOK_EACH; i++) {
         const struct timespec pause = {.tv_nsec = SLICE_MS * 1000000};
-        DSC_TRY(check_board(d));
+        DSC_TRY(dsc__delegate_check_board(d));
         DSC_TRY(find_dead(d, text));
         if (text[0])
             return DSC_FAIL(DSC_EDEAD, "%.60s died or ended; rank %d waits in %s", text,
@@ -217,6 +212,14 @@ enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status stat
     }
     return DSC_FAIL(DSC_EDEAD, "the connection to another rank is lost (%s); rank %d waits in %s",
                     reason, d->comm->rank, call);
+}
+
+enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status status) {
+    char reason[400], call[DSC__CALL_TEXT_MAX];
+    snprintf(reason, sizeof reason, "%s", dsc_last_error());
+    dsc__print_operation(&d->current, call);
+    return status == DSC_EDEAD ? dsc__delegate_gone(d, reason, call)
+                               : DSC_FAIL(status, "%s", reason);
 }
 
 enum dsc_status dsc__delegate_look_around(struct dsc__delegate *d, double since) {
@@ -232,7 +235,7 @@ enum dsc_status dsc__delegate_look_around(struct dsc__delegate *d, double since)
     if (watch->n_slices == POST_AT)
         DSC_TRY(post(d));
     else if (watch->n_slices % LOOK_EACH == 0)
-        DSC_TRY(check_board(d));
+        DSC_TRY(dsc__delegate_check_board(d));
     if (watch->n_slices > POST_AT && watch->n_slices % LOOK_EACH == LOOK_EACH / 2)
         return check_standstill(d);
     return DSC_OK;

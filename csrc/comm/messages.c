@@ -8,6 +8,9 @@
 
 #include "../alloc.h"
 
+#include <stdio.h>
+#include <string.h>
+
 static enum dsc_status check_message(const struct dsc_comm *comm, const char *call,
                                      const struct dsc_p2p *message, int lowest) {
     struct dsc_coll coll = {.src = message->data, .dtype = message->dtype};
@@ -15,8 +18,10 @@ static enum dsc_status check_message(const struct dsc_comm *comm, const char *ca
         return DSC_FAIL(DSC_EINVAL, "%s: the other rank is %d, this one is %d of %d", call,
                         message->peer, comm->rank, comm->size);
     DSC_TRY(dsc__check_pair(comm, call, &coll, message->n_elems, 0));
-    if (!comm->backend->message_advance)
-        return DSC_FAIL(DSC_ENOTYET, "%s: \"%s\" has no messages between two ranks", call,
+    if (!comm->backend->message_advance ||
+        (comm->backend->has_messages && !comm->backend->has_messages(comm->state)))
+        return DSC_FAIL(DSC_ENOTYET,
+                        "%s: this communicator (\"%s\") has no messages between two ranks", call,
                         comm->backend->name);
     return DSC_OK;
 }
@@ -27,6 +32,36 @@ static struct dsc__message message_of(const struct dsc_p2p *what, bool is_send) 
                                  .peer = what->peer,
                                  .n_bytes = what->n_elems * dsc_dtype_size(what->dtype),
                                  .since = dsc_comm_now()};
+}
+
+void dsc__message_call(const struct dsc__message *m, char text[DSC__CALL_TEXT_MAX]) {
+    struct dsc__print print;
+    memset(&print, 0, sizeof print);
+    print.op = m->is_send ? DSC_COMM_SEND : DSC_COMM_RECV;
+    print.dtype = m->what.dtype;
+    print.n_elems = m->what.n_elems;
+    print.root = (uint32_t)m->peer;
+    print.tag = m->what.tag;
+    snprintf(print.label, sizeof print.label, "%s", m->what.label ? m->what.label : "");
+    dsc__print_call(&print, text);
+}
+
+enum dsc_status dsc__message_differs(const struct dsc__message *m, int rank, enum dsc_dtype dtype,
+                                     size_t n_bytes, const char *label) {
+    struct dsc__message sent = {.what = m->what, .is_send = true, .peer = rank};
+    char calls[2][DSC__CALL_TEXT_MAX];
+    sent.what.dtype = dtype;
+    sent.what.n_elems = n_bytes / dsc_max(dsc_dtype_size(dtype), 1);
+    sent.what.label = label;
+    dsc__message_call(&sent, calls[0]);
+    dsc__message_call(m, calls[1]);
+    return DSC_FAIL(DSC_EDIVERGED, "rank %d called %s while rank %d called %s", m->peer, calls[0],
+                    rank, calls[1]);
+}
+
+static void drop(const struct dsc_comm *comm, struct dsc__message *message) {
+    if (comm->backend->message_drop)
+        comm->backend->message_drop(comm->state, message);
 }
 
 /* A failed message breaks the node: its other end must hear of it. */
@@ -67,6 +102,8 @@ static void advance_all(struct dsc__queue *queue, bool look, uint32_t seen) {
             status = backend->message_check(state, &work->message, seen);
         if (status != DSC_OK && status != DSC_EINTR)
             (void)fail(queue->comm, status);
+        if (status != DSC_OK)
+            drop(queue->comm, &work->message);
         (void)pthread_mutex_lock(&queue->lock);
         struct dsc_work *next = work->next;
         if (status != DSC_OK || work->message.done) {
@@ -163,7 +200,10 @@ static enum dsc_status move(struct dsc_comm *comm, bool is_send, const struct ds
         return move_queued(comm, is_send, what, from);
     struct dsc__message message = message_of(what, is_send);
     enum dsc_status status = move_on(comm, &message);
-    comm->backend->message_end(comm->state);
+    if (comm->backend->message_end)
+        comm->backend->message_end(comm->state);
+    if (status != DSC_OK)
+        drop(comm, &message);
     *from = message.peer;
     return status == DSC_OK ? DSC_OK : fail(comm, status);
 }

@@ -88,26 +88,6 @@ static struct dsc__shm_lane *take_oldest(struct dsc__shm_mailbox *box, uint64_t 
     return found;
 }
 
-static enum dsc_status fail_different(const struct dsc__shm *shm, const struct dsc__message *m,
-                                      const struct dsc__shm_lane *lane) {
-    struct dsc__print sent, wanted;
-    char calls[2][DSC__CALL_TEXT_MAX];
-    memset(&sent, 0, sizeof sent);
-    sent.tag = m->what.tag;
-    wanted = sent;
-    sent.op = DSC_COMM_SEND, wanted.op = DSC_COMM_RECV;
-    sent.root = (uint32_t)shm->rank, wanted.root = (uint32_t)m->peer;
-    sent.dtype = lane->dtype, wanted.dtype = m->what.dtype;
-    sent.n_elems = lane->n_bytes / dsc_max(dsc_dtype_size((enum dsc_dtype)lane->dtype), 1);
-    wanted.n_elems = m->what.n_elems;
-    memcpy(sent.label, lane->label, sizeof sent.label);
-    snprintf(wanted.label, sizeof wanted.label, "%s", m->what.label ? m->what.label : "");
-    dsc__print_call(&sent, calls[0]);
-    dsc__print_call(&wanted, calls[1]);
-    return DSC_FAIL(DSC_EDIVERGED, "rank %d called %s while rank %d called %s", m->peer, calls[0],
-                    shm->rank, calls[1]);
-}
-
 static enum dsc_status find_lane(const struct dsc__shm *shm, struct dsc__message *m) {
     int first = m->peer < 0 ? 0 : m->peer, last = m->peer < 0 ? shm->size - 1 : m->peer;
     for (int from = first; from <= last && !m->lane; from++) {
@@ -118,7 +98,8 @@ static enum dsc_status find_lane(const struct dsc__shm *shm, struct dsc__message
         m->lane = lane;
         m->peer = from;
         if (lane->dtype != (uint32_t)m->what.dtype || lane->n_bytes != m->n_bytes)
-            return fail_different(shm, m, lane);
+            return dsc__message_differs(m, shm->rank, (enum dsc_dtype)lane->dtype,
+                                        (size_t)lane->n_bytes, lane->label);
     }
     return DSC_OK;
 }
@@ -192,18 +173,6 @@ void dsc__shm_message_wait(void *state, uint32_t seen) {
     atomic_fetch_sub(&mine->mail_sleepers, 1);
 }
 
-static void describe(const struct dsc__message *m, char text[DSC__CALL_TEXT_MAX]) {
-    struct dsc__print print;
-    memset(&print, 0, sizeof print);
-    print.op = m->is_send ? DSC_COMM_SEND : DSC_COMM_RECV;
-    print.dtype = m->what.dtype;
-    print.n_elems = m->what.n_elems;
-    print.root = (uint32_t)m->peer;
-    print.tag = m->what.tag;
-    snprintf(print.label, sizeof print.label, "%s", m->what.label ? m->what.label : "");
-    dsc__print_call(&print, text);
-}
-
 /* How a rank has gone, NULL while it has not. */
 static const char *how_gone(const struct dsc__shm *shm, int rank) {
     struct pollfd death = {.fd = -1, .events = POLLIN};
@@ -238,7 +207,7 @@ enum dsc_status dsc__shm_message_check(void *state, struct dsc__message *m, uint
     const struct dsc_comm_options *options = shm->options;
     char call[DSC__CALL_TEXT_MAX];
     double waited_s = dsc_comm_now() - m->since;
-    describe(m, call);
+    dsc__message_call(m, call);
     DSC_TRY(check_peer(shm, m, call));
     if (m->done)
         return DSC_OK;

@@ -1,6 +1,6 @@
 """Messages from one rank to another, and Python objects.
 
-Messages run in C where the ranks share memory; they are numbered per pair of ranks and tag, beside the sequence of the
+Messages run in C, over shared memory or TCP; they are numbered per pair of ranks and tag, beside the sequence of the
 collectives. Objects go through torch.distributed, announced to the group like any collective.
 """
 import functools
@@ -25,7 +25,7 @@ def _comm(group, tensor):
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         return None
     comm = serves(None, MOVED, tensor)
-    return comm if comm is not None and comm.backend == "shm" else None
+    return comm if comm is not None and comm.backend != "self" else None
 
 
 def _peer(group, rank, group_rank):

@@ -7,7 +7,9 @@
 #include "comm/delegate.h"
 #include "engine.h"
 
+#include <arpa/inet.h>
 #include <stdatomic.h>
+#include <sys/socket.h>
 
 enum { STAGING = 4 * 64 * 1024, KEYS_MAX = 512 };
 
@@ -21,7 +23,7 @@ struct world {
     bool cut;        /* connections are lost */
     struct rank {
         struct world *world;
-        int rank;
+        int rank, listener;
         struct dsc_move move;
         uint64_t awaits;
         unsigned seed;
@@ -154,6 +156,22 @@ static void nothing(void *context) {
     (void)context;
 }
 
+#define TOKEN "0123456789abcdef0123456789abcdef"
+
+/* A socket for messages, and its place on the board. */
+static int listen_for(struct rank *me) {
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof address;
+    char key[16], text[80];
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0 && listen(fd, 8) == 0);
+    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    snprintf(key, sizeof key, "mail/%d", me->rank);
+    snprintf(text, sizeof text, "127.0.0.1 %d " TOKEN, ntohs(address.sin_port));
+    CHECK_OK(put(me, key, text, false));
+    return fd;
+}
+
 static struct world *new_world(int size) {
     struct world *w = calloc(1, sizeof *w);
     CHECK(w != NULL);
@@ -203,6 +221,8 @@ static void run_nodes(int size, int n_local, rank_fn body, void *arg) {
     struct world *w = new_world(size), *rails[RANKS_MAX] = {NULL};
     struct entrance entrances[RANKS_MAX] = {{NULL}};
     pthread_t ids[RANKS_MAX];
+    for (int r = 0; r < size; r++)
+        w->ranks[r].listener = listen_for(&w->ranks[r]);
     for (int r = 0; r < size; r++) {
         struct dsc_comm *comm = NULL;
         w->ranks[r].staging = aligned_alloc(64, STAGING);
@@ -213,6 +233,8 @@ static void run_nodes(int size, int n_local, rank_fn body, void *arg) {
                                           .channel = "fake",
                                           .job_rank = r,
                                           .job_size = size,
+                                          .listener = w->ranks[r].listener,
+                                          .token = TOKEN,
                                           .start = start,
                                           .wait = wait_for,
                                           .add = add,
@@ -635,7 +657,104 @@ static void the_end_of_a_process_ends_waits_of_its_threads(void) {
     run_fake(2, halting_body, NULL);
 }
 
+/* ---- messages ---- */
+
+enum { MESSAGES = 60, LONGEST = 400 * 1024 };
+
+static size_t length_of(int from, int to, int i) {
+    unsigned seed = (unsigned)(from * 31 + to * 7 + i);
+    return i % 5 == 0 ? next_random(&seed) % LONGEST : next_random(&seed) % 3000;
+}
+
+static struct dsc_p2p message_of(float *data, int from, int to, int i, int peer) {
+    return (struct dsc_p2p){data, length_of(from, to, i), DSC_F32, peer, (uint64_t)i % 3, NULL};
+}
+
+static void check_message(const float *data, int from, int to, int i) {
+    for (size_t k = 0; k < length_of(from, to, i); k++)
+        CHECK(data[k] == (float)(from * 100 + to * 10 + i) + (float)(k % 1000));
+}
+
+/* Every rank sends to every other from a thread of the communicator's and takes in its own thread;
+ * collectives go on beside it. */
+static void messages_body(struct dsc_comm *comm, int rank, void *arg) {
+    int size = dsc_comm_size(comm);
+    float *out = malloc(sizeof *out * LONGEST * MESSAGES), *in = malloc(sizeof *in * LONGEST);
+    struct dsc_work *works[MESSAGES];
+    (void)arg;
+    CHECK(out && in);
+    for (int shift = 1; shift < size; shift++) {
+        int to = (rank + shift) % size, from = (rank + size - shift) % size;
+        for (int i = 0; i < MESSAGES; i++) {
+            float *data = out + (size_t)i * LONGEST;
+            for (size_t k = 0; k < length_of(rank, to, i); k++)
+                data[k] = (float)(rank * 100 + to * 10 + i) + (float)(k % 1000);
+            struct dsc_p2p what = message_of(data, rank, to, i, to);
+            CHECK_OK(dsc_comm_post_message(comm, true, &what, &works[i]));
+        }
+        CHECK_OK(dsc_comm_barrier(comm, "beside"));
+        for (int i = 0; i < MESSAGES; i++) {
+            struct dsc_p2p what = message_of(in, from, rank, i, i % 2 ? from : -1);
+            int who = -1;
+            CHECK_OK(dsc_comm_recv(comm, &what, &who));
+            CHECK_EQ_INT(who, from);
+            check_message(in, from, rank, i);
+        }
+        for (int i = 0; i < MESSAGES; i++) {
+            CHECK_OK(dsc_work_wait(works[i], 0, NULL, NULL));
+            dsc_work_release(works[i]);
+        }
+        CHECK_OK(dsc_comm_barrier(comm, "all have theirs"));
+    }
+    free(out);
+    free(in);
+}
+
+static void messages_arrive_in_order_beside_collectives(void) {
+    run_fake(2, messages_body, NULL);
+    run_fake(4, messages_body, NULL);
+}
+
+static void leaving_body(struct dsc_comm *comm, int rank, void *arg) {
+    float x[3] = {0};
+    struct dsc_p2p to = {x, 3, DSC_F32, 0, 0, NULL}, from = {x, 3, DSC_F32, 1, 0, NULL};
+    (void)arg;
+    if (rank == 1) {
+        for (int i = 0; i < 8; i++)
+            CHECK_OK(dsc_comm_send(comm, &to));
+        return; /* and its communicator closes */
+    }
+    nap_ms(300);
+    for (int i = 0; i < 8; i++)
+        CHECK_OK(dsc_comm_recv(comm, &from, NULL));
+}
+
+static void what_a_rank_sent_can_be_taken_after_it_has_left(void) {
+    run_fake(2, leaving_body, NULL);
+}
+
+static void differing_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const size_t n[2] = {1 << 20, 5};
+    float *x = calloc(n[0], sizeof *x);
+    struct dsc_p2p what = {x, n[rank], DSC_F32, 1 - rank, 7, NULL};
+    (void)arg;
+    CHECK(x && (rank == 0 ? dsc_comm_send(comm, &what) : dsc_comm_recv(comm, &what, NULL)) ==
+                   DSC_EDIVERGED);
+    CHECK_TEXT("rank 0 called send(fp32 x 1048576, to rank 1, tag 7) while rank 1 called "
+               "recv(fp32 x 5, from rank 0, tag 7)");
+    CHECK((rank == 0 ? dsc_comm_send(comm, &what) : dsc_comm_recv(comm, &what, NULL)) ==
+          DSC_EDIVERGED);
+    free(x);
+}
+
+static void ends_of_a_message_that_differ_are_an_error_on_both(void) {
+    run_fake(2, differing_body, NULL);
+}
+
 static const struct test_case cases[] = {
+    CASE(messages_arrive_in_order_beside_collectives),
+    CASE(what_a_rank_sent_can_be_taken_after_it_has_left),
+    CASE(ends_of_a_message_that_differ_are_an_error_on_both),
     CASE(operations_do_what_they_say),
     CASE(operations_on_nodes_do_what_they_say),
     CASE(nodes_add_their_ranks_first),

@@ -25,6 +25,7 @@ PRIVATE = {
     "csrc/comm/backend.h": r"csrc/comm/",
     "csrc/comm/shm.h": r"csrc/comm/shm",
     "csrc/comm/delegate_impl.h": r"csrc/comm/delegate",
+    "csrc/comm/tcp_impl.h": r"csrc/comm/tcp_",
     "csrc/kernels/tier.h": r"csrc/kernels/",
     "csrc/kernels/loops.h": r"csrc/kernels/isa_",
     "csrc/bind/bind.h": r"csrc/bind/",

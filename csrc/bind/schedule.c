@@ -41,6 +41,13 @@ static int as_ramp(PyObject *name, void *out) {
     return 0;
 }
 
+/* False with the exception of a status that is none of success. */
+static bool passes(PyObject *module, enum dsc_status status) {
+    if (status != DSC_OK)
+        (void)dsc_bind_raise(dsc_bind_module_state(module), status);
+    return status == DSC_OK;
+}
+
 PyDoc_STRVAR(
     lr_at_doc,
     "lr_at(kind, ramp, n_warmup, n_total, min, max, i, base=0.0) -> float\n\n"
@@ -57,9 +64,8 @@ static PyObject *lr_at(PyObject *module, PyObject *args) {
                           &n_warmup, &n_total, &lr.min, &lr.max, &i, &base))
         return NULL;
     lr.n_warmup = n_warmup, lr.n_total = n_total;
-    const enum dsc_status status = dsc_lr_check(&lr);
-    if (status != DSC_OK)
-        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    if (!passes(module, dsc_lr_check(&lr)))
+        return NULL;
     return PyFloat_FromDouble(dsc_lr_at(&lr, i, base));
 }
 
@@ -77,9 +83,8 @@ static PyObject *lr_table(PyObject *module, PyObject *args) {
                           &n_warmup, &n_total, &lr.min, &lr.max, &i0, &count, &base))
         return NULL;
     lr.n_warmup = n_warmup, lr.n_total = n_total;
-    const enum dsc_status status = dsc_lr_check(&lr);
-    if (status != DSC_OK)
-        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    if (!passes(module, dsc_lr_check(&lr)))
+        return NULL;
     if (count > 0 && i0 > INT64_MAX - count)
         return PyErr_Format(PyExc_ValueError, "index i0 + count does not fit 64 bits");
     void *data;
@@ -110,9 +115,8 @@ static PyObject *one_cycle(PyObject *module, PyObject *args) {
                           &is_momentum))
         return NULL;
     cycle.first_stairs = first_stairs, cycle.second_stairs = second_stairs;
-    const enum dsc_status status = dsc_lr_cycle_check(&cycle);
-    if (status != DSC_OK)
-        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    if (!passes(module, dsc_lr_cycle_check(&cycle)))
+        return NULL;
     return PyFloat_FromDouble(is_momentum ? dsc_lr_cycle_mom_at(&cycle, min, max, decay_rate, i)
                                           : dsc_lr_cycle_at(&cycle, min, max, decay_rate, i));
 }
@@ -155,10 +159,8 @@ static PyObject *shuffle(PyObject *module, PyObject *args) {
     Py_BEGIN_ALLOW_THREADS;
     status = dsc_shuffle_fill(seed, epoch, n, start, stride, (uint64_t)count, out);
     Py_END_ALLOW_THREADS;
-    if (status != DSC_OK) {
-        Py_DECREF(array);
-        return dsc_bind_raise(dsc_bind_module_state(module), status);
-    }
+    if (!passes(module, status))
+        Py_CLEAR(array);
     return array;
 }
 
@@ -186,9 +188,8 @@ static PyObject *scaler_update(PyObject *module, PyObject *args) {
     scaler.stays_at_min = stays_at_min;
     scaler.hysteresis_left = hysteresis_left;
     scaler.iter = iter, scaler.last_overflow = last_overflow;
-    const enum dsc_status status = dsc_scaler_update(&scaler, overflow);
-    if (status != DSC_OK)
-        return dsc_bind_raise(dsc_bind_module_state(module), status);
+    if (!passes(module, dsc_scaler_update(&scaler, overflow)))
+        return NULL;
     return Py_BuildValue("dLLL", scaler.scale, (long long)scaler.hysteresis_left,
                          (long long)scaler.iter, (long long)scaler.last_overflow);
 }

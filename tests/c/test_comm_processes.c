@@ -4,7 +4,6 @@
 
 #include "comm/shm.h"
 
-#include <errno.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/socket.h>

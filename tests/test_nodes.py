@@ -83,7 +83,7 @@ def check_operations(comm, n, dtype, ops, n_local=2):
 
 def operations(rank, world):
     comm = opened(rank)
-    for n in (1, 7, 20_011):
+    for n in (7, 20_011):
         for dtype in DTYPES:
             exact = dtype in (torch.int32, torch.int64)
             check_operations(comm, n, dtype, ("sum", "max", "min", "prod") if exact else tuple(COMBINE))
@@ -246,21 +246,17 @@ def test_ranks_that_wait_in_different_channels_are_an_error(ranks):
 
 
 def slow(rank, world):
-    """A pause of one rank while the others wait, some in their node, is no failure; a longer one than allowed is."""
+    """Ranks that wait for a slow one, some inside their node, take it neither for dead nor for a standstill."""
     from datetime import timedelta
-    comm = opened(rank, timeout=timedelta(seconds=3.5))
-    x = torch.ones(1_000_000)
+    comm = opened(rank, timeout=timedelta(seconds=4))
+    comm.barrier()
     if rank == 3:
-        time.sleep(2.7)
-    comm.all_reduce(x)
-    assert x.unique().item() == 4
-    if rank == 3:
-        time.sleep(4.5)
+        time.sleep(4.6)
         return
-    comm.all_reduce(x)
+    comm.all_reduce(torch.ones(1_000_000))
 
 
-def test_a_slow_rank_is_waited_for_until_the_time_out(ranks):
+def test_only_the_time_out_ends_a_wait_for_a_slow_rank(ranks):
     for outcome in ranks.outcomes(4, slow)[:3]:
         assert outcome.error == "TimeoutError" and "all_reduce(fp32 x 1000000, sum)" in outcome.text, outcome.describe()
 

@@ -11,7 +11,7 @@
 #include <stdatomic.h>
 #include <sys/socket.h>
 
-enum { STAGING = 4 * 64 * 1024, KEYS_MAX = 512 };
+enum { STAGING = 4 * 64 * 1024, KEYS_MAX = 512, FAKES_MAX = 6 };
 
 /* ---- the fake: all ranks put their move down, the last one carries all of them out ---- */
 
@@ -29,7 +29,7 @@ struct world {
         unsigned seed;
         bool dead;
         char *staging; /* a rail's is that of all ranks */
-    } ranks[RANKS_MAX];
+    } ranks[FAKES_MAX];
     struct {
         char key[DSC_BOARD_KEY_MAX], text[DSC_BOARD_TEXT_MAX];
         int64_t value;
@@ -37,7 +37,7 @@ struct world {
 };
 
 static void carry_out(struct world *w) {
-    size_t at[RANKS_MAX] = {0};
+    size_t at[FAKES_MAX] = {0};
     int64_t least[2], other[2];
     memcpy(least, w->ranks[0].staging + w->ranks[0].move.dst, sizeof least);
     for (int to = 0; to < w->size; to++) {
@@ -203,7 +203,7 @@ static void *enter(void *arg) {
 static void open_rails(struct world *w, struct entrance *entrances, int n_local,
                        struct world **rails) {
     struct dsc_comm_options options = {.timeout_s = 30};
-    struct dsc_comm *nodes[RANKS_MAX];
+    struct dsc_comm *nodes[FAKES_MAX];
     for (int place = 0; place < n_local; place++)
         rails[place] = new_world(w->size / n_local);
     for (int first = 0; first < w->size; first += n_local)
@@ -218,9 +218,9 @@ static void open_rails(struct world *w, struct entrance *entrances, int n_local,
 /* Runs body on `size` ranks over the fake, on nodes of n_local ranks. */
 static void run_nodes(int size, int n_local, rank_fn body, void *arg) {
     struct dsc_comm_options options = {.timeout_s = 30};
-    struct world *w = new_world(size), *rails[RANKS_MAX] = {NULL};
-    struct entrance entrances[RANKS_MAX] = {{NULL}};
-    pthread_t ids[RANKS_MAX];
+    struct world *w = new_world(size), *rails[FAKES_MAX] = {NULL};
+    struct entrance entrances[FAKES_MAX] = {{NULL}};
+    pthread_t ids[FAKES_MAX];
     for (int r = 0; r < size; r++)
         w->ranks[r].listener = listen_for(&w->ranks[r]);
     for (int r = 0; r < size; r++) {
@@ -334,33 +334,42 @@ static void operations_do_what_they_say(void) {
 
 static void operations_on_nodes_do_what_they_say(void) {
     run_nodes(4, 2, operations_body, NULL);
+    run_nodes(6, 2, operations_body, NULL);
 }
 
-/* Another order than the ranks' own gives other bits: (big + small) - big, node by node. */
+/* Magnitudes so far apart that every other order of additions gives other bits. */
 static void order_body(struct dsc_comm *comm, int rank, void *arg) {
-    static const float given[4] = {1e8f, -1e8f, 1, 1e-3f};
+    static const float given[6] = {1.1e8f, -1e8f, 3.3f, 1e-3f, -1e7f, 7e4f};
     enum { N = 40000 };
-    struct dsc_coll coll = {.n_elems = N, .dtype = DSC_F32, .op = DSC_SUM};
+    int n_local = *(const int *)arg, size = dsc_comm_size(comm);
+    struct dsc_coll coll = {.dtype = DSC_F32, .op = DSC_SUM};
     float *x = malloc(N * sizeof *x);
-    (void)arg;
-    CHECK(x);
-    for (int in_place = 0; in_place < 2; in_place++) {
-        for (int i = 0; i < N; i++)
-            x[i] = given[(rank + i) % 4];
+    CHECK(x && size == 6);
+    for (int is_small = 0; is_small < 2; is_small++) {
         coll.src = coll.dst = x;
-        coll.n_elems = in_place ? 8 : N;
+        coll.n_elems = is_small ? 8 : N;
+        for (int i = 0; i < N; i++)
+            x[i] = given[(rank + i) % 6];
         CHECK_OK(dsc_comm_all_reduce(comm, &coll));
         for (size_t i = 0; i < coll.n_elems; i++) {
-            float first = given[i % 4] + given[(1 + i) % 4];
-            float second = given[(2 + i) % 4] + given[(3 + i) % 4];
-            CHECK(x[i] == first + second);
+            float total = 0;
+            for (int first = 0; first < size; first += n_local) {
+                float sum = 0;
+                for (int r = first; r < first + n_local; r++)
+                    sum += given[((size_t)r + i) % 6];
+                total += sum;
+            }
+            CHECK(x[i] == total);
         }
     }
     free(x);
 }
 
 static void nodes_add_their_ranks_first(void) {
-    run_nodes(4, 2, order_body, NULL);
+    int pairs = 2, triples = 3, single = 1;
+    run_nodes(6, 2, order_body, &pairs);
+    run_nodes(6, 3, order_body, &triples);
+    run_nodes(6, 1, order_body, &single);
 }
 
 /* Part sizes that differ, with and without a comparison of the counts. */

@@ -13,7 +13,7 @@ import torch
 from ranks import die
 from test_delegate import FORCED, opened
 
-from deepspeed_c import CommError, comm
+from deepspeed_c import CommError, comm, distributed
 
 WITHIN = 6.0
 LONG = 700_001  # fp32 elements: travels when it is taken; shorter ones at once
@@ -61,7 +61,7 @@ def beside_collectives(rank, world):
 
 def strangers_come(rank, world):
     """Who does not know the token is dropped, says it nothing or nonsense, and disturbs nobody."""
-    from deepspeed_c import _delegate, distributed
+    from deepspeed_c import _delegate
     store = torch.distributed.distributed_c10d._get_default_store()
     host, port, token = store.get(f"{distributed._opened[2][1]}/{_delegate._PREFIX}/mail/{rank}").decode().split()
     assert len(token) == 32
@@ -143,3 +143,13 @@ def test_a_message_that_cannot_end_is_an_error_in_seconds(ranks, how, error, tex
     assert found[0].seconds < WITHIN and found[0].exit_code == 0, found[0].describe()
     if how == "another length":
         assert found[1].error == error and text in found[1].text, found[1].describe()
+
+
+def on_two_nodes(rank, world):
+    os.environ["DSC_COMM_NODE"] = "ab"[rank // 2]
+    test_comm_groups.messages(rank, world)
+    assert distributed.world_comm().backend == "delegate"
+
+
+def test_messages_inside_and_between_nodes(ranks):
+    ranks(4, on_two_nodes)

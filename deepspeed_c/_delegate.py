@@ -78,7 +78,8 @@ class Mover:
 
     def __init__(self, store, channel, rank, size, places, timeout, memory=None):
         self._store = store
-        self._places = places
+        self._size = size
+        self._neighbours = _neighbours(places)  # a blocked rank looks at them, however large the world is
         self._pid = os.getpid()
         self._work = None
         self._tensors = ()
@@ -103,7 +104,7 @@ class Mover:
                 self._tensors = source, into
                 self._work = group.alltoall_base(into, source, receives, sends, self._exchange)
             elif kind == _GATHER:
-                source, into = memory[src:src + n_bytes], memory[dst:dst + n_bytes * len(self._places)]
+                source, into = memory[src:src + n_bytes], memory[dst:dst + n_bytes * self._size]
                 self._tensors = source, into
                 self._work = group._allgather_base(into, source, self._gather)
             elif kind == _BROADCAST:
@@ -165,7 +166,7 @@ class Mover:
 
     def dead(self):
         """Names a rank of this machine whose process has ended, as bytes; None where there is none."""
-        name = _dead(self._places)
+        name = _dead(self._neighbours)
         return name and name.encode()
 
     def _gone(self, error):
@@ -288,15 +289,20 @@ def _poll(is_there, places, timeout, what):
             raise TimeoutError(f"{what()} within {timeout:.1f} s")
         time.sleep(pause)
         pause = min(1.5 * pause, 0.05)
-        if pause == 0.05 and (dead := _dead(places)):
+        if pause == 0.05 and (dead := _dead(_neighbours(places))):
             raise CommError(f"{dead} died or ended before a communicator was open: {what()}")
 
 
-def _dead(places):
+def _neighbours(places):
+    """[(rank, pid)] of those whose process id means something here."""
     here = place().rpartition(" ")[0]
-    for rank, text in enumerate(places):
-        where, _, pid = text.rpartition(" ")
-        if where == here and not _lives(pid):
+    split = [text.rpartition(" ") for text in places]
+    return [(rank, pid) for rank, (where, _, pid) in enumerate(split) if where == here]
+
+
+def _dead(neighbours):
+    for rank, pid in neighbours:
+        if not _lives(pid):
             return f"rank {rank} (pid {pid})"
     return None
 

@@ -50,6 +50,7 @@ def main():
     times = {name: [] for name in work}
     for round_number in range(args.rounds + 1):
         for name, (_, call) in work.items():
+            time.sleep(0.02)  # torch's threads spin for a while after each of its operations, on our threads' cores
             start = time.perf_counter()
             call()
             if round_number:  # the first touches memory

@@ -19,6 +19,7 @@ from ranks import die, reserve_port
 
 import deepspeed_c as deepspeed
 from deepspeed_c import CommError, _core, comm, mpi
+from deepspeed_c import _delegate as delegate
 from deepspeed_c.distributed import opened_comm, world_comm
 
 Comm = _core.Comm
@@ -388,7 +389,7 @@ def test_a_rank_that_dies_right_after_init_distributed_is_named_within_seconds(r
 
 def of_several_nodes(rank, world):
     nodes = pytest.MonkeyPatch()
-    nodes.setattr(deepspeed.distributed, "shm_node", lambda: f"node {rank}")
+    nodes.setattr(delegate, "shm_node", lambda: f"node {rank}")
     deepspeed.init_distributed()
     x = torch.full((3,), 1.0 + rank)
     comm.all_reduce(x)

@@ -3,6 +3,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch
 from ranks import die
 from test_delegate import FORCED, opened
 
-from deepspeed_c import CommError, comm, distributed
+from deepspeed_c import CommError, _delegate, comm, distributed
 
 WITHIN = 6.0
 LONG = 700_001  # fp32 elements: travels when it is taken; shorter ones at once
@@ -61,7 +62,6 @@ def beside_collectives(rank, world):
 
 def strangers_come(rank, world):
     """Who does not know the token is dropped, says it nothing or nonsense, and disturbs nobody."""
-    from deepspeed_c import _delegate
     store = torch.distributed.distributed_c10d._get_default_store()
     host, port, token = store.get(f"{distributed._opened[2][1]}/{_delegate._PREFIX}/mail/{rank}").decode().split()
     assert len(token) == 32
@@ -74,6 +74,38 @@ def strangers_come(rank, world):
         if i % 3:
             with call, contextlib.suppress(ConnectionResetError):
                 assert call.recv(1) == b""
+
+
+def ends_after_sending(rank, world):
+    """Rank 0 ends as soon as its send has returned. Rank 1 is played by hand: it reads late, and its receipt for
+    another message comes in between, at which the kernel drops what a process that has ended left in its socket."""
+    opened()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.wait(["listens"])
+        comm.isend(torch.ones(3), 1, tag=1)
+        comm.send(values(0, 400_000), 1, tag=2)
+        os._exit(0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        store.set(f"{distributed._opened[2][1]}/{_delegate._PREFIX}/mail/1",
+                  f"127.0.0.1 {listener.getsockname()[1]} {32 * 'a'}")
+        store.set("listens", "")
+        call = listener.accept()[0]
+    with call, call.makefile("rb") as letters:
+        letters.read(48 + 96 + 12 + 96)  # hello, two letters, the first one's body
+        call.sendall(struct.pack("=4Q", 1, 1, 2, 2))  # received 1, taken 2
+        time.sleep(0.3)
+        call.sendall(struct.pack("=2Q", 2, 1))  # taken 1
+        time.sleep(0.1)
+        body = letters.read(96 + 1_600_000)[96:]
+        call.sendall(struct.pack("=2Q", 1, 2))  # received 2
+        return body == values(0, 400_000).numpy().tobytes()
+
+
+def test_a_long_message_outlives_its_sender(ranks):
+    found = ranks.outcomes(2, ends_after_sending, env=FORCED)
+    assert found[1].value is True, found[1].describe()
+    assert found[0].exit_code == 0 and not found[0].error, found[0].describe()
 
 
 def every_way(rank, world):

@@ -22,14 +22,14 @@ struct dsc__letter {
     uint64_t id, tag, n_bytes;
     char label[DSC__LABEL_MAX];
 };
-enum dsc__receipt_kind { DSC__RECEIVED = 1, DSC__TAKEN }; /* RECEIVED: of short ones */
+enum dsc__receipt_kind { DSC__RECEIVED = 1, DSC__TAKEN }; /* RECEIVED: all of its bytes */
 struct dsc__receipt {
     uint64_t kind, id;
 };
 
-/* A message on its way out: queued; then waiting, a short one until it is received, a long one
- * until it is taken, which then is queued again. Delivered, the message that has it as its lane
- * frees it; dropped, the link does. */
+/* A message on its way out: queued, then waiting until it is received; a long one first until it is
+ * taken, which then is queued again. Delivered, the message that has it as its lane frees it;
+ * dropped, the link does. */
 struct dsc__outgoing {
     struct dsc__outgoing *next;
     struct dsc__letter head;

@@ -2,7 +2,8 @@
  *
  * Decides: order (a recv takes the oldest with its tag that nobody has taken), how much may lie
  * untaken (DSC__MAIL_UNTAKEN_MAX per direction of a pair; the next send waits), and when a send is
- * done: a short one when its receiver's memory has it, so that no end of this process can lose it.
+ * done: when its receiver's memory has it, because this process may end then, and what only the
+ * kernel has is lost where a receipt for something else comes after that.
  * Invariant: a caller's memory is written or read only while its message is neither done nor
  * dropped. */
 #define _GNU_SOURCE
@@ -54,10 +55,7 @@ static void deliver(struct dsc__outgoing *out) {
 void dsc__mail_written(struct dsc__link *link) {
     struct dsc__outgoing *out = take_first(&link->queue);
     link->n_written = 0;
-    if (out->head.kind == DSC__BODY)
-        deliver(out);
-    else
-        append(&link->waiting, out);
+    append(&link->waiting, out);
 }
 
 /* Takes it out of those that wait, NULL where it is not there. */
@@ -196,8 +194,7 @@ void dsc__mail_filled(struct dsc__mail *mail, struct dsc__link *link) {
     struct dsc__parcel *parcel = link->filling;
     link->filling = NULL;
     parcel->complete = true;
-    if (parcel->head.n_bytes <= DSC__MAIL_EAGER)
-        dsc__link_receipt(mail, link->peer, DSC__RECEIVED, parcel->head.id);
+    dsc__link_receipt(mail, link->peer, DSC__RECEIVED, parcel->head.id);
     if (parcel->dropped)
         unlink_parcel(mail, parcel);
     dsc__mail_changed(mail);

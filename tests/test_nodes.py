@@ -206,6 +206,23 @@ def test_a_killed_rank_is_an_error_on_all_within_seconds(ranks, victim, when):
             assert outcome.exit_code == 0
 
 
+def dies_among_messages(rank, world):
+    """Rank 3's end breaks a message of rank 0, on the other node; rank 2, who can see it, waits for another message."""
+    comm = opened(rank)
+    x = torch.ones(300_000)
+    comm.barrier()
+    if rank == 3:
+        time.sleep(0.3)
+        die()
+    comm.recv(x, 3 if rank == 0 else 0)
+
+
+def test_a_killed_rank_is_named_to_who_waits_for_its_message(ranks):
+    for outcome in ranks.outcomes(4, dies_among_messages)[:3]:
+        assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
+        assert "rank 3 (pid" in outcome.text and "died or ended" in outcome.text, outcome.text
+
+
 def gives_up_in_the_node(rank, world):
     """Rank 1 stays away from an operation that was covered: only its node waits for it, then the others."""
     import deepspeed_c as deepspeed

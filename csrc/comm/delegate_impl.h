@@ -16,7 +16,7 @@ struct dsc__watch {
     bool posted;       /* on the board */
     bool counts;       /* as a rank that is blocked */
     bool hopeful;      /* and as one whose operation will end */
-    bool noted;        /* that a process has ended */
+    atomic_bool noted; /* that a process has ended, by any thread */
     int64_t seen;      /* `moves` when all were blocked at the last look; -1: they were not */
     uint64_t sequence; /* posted under */
 };
@@ -94,6 +94,8 @@ enum dsc_status dsc__delegate_lost(struct dsc__delegate *d, enum dsc_status stat
 /* The reason for the other ranks, of this channel or of all the job; the first one stays. */
 void dsc__delegate_tell(struct dsc__delegate *d, const char *list, bool of_all,
                         enum dsc_status status, const char *reason);
+/* Tells the ranks of other machines of a process of this one that has ended, if one has. */
+enum dsc_status dsc__delegate_note_dead(struct dsc__delegate *d);
 /* The error of a rank that gave up, in whatever channel, or of a standstill, if there is one. */
 enum dsc_status dsc__delegate_check_board(struct dsc__delegate *d);
 /* Whoever ended (`reason`: how that showed) has left a word about it, or is known to be dead;

@@ -1,13 +1,18 @@
 /* Messages between two ranks over a delegate: tcp_mail.c's, with the delegate's board.
  *
  * Decides: what a rank that waits for a message looks at, and when. Each tenth of a second:
- * signals, time-out, whether the other end still listens; each second: whether a rank gave up.
+ * signals, time-out, whether the other end still listens; each third: whether a process of its
+ * machine has ended, for those who cannot see it; each second: whether a rank gave up.
  * Invariant: the board, which may need the interpreter, is never asked under the mail's lock. */
 #include "delegate_impl.h"
 
 #include <stdio.h>
 
-enum { LOOK_EACH = 10, GONE_AT = 3 }; /* checks: what came before an end is read first */
+enum {
+    LOOK_EACH = 10,
+    NOTE_EACH = 3,
+    GONE_AT = 3
+}; /* checks: what came before an end is read first */
 
 static enum dsc_status know(struct dsc__delegate *d, int peer) {
     char key[DSC_BOARD_KEY_MAX], where[DSC_BOARD_TEXT_MAX];
@@ -75,6 +80,8 @@ static enum dsc_status check(struct dsc__delegate *d, struct dsc__message *m) {
     if (options->timeout_s > 0 && waited_s >= options->timeout_s)
         return DSC_FAIL(DSC_ETIMEDOUT, "rank %d waited %.1f s in %s", d->comm->rank, waited_s,
                         call);
+    if (m->n_looks % NOTE_EACH == 0)
+        DSC_TRY(dsc__delegate_note_dead(d));
     if (m->n_looks++ % LOOK_EACH == 0)
         DSC_TRY(dsc__delegate_check_board(d));
     DSC_TRY(look_for_end(d, m, &gone));

@@ -179,12 +179,11 @@ static enum dsc_status timed_out(const struct dsc__delegate *d) {
                     d->comm->size, d->comm->options.timeout_s);
 }
 
-static enum dsc_status note_dead(struct dsc__delegate *d) {
+enum dsc_status dsc__delegate_note_dead(struct dsc__delegate *d) {
     char key[DSC_BOARD_KEY_MAX], dead[DSC_BOARD_DEAD_MAX] = "";
     d->ops.dead(d->ops.context, dead);
-    if (!dead[0] || d->watch.noted)
+    if (!dead[0] || atomic_exchange(&d->watch.noted, true))
         return DSC_OK;
-    d->watch.noted = true;
     snprintf(key, sizeof key, "ended/%s", d->channel);
     return d->ops.put(d->ops.context, key, dead, true);
 }
@@ -231,7 +230,7 @@ enum dsc_status dsc__delegate_look_around(struct dsc__delegate *d, double since)
         return timed_out(d);
     watch->n_slices++;
     if (watch->n_slices % NOTE_EACH == 0)
-        DSC_TRY(note_dead(d));
+        DSC_TRY(dsc__delegate_note_dead(d));
     if (watch->n_slices == POST_AT)
         DSC_TRY(post(d));
     else if (watch->n_slices % LOOK_EACH == 0)

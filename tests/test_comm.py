@@ -337,11 +337,11 @@ def test_an_existing_group_is_adopted_with_its_time_out(ranks):
         assert 1.4 < seconds < 3
 
 
-def opened_again(rank, world):
+def opened_again(rank, world, ports):
     """Both ways to destroy the group; the second and third world use new keys, rank 0 a new address."""
     found = []
-    for turn in range(3):
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + (turn > 0))
+    for turn, port in enumerate(ports):
+        os.environ["MASTER_PORT"] = str(port)
         dist.init_process_group("gloo", store=None) if turn else deepspeed.init_distributed()
         x = torch.full((3,), float(rank + turn))
         comm.all_reduce(x)
@@ -353,7 +353,12 @@ def opened_again(rank, world):
 
 
 def test_a_world_can_be_destroyed_and_made_again(ranks):
-    assert ranks(2, opened_again) == [[1.0, 3.0, 5.0]] * 2
+    held, ports = zip(*(reserve_port() for _ in range(3)))
+    try:
+        assert ranks(2, opened_again, ports) == [[1.0, 3.0, 5.0]] * 2
+    finally:
+        for one in held:
+            one.close()
 
 
 def never_comes(rank, world):

@@ -202,13 +202,14 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
             self._hook(i, p)
 
     def _hook(self, i, earlier):
-        """Parameter i's gradients go to this engine; no engine takes those of `earlier` (often the same) any more."""
-        handle = _HOOKS.pop(id(earlier), None)
-        self._handles.pop(id(earlier), None)
-        if handle is not None:
-            handle.remove()
+        """Parameter i's gradients go to this engine alone, and those of `earlier` (often the same) to none."""
+        p = self._params[i]
+        for other in (earlier, p):
+            handle = _HOOKS.pop(id(other), None)
+            self._handles.pop(id(other), None)
+            if handle is not None:
+                handle.remove()
         if self._core.early:
-            p = self._params[i]
             _HOOKS[id(p)] = p.register_post_accumulate_grad_hook(self._core.hook(i))
             self._handles[id(p)] = _HOOKS[id(p)]
 

@@ -760,10 +760,52 @@ static void ends_of_a_message_that_differ_are_an_error_on_both(void) {
     run_fake(2, differing_body, NULL);
 }
 
+struct abort_later {
+    struct dsc_comm *comm;
+    long us;
+};
+
+static void *abort_later(void *arg) {
+    const struct abort_later *later = arg;
+    const struct timespec pause = {.tv_nsec = later->us * 1000};
+    (void)nanosleep(&pause, NULL);
+    dsc_comm_abort(later->comm, "enough");
+    return NULL;
+}
+
+/* One rank gives up while long messages go round; their memory is freed at once. */
+static void dropping_body(struct dsc_comm *comm, int rank, void *arg) {
+    enum { N = 2 << 20 };
+    long round = *(const long *)arg;
+    struct abort_later later = {comm, 1000 + 3000 * round};
+    enum dsc_status status = DSC_OK;
+    pthread_t thread;
+    bool aborts = rank == round % 2;
+    if (aborts)
+        CHECK(pthread_create(&thread, NULL, abort_later, &later) == 0);
+    for (int i = 0; status == DSC_OK; i++) {
+        float *x = calloc(N, sizeof *x);
+        struct dsc_p2p what = {x, N, DSC_F32, 1 - rank, 0, NULL};
+        CHECK(x);
+        status = i % 2 == rank ? dsc_comm_send(comm, &what) : dsc_comm_recv(comm, &what, NULL);
+        free(x);
+    }
+    CHECK(status == DSC_EDEAD);
+    CHECK_TEXT("enough");
+    if (aborts)
+        CHECK(pthread_join(thread, NULL) == 0);
+}
+
+static void a_message_that_fails_leaves_its_memory_alone(void) {
+    for (long round = 0; round < 8; round++)
+        run_fake(2, dropping_body, &round);
+}
+
 static const struct test_case cases[] = {
     CASE(messages_arrive_in_order_beside_collectives),
     CASE(what_a_rank_sent_can_be_taken_after_it_has_left),
     CASE(ends_of_a_message_that_differ_are_an_error_on_both),
+    CASE(a_message_that_fails_leaves_its_memory_alone),
     CASE(operations_do_what_they_say),
     CASE(operations_on_nodes_do_what_they_say),
     CASE(nodes_add_their_ranks_first),

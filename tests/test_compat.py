@@ -51,7 +51,6 @@ MODULES = {
 }
 # Paths that lead to what is not there: importable, and an error that says so at the name.
 NOT_YET = {
-    "moe.sharded_moe": ["TopKGate", "top1gating"],
     "ops.aio": ["AsyncIOBuilder"],
     "pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "profiling.flops_profiler": ["FlopsProfiler", "get_model_profile"],

@@ -24,7 +24,8 @@ struct call {
     struct dsc_adagrad adagrad;
     struct dsc_lion lion;
     struct dsc_lamb lamb;
-    float step; /* lamb_step */
+    float step;   /* lamb_step */
+    float weight; /* add_weighted */
     /* what came back: a value, or a flag */
     double sum;
     bool finite;
@@ -56,6 +57,15 @@ static void run_is_finite(struct call *c) {
 }
 static void run_sum_squares(struct call *c) {
     c->sum = c->kernels->sum_squares(at(c, 0), c->n);
+}
+static void run_add_weighted(struct call *c) {
+    c->kernels->add_weighted(at(c, 0), at(c, 1), c->weight, c->n, c->first);
+}
+static void run_dot(struct call *c) {
+    c->sum = c->kernels->dot(at(c, 0), at(c, 1), c->n);
+}
+static void run_softmax(struct call *c) {
+    c->kernels->softmax(at(c, 0), at(c, 1), 1, c->n);
 }
 static void run_adam(struct call *c) {
     c->kernels->adam(at(c, 0), at(c, 1), at(c, 2), at(c, 3), c->n, &c->adam);
@@ -101,6 +111,9 @@ static const struct operation {
     {"copy_finite", run_copy_finite, 2, {OF_DTYPE, OF_DTYPE}, DSC_TRAIN_DTYPE_COUNT, FINITE},
     {"is_finite", run_is_finite, 1, {OF_DTYPE}, DSC_TRAIN_DTYPE_COUNT, FINITE},
     {"sum_squares", run_sum_squares, 1, {4}, 1, SUM},
+    {"add_weighted", run_add_weighted, 2, {4, 4}, 1, NOTHING},
+    {"dot", run_dot, 2, {4, 4}, 1, SUM},
+    {"softmax", run_softmax, 2, {4, 4}, 1, NOTHING},
     {"adam", run_adam, 4, {4, 4, 4, 4}, 1, NOTHING},
     {"sgd", run_sgd, 3, {4, 4, 4}, 1, NOTHING},
     {"adagrad", run_adagrad, 3, {4, 4, 4}, 1, NOTHING},
@@ -177,10 +190,12 @@ PyDoc_STRVAR(
     "Runs one kernel of one tier on C-contiguous buffers of one length.\n\n"
     "tier: a name of kernel_tiers(). dtype: 'fp32', 'bf16', ...; half types are 2-byte items.\n"
     "buffers, by op: accumulate, to_f32 (fp32 out, in); from_f32 (out, fp32 in); copy_finite\n"
-    "(out, in); is_finite (in); sum_squares (in); adam (p, m, v, grad); sgd (p, buf, grad);\n"
+    "(out, in); is_finite (in); sum_squares (in); add_weighted (acc, in); dot (in, in); softmax\n"
+    "(out, in: one row); adam (p, m, v, grad); sgd (p, buf, grad);\n"
     "adagrad (p, sum, grad); lion (p, m, grad); lamb_moments (u, m, v, p, grad); lamb_step\n"
     "(p, m, v); sum, min, max, prod (accumulator, in; the accumulator is fp32 for half types).\n"
-    "hyper: first for accumulate, step for lamb_step; the fields of struct dsc_<op>.\n"
+    "hyper: first for accumulate and add_weighted, weight, step for lamb_step; the fields of "
+    "struct dsc_<op>.\n"
     "Returns None, a bool (finite?) or a float (sum of squares). ValueError for a wrong name,\n"
     "count, length or item size.");
 
@@ -196,6 +211,7 @@ static const struct field {
     { #name, offsetof(struct call, op.name), true }
     {"first", offsetof(struct call, first), true},
     {"step", offsetof(struct call, step), false},
+    {"weight", offsetof(struct call, weight), false},
     FLOAT(adam, grad_scale),
     FLOAT(adam, step_size),
     FLOAT(adam, beta1),

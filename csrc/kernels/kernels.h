@@ -87,6 +87,16 @@ struct dsc_kernels {
     void (*lamb_step)(float *p, const float *m, const float *v, size_t n, float step,
                       const struct dsc_lamb *h);
 
+    /* acc[i] = (first ? 0 : acc[i]) + weight * x[i]; the first is the product itself, and acc is
+     * not read then */
+    void (*add_weighted)(float *acc, const float *x, float weight, size_t n, bool first);
+    /* Sum of a[i] * b[i] in fp64, in the lanes and the tree of sum_squares. */
+    double (*dot)(const float *a, const float *b, size_t n);
+    /* out[r] = softmax of the row x[r], for n_rows rows of n elements one behind the other; out may
+     * be x. Elements below e^-87 of the row's largest are 0; a NaN or +inf makes its row NaN. The
+     * sum is in fp64, in index order. */
+    void (*softmax)(float *out, const float *x, size_t n_rows, size_t n);
+
     /* acc[i] = acc[i] op src[i] for collectives. acc is fp32 where the dtype is BF16 or F16, else
      * of the dtype itself. AVG adds (the caller divides). MIN and MAX propagate NaN. Integers wrap.
      */

@@ -12,6 +12,7 @@
 #include "lion.h"
 #include "norm.h"
 #include "sgd.h"
+#include "softmax.h"
 
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
@@ -143,23 +144,58 @@ FINITE(f16, uint16_t)
  * 54 GB/s from L2 with AVX-512, 44 instead of 58 with AVX2). */
 typedef double NAME(doubles) __attribute__((vector_size(VECTOR_BYTES)));
 
-static double NAME(sum_squares)(const float *x, size_t n) {
+static inline __attribute__((always_inline)) double NAME(sum_products)(const float *a,
+                                                                       const float *b, size_t n) {
     enum { WIDTH = VECTOR_BYTES / (int)sizeof(double), N_SUMS = DSC_LANES / WIDTH };
     NAME(doubles) sums[N_SUMS] = {{0}};
     double lane[DSC_LANES];
     size_t whole = n - n % DSC_LANES;
     for (size_t i = 0; i < whole; i += DSC_LANES) {
         for (int k = 0; k < N_SUMS; k++) {
-            NAME(doubles) wide; /* element by element: gcc makes one conversion of it */
-            for (int j = 0; j < WIDTH; j++)
-                wide[j] = (double)x[i + (size_t)(k * WIDTH + j)];
-            sums[k] += wide * wide;
+            NAME(doubles) wide_a, wide_b; /* element by element: gcc makes one conversion of it */
+            for (int j = 0; j < WIDTH; j++) {
+                wide_a[j] = (double)a[i + (size_t)(k * WIDTH + j)];
+                wide_b[j] = (double)b[i + (size_t)(k * WIDTH + j)];
+            }
+            sums[k] += wide_a * wide_b;
         }
     }
     memcpy(lane, sums, sizeof lane);
     for (size_t i = whole; i < n; i++)
-        lane[i - whole] += (double)x[i] * (double)x[i];
+        lane[i - whole] += (double)a[i] * (double)b[i];
     return dsc_sum_lanes(lane);
+}
+
+static double NAME(sum_squares)(const float *x, size_t n) {
+    return NAME(sum_products)(x, x, n);
+}
+static double NAME(dot)(const float *a, const float *b, size_t n) {
+    return NAME(sum_products)(a, b, n);
+}
+
+/* ---- mixture of experts ---- */
+
+static void NAME(add_weighted)(float *acc, const float *x, float weight, size_t n, bool first) {
+    if (first) {
+        DSC_IVDEP
+        for (size_t i = 0; i < n; i++)
+            acc[i] = dsc_one_nan(weight * x[i]);
+    } else {
+        DSC_IVDEP
+        for (size_t i = 0; i < n; i++)
+            acc[i] = dsc_one_nan(acc[i] + weight * x[i]);
+    }
+}
+
+/* The exponentials of all rows are one loop: a row is often shorter than a vector. */
+static void NAME(softmax)(float *out, const float *x, size_t n_rows, size_t n) {
+    for (size_t r = 0; r < n_rows; r++)
+        dsc_softmax_shift(out + r * n, x + r * n, n);
+    DSC_IVDEP
+    for (size_t i = 0; i < n_rows * n; i++)
+        out[i] = dsc_exp_of_negative(out[i]);
+    for (size_t r = 0; r < n_rows; r++)
+        dsc_softmax_scale(out + r * n, n);
 }
 
 /* ---- optimizers ---- */
@@ -261,6 +297,9 @@ const struct dsc_kernels NAME(dsc__kernels) = {
     .copy_finite = TRAIN_ROW(copy_finite),
     .is_finite = TRAIN_ROW(is_finite),
     .sum_squares = NAME(sum_squares),
+    .add_weighted = NAME(add_weighted),
+    .dot = NAME(dot),
+    .softmax = NAME(softmax),
     .adam = NAME(adam),
     .sgd = NAME(sgd),
     .adagrad = NAME(adagrad),

@@ -102,6 +102,29 @@ static uint64_t run_sum_squares(const struct dsc_kernels *k, struct arrays x, si
     memcpy(&bits, &sum, sizeof bits);
     return bits;
 }
+static uint64_t run_add_weighted(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                                 int variant) {
+    (void)dtype;
+    k->add_weighted(x.a, x.in, 0.37f, n, variant);
+    return 0;
+}
+static uint64_t run_dot(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                        int variant) {
+    (void)dtype;
+    (void)variant;
+    double sum = k->dot(x.a, x.in, n);
+    uint64_t bits;
+    memcpy(&bits, &sum, sizeof bits);
+    return bits;
+}
+/* Variants: one row; rows of one, three and eight elements. */
+static uint64_t run_softmax(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                            int variant) {
+    static const size_t row[] = {0, 1, 3, 8};
+    (void)dtype;
+    k->softmax(x.a, x.in, variant ? n / row[variant] : 1, variant ? row[variant] : n);
+    return 0;
+}
 static struct dsc_adam adam_hyper(int variant) {
     return (struct dsc_adam){.grad_scale = 0.37f,
                              .step_size = 1e-3f,
@@ -187,6 +210,9 @@ static const struct operation {
     {"from_f32", run_from_f32, OF_DTYPE, DSC_F32, DSC_TRAIN_DTYPE_COUNT, 1},
     {"finite", run_finite, OF_DTYPE, OF_DTYPE, DSC_TRAIN_DTYPE_COUNT, 2},
     {"sum_squares", run_sum_squares, DSC_F32, DSC_F32, 1, 1},
+    {"add_weighted", run_add_weighted, DSC_F32, DSC_F32, 1, 2},
+    {"dot", run_dot, DSC_F32, DSC_F32, 1, 1},
+    {"softmax", run_softmax, DSC_F32, DSC_F32, 1, 4},
     {"adam", run_adam, DSC_F32, DSC_F32, 1, 3},
     {"sgd", run_sgd, DSC_F32, DSC_F32, 1, 16},
     {"adagrad", run_adagrad, DSC_F32, DSC_F32, 1, 4},
@@ -503,6 +529,34 @@ static void adagrad_and_lion_follow_their_formulas(void) {
     }
 }
 
+static void softmax_is_within_ulps_of_double_arithmetic(void) {
+    enum { ROWS = 200, WIDTH = 9 };
+    static float x[ROWS * WIDTH], got[ROWS * WIDTH];
+    for (int i = 0; i < ROWS * WIDTH; i++)
+        x[i] = (float)((int64_t)(next_random() >> 40) - (1 << 23)) * 0x1p-20f * (float)(i % 11);
+    dsc_kernels()->softmax(got, x, ROWS, WIDTH);
+    for (int r = 0; r < ROWS; r++) {
+        float top = -INFINITY;
+        double sum = 0;
+        for (int e = 0; e < WIDTH; e++)
+            top = fmaxf(top, x[r * WIDTH + e]);
+        for (int e = 0; e < WIDTH; e++)
+            sum += exp((double)(x[r * WIDTH + e] - top));
+        for (int e = 0; e < WIDTH; e++) {
+            double expected = exp((double)(x[r * WIDTH + e] - top)) / sum;
+            CHECK(fabs(got[r * WIDTH + e] - expected) <= 4e-7 * expected + 1e-37);
+        }
+    }
+}
+
+static void softmax_of_infinities_is_zero_or_nan(void) {
+    float x[] = {0, -INFINITY, 1, INFINITY, 0, 1, NAN, 0, 1, -INFINITY, -INFINITY, -INFINITY};
+    dsc_kernels()->softmax(x, x, 4, 3);
+    CHECK(x[0] > 0 && x[1] == 0 && x[2] > x[0]);
+    for (int i = 3; i < 12; i++)
+        CHECK_EQ_INT(bits_of(x[i]), 0x7FC00000);
+}
+
 static void infinite_parameters_without_decay_stay_infinite(void) {
     struct dsc_adam adam = adam_hyper(0);
     struct dsc_sgd sgd = {.grad_scale = 1, .lr = 0.1f};
@@ -649,6 +703,8 @@ static const struct test_case cases[] = {
     CASE(optimizers_store_one_nan_whatever_came_in),
     CASE(sgd_follows_its_formula),
     CASE(adagrad_and_lion_follow_their_formulas),
+    CASE(softmax_is_within_ulps_of_double_arithmetic),
+    CASE(softmax_of_infinities_is_zero_or_nan),
     CASE(infinite_parameters_without_decay_stay_infinite),
     CASE(combine_wraps_integers_and_propagates_nan),
     CASE(combine_of_halves_adds_in_fp32),

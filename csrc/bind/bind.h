@@ -26,7 +26,8 @@ struct dsc_comm;
     X(comm)                                                                                        \
     X(work)                                                                                        \
     X(engine)                                                                                      \
-    X(stepper)
+    X(stepper)                                                                                     \
+    X(moe)
 
 #define X(name) int dsc_bind_add_##name(PyObject *module);
 DSC_BIND_MAP(X)

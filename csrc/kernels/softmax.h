@@ -7,12 +7,17 @@
 
 #include "cast.h"
 
+enum { DSC_BITS_OF_87 = 0x42AE0000 };
+
 /* e^x for x <= 0, within 2 units in the last place; 0 below -87, which keeps 2^n a normal number.
  * x = n ln 2 + r with |r| <= ln 2 / 2; e^r by its series up to r^7 / 7!. */
 DSC_HD float dsc_exp_of_negative(float x) {
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction */
     const float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f; /* n * ln2_high is exact */
-    float y = x < -87.0f ? -87.0f : x;
+    /* On bits, by masks (cast.h says why). A NaN is not small and goes through to the end. */
+    int32_t magnitude = (int32_t)(dsc_bits_of_f32(x) & 0x7FFFFFFFu);
+    bool small = magnitude > DSC_BITS_OF_87 && magnitude <= 0x7F800000;
+    float y = dsc_f32_of_bits(dsc_choose(small, 0x80000000u | DSC_BITS_OF_87, dsc_bits_of_f32(x)));
     float shifted = y * 1.44269504f + to_integer;
     float n = shifted - to_integer;
     float r = (y - n * ln2_high) - n * ln2_low;
@@ -26,7 +31,7 @@ DSC_HD float dsc_exp_of_negative(float x) {
     e = e * r + 1.0f;
     uint32_t power = dsc_bits_of_f32(shifted) - dsc_bits_of_f32(to_integer) + 127u;
     uint32_t result = dsc_bits_of_f32(e * dsc_f32_of_bits(power << 23));
-    return dsc_f32_of_bits(dsc_choose(x < -87.0f, 0u, result));
+    return dsc_f32_of_bits(dsc_choose(small, 0u, result));
 }
 
 /* out = x - the largest x. */

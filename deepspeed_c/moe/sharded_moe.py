@@ -3,7 +3,7 @@
 Shapes: S tokens, E experts, k choices of a token, C places of an expert (the capacity), M features. The arithmetic is
 csrc/moe.h; here stand autograd, randomness and the exchange between ranks. docs/moe.md has the rules.
 """
-import functools
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.distributed import ReduceOp
 from .. import _core
 from ..comm import all_reduce, all_to_all_single
 from ..utils import groups
+from ..utils.logging import logger
 
 __all__ = ["MOELayer", "TopKGate", "top1gating", "top2gating", "topkgating"]
 
@@ -21,7 +22,7 @@ POLICIES = (None, "None", "Jitter", "RSample")
 DROPS = ("probs", "position")
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _router_of(n_threads):
     return _core.Router(n_threads)
 
@@ -132,23 +133,27 @@ def _routes(logits, rule, capacity_of, noise=None, used=None, priority_of=_no_pr
     return Routes(l_aux, weights, slots, entries, counts, entries.numel() // counts.numel())
 
 
-def _capacity(n_tokens, n_experts, factor, min_capacity):
+def _capacity(logits, factor, min_capacity):
     """max(ceil(S / E * factor), min_capacity); the product is rounded to float32, as DeepSpeed's is."""
+    n_tokens, n_experts = logits.shape
     each = torch.tensor(float(factor), dtype=torch.float32) * (n_tokens / n_experts)
-    return max(int(torch.ceil(each)), int(min_capacity))
+    return _shared_out(max(int(torch.ceil(each)), int(min_capacity)))
 
 
-def _largest(counts, group, n_tokens=None):
-    """The capacity that drops nobody: the largest count, over the ranks of the expert group, a multiple of the
-    tensor-parallel ranks where these share the places out."""
+def _largest(counts, group):
+    """The capacity that drops nobody: the largest count, over the ranks of the expert group."""
     largest = counts.max().reshape(1)
     if group is not None:
         all_reduce(largest, ReduceOp.MAX, group)
-    largest = int(largest)
-    if groups._get_expert_model_parallel_world_size() == 1:
-        ranks = groups._get_model_parallel_world_size()
-        largest = -(-largest // ranks) * ranks
-    return largest if n_tokens is None else min(largest, n_tokens)
+    return _shared_out(int(largest))
+
+
+def _shared_out(capacity):
+    """Rounded up to a multiple of the tensor-parallel ranks, where these share the places out."""
+    if groups._get_expert_model_parallel_world_size() > 1:
+        return capacity
+    n_ranks = groups.get_tensor_model_parallel_world_size()
+    return -(-capacity // n_ranks) * n_ranks
 
 
 def _check_tutel(use_tutel):
@@ -162,7 +167,6 @@ def _check_policy(policy):
 
 
 def _top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, drop_tokens, use_rts, ep_group):
-    n_tokens, n_experts = logits.shape
     _check_policy(noisy_gate_policy)
     noise = _gumbel(logits) if noisy_gate_policy == "RSample" else None
     used = None if used_token is None else (used_token.reshape(-1) != 0).to(torch.int32)
@@ -171,31 +175,28 @@ def _top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, 
 
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(n_tokens, n_experts, capacity_factor, min_capacity)
-        return _largest(counts, ep_group, n_tokens)
+            return _capacity(logits, capacity_factor, min_capacity)
+        return _largest(counts, ep_group)
 
     return _routes(logits, ("top1", 1), capacity_of, noise, used, lambda gates: uniform)
 
 
 def _top2(logits, capacity_factor, min_capacity, drop_tokens, ep_group, top2_2nd_expert_sampling):
-    n_tokens, n_experts = logits.shape
-
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(n_tokens, n_experts, capacity_factor * 2, min_capacity)
+            return _capacity(logits, capacity_factor * 2, min_capacity)
         return _largest(counts, ep_group)
 
     return _routes(logits, ("top2", 2), capacity_of, _gumbel(logits) if top2_2nd_expert_sampling else None)
 
 
 def _topk(logits, k, capacity_factor, min_capacity, drop_tokens, ep_group, drop_policy):
-    n_tokens, n_experts = logits.shape
     if drop_policy not in DROPS:
         raise ValueError(f"Invalid drop_policy: {drop_policy!r}; allowed: {', '.join(map(repr, DROPS))}")
 
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(n_tokens, n_experts, capacity_factor * k, min_capacity)
+            return _capacity(logits, capacity_factor * k, min_capacity)
         return _largest(counts, ep_group)
 
     by_gate = (lambda gates: gates) if drop_policy == "probs" else _no_priority
@@ -208,8 +209,8 @@ def _result(routes, sparse_routes):
 
 def top1gating(logits, capacity_factor, min_capacity, used_token=None, noisy_gate_policy=None, drop_tokens=True,
                use_rts=True, ep_group=None, sparse_routes=False, use_tutel=False):
-    """Each token to one expert: (l_aux, combine_weights, dispatch_mask, exp_counts), as Routes.dense() has them, or with
-    sparse_routes those of Routes.sparse().
+    """Each token to one expert: (l_aux, combine_weights, dispatch_mask, exp_counts) as Routes.dense() has them, or what
+    Routes.sparse() has (sparse_routes).
 
     logits: (S, E). used_token: (S,), 0 where a token takes no part. noisy_gate_policy 'RSample' chooses by the logits
     plus Gumbel noise. use_rts: who stays where there are too many is drawn at random, else the first. ep_group: ranks
@@ -253,10 +254,11 @@ class TopKGate(nn.Module):
         self.top2_2nd_expert_sampling = top2_2nd_expert_sampling
 
     def _set_ep_group(self, ep_group):
-        """The group over which the capacity is agreed where no token is dropped. Set once."""
-        if self.ep_group is not None:
-            raise RuntimeError("this gate has an expert group already")
+        """The group over which the capacity is agreed where no token is dropped."""
         self.ep_group = ep_group
+
+    def __getstate__(self):
+        return {**self.__dict__, "ep_group": None}  # a process group is neither copied nor pickled
 
     def _routes(self, input, used_token):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
@@ -368,7 +370,8 @@ class MOELayer(nn.Module):
 
     def __init__(self, gate, experts, ep_group_name, ep_size, num_local_experts, use_tutel=False):
         super().__init__()
-        _check_tutel(use_tutel)
+        if use_tutel:
+            logger.warning("MOELayer: use_tutel=True has no effect: Tutel's kernels are not there")
         self.gate, self.experts = gate, experts
         self.ep_group_name, self.ep_size, self.num_local_experts = ep_group_name, ep_size, num_local_experts
         self.ep_group = None
@@ -379,25 +382,45 @@ class MOELayer(nn.Module):
         self.ep_group = ep_group
         self.gate._set_ep_group(ep_group)
 
+    def __getstate__(self):
+        # A copy has no graph, and finds its group by the name at its first forward.
+        return {**self.__dict__, "ep_group": None, "l_aux": self.l_aux.detach()}
+
     def forward(self, input, used_token=None):
         """(..., M) -> (..., M'). used_token: (S,), 0 where a token takes no part (top-1 only)."""
+        if self.ep_size > 1 and self.ep_group is None:
+            self._set_ep_group(groups._get_expert_parallel_group(self.ep_group_name))
         tokens = input.reshape(-1, input.shape[-1]).contiguous()
         routes = self.gate(tokens, used_token, as_routes=True)
         self.l_aux, self.exp_counts = routes.l_aux, routes.counts
         parts = _Dispatch.apply(tokens, routes.slots, routes.entries, self.ep_size, self.num_local_experts)
-        outputs = self._run_experts(self._exchange(parts))
-        out = _Combine.apply(routes.weights, routes.slots, routes.entries, self.ep_size, input.dtype,
-                             *self._exchange(outputs))
+        outputs = self._share_tokens(parts) if groups.get_tensor_model_parallel_world_size() > 1 else self._visit(parts)
+        out = _Combine.apply(routes.weights, routes.slots, routes.entries, self.ep_size, input.dtype, *outputs)
         return out.reshape(*input.shape[:-1], out.shape[-1])
 
-    def _exchange(self, parts):
-        if self.ep_size == 1:
-            return parts
-        if self.ep_group is None:
-            raise RuntimeError(f"MOELayer with ep_size = {self.ep_size} has no expert group yet: _set_ep_group gives it")
-        return _Exchange.apply(self.ep_group, *parts)
+    def _share_tokens(self, parts):
+        """Tensor-parallel ranks hold the same tokens: each sends its share of the places. Experts that are cut over
+        these ranks need all places again, and give their share of the answers."""
+        from .mappings import drop_tokens, gather_tokens
 
-    def _run_experts(self, parts):
+        cut = groups._get_expert_model_parallel_world_size() > 1
+        parts = [drop_tokens(part, 2) for part in parts]
+        outputs = self._visit(parts, *((partial(gather_tokens, dim=2), partial(drop_tokens, dim=2)) if cut else ()))
+        return [gather_tokens(output, 2) for output in outputs]
+
+    def _visit(self, parts, before=None, after=None):
+        """What this layer's experts, wherever they are, make of the parts; before and after, where given, change what
+        goes into and comes from this rank's."""
+        parts = self._exchange(parts)
+        if before is not None:
+            parts = [before(part) for part in parts]
         if getattr(self.experts, "takes_parts", False):
-            return self.experts(list(parts))
-        return self.experts(torch.cat(parts, dim=1)).chunk(self.num_local_experts, dim=1)
+            outputs = self.experts(list(parts))
+        else:
+            outputs = self.experts(torch.cat(parts, dim=1)).chunk(self.num_local_experts, dim=1)
+        if after is not None:
+            outputs = [after(output) for output in outputs]
+        return self._exchange(outputs)
+
+    def _exchange(self, parts):
+        return parts if self.ep_size == 1 else _Exchange.apply(self.ep_group, *parts)

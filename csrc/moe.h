@@ -1,4 +1,5 @@
-/* Routing of tokens to experts, and moving their rows there and back.
+/* Routing of tokens to experts, and moving their rows there and back. moe_logits.c, moe.c and
+ * moe_rows.c have the three parts below.
  *
  * Decides: which experts a token goes to, which of its choices find a place, and what each weighs.
  * S tokens, E experts, k choices per token, C places per expert (the capacity). A choice is the
@@ -27,6 +28,25 @@ struct dsc_moe_size {
     enum dsc_moe_rule rule;
     size_t n_tokens, n_experts, k, capacity;
 };
+
+/* ---- logits ---- */
+
+/* logits = x . weight^T in fp32: what of a model's dtype comes is widened where it is read. */
+struct dsc_moe_linear {
+    size_t n_tokens, n_columns, n_experts;
+    const void *x; /* (S, M) */
+    enum dsc_dtype dtype;
+    const float *weight; /* (E, M) */
+};
+enum dsc_status dsc_moe_logits(struct dsc_pool *pool, const struct dsc_moe_linear *l,
+                               float *logits);
+/* d_x (S, M) in x's dtype: increased by d_logits . weight (`add`) or set to it; d_weight (E, M):
+ * set. Each may be NULL: not wanted. */
+enum dsc_status dsc_moe_logits_backward(struct dsc_pool *pool, const struct dsc_moe_linear *l,
+                                        const float *d_logits, void *d_x, bool add,
+                                        float *d_weight);
+
+/* ---- gates ---- */
 
 struct dsc_moe_choice {
     struct dsc_moe_size size; /* capacity is not looked at */

@@ -101,6 +101,54 @@ static PyObject *finish(RouterObject *self, enum dsc_status status) {
     Py_RETURN_NONE;
 }
 
+/* ---- logits ---- */
+
+static int take_linear(RouterObject *self, PyObject *x, PyObject *weight,
+                       struct dsc_moe_linear *out) {
+    struct dsc_borrowed t, w;
+    if (take_rows(self, x, "x", &t) < 0 || take_rows(self, weight, "weight", &w) < 0)
+        return -1;
+    *out = (struct dsc_moe_linear){
+        (size_t)t.shape[0], (size_t)t.shape[1], (size_t)w.shape[0], t.data, t.dtype, NULL};
+    return take(self, weight, "weight", DSC_F32, out->n_experts * out->n_columns, &out->weight);
+}
+
+static PyObject *router_logits(RouterObject *self, PyObject *args) {
+    PyObject *x, *weight, *logits; /* borrowed */
+    struct dsc_moe_linear l;
+    float *out;
+    enum dsc_status status;
+    if (!PyArg_ParseTuple(args, "OOO:logits", &x, &weight, &logits) ||
+        take_linear(self, x, weight, &l) < 0 ||
+        take(self, logits, "logits", DSC_F32, l.n_tokens * l.n_experts, &out) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    status = dsc_moe_logits(self->pool, &l, out);
+    Py_END_ALLOW_THREADS;
+    return finish(self, status);
+}
+
+static PyObject *router_logits_backward(RouterObject *self, PyObject *args) {
+    PyObject *x, *weight, *d_logits, *d_x, *d_weight; /* borrowed */
+    struct dsc_moe_linear l;
+    const float *d;
+    void *d_x_data = NULL;
+    float *d_w = NULL;
+    int add;
+    enum dsc_status status;
+    if (!PyArg_ParseTuple(args, "OOOOpO:logits_backward", &x, &weight, &d_logits, &d_x, &add,
+                          &d_weight) ||
+        take_linear(self, x, weight, &l) < 0 ||
+        take(self, d_logits, "d_logits", DSC_F32, l.n_tokens * l.n_experts, &d) < 0 ||
+        take_if_any(self, d_x, "d_x", l.dtype, l.n_tokens * l.n_columns, &d_x_data) < 0 ||
+        take_if_any(self, d_weight, "d_weight", DSC_F32, l.n_experts * l.n_columns, &d_w) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    status = dsc_moe_logits_backward(self->pool, &l, d, d_x_data, add, d_w);
+    Py_END_ALLOW_THREADS;
+    return finish(self, status);
+}
+
 /* ---- gates ---- */
 
 static PyObject *router_choose(RouterObject *self, PyObject *args) {
@@ -329,6 +377,13 @@ out:
 }
 
 static PyMethodDef methods[] = {
+    {"logits", (PyCFunction)router_logits, METH_VARARGS,
+     "logits(x, weight, logits)\n\n"
+     "x (S, M) times weight (E, M) transposed, into logits (S, E), in float32."},
+    {"logits_backward", (PyCFunction)router_logits_backward, METH_VARARGS,
+     "logits_backward(x, weight, d_logits, d_x, add, d_weight)\n\n"
+     "Gradients of logits; d_x is added to (add) or set, d_weight set, each None where not "
+     "wanted."},
     {"choose", (PyCFunction)router_choose, METH_VARARGS,
      "choose(rule, k, logits, noise, used, gates, experts, counts, slope, l_aux)\n\n"
      "Softmax, chosen experts and load, into the last five. csrc/moe.h has shapes and meaning; "

@@ -90,8 +90,16 @@ struct dsc_kernels {
     /* acc[i] = (first ? 0 : acc[i]) + weight * x[i]; the first is the product itself, and acc is
      * not read then */
     void (*add_weighted)(float *acc, const float *x, float weight, size_t n, bool first);
+    /* acc[i] += sum over r of weights[r] * x[r * stride + i], for n_rows rows in order: what so
+     * many calls of add_weighted give, with acc kept in registers */
+    void (*add_weighted_rows)(float *acc, const float *x, size_t stride, const float *weights,
+                              size_t n_rows, size_t n);
     /* Sum of a[i] * b[i] in fp64, in the lanes and the tree of sum_squares. */
     double (*dot)(const float *a, const float *b, size_t n);
+    /* out[r] = sum of x[i] * rows[r * stride + i], n_rows of them: 16 fp32 lanes by i mod 16, then
+     * one tree */
+    void (*dot_rows)(float *out, const float *x, const float *rows, size_t stride, size_t n_rows,
+                     size_t n);
     /* out[r] = softmax of the row x[r], for n_rows rows of n elements one behind the other; out may
      * be x. Elements below e^-87 of the row's largest are 0; a NaN or +inf makes its row NaN. The
      * sum is in fp64, in index order. */

@@ -187,6 +187,67 @@ static void NAME(add_weighted)(float *acc, const float *x, float weight, size_t 
     }
 }
 
+typedef float NAME(floats) __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+
+static void NAME(add_weighted_rows)(float *acc, const float *x, size_t stride, const float *weights,
+                                    size_t n_rows, size_t n) {
+    enum { WIDTH = VECTOR_BYTES / (int)sizeof(float), BLOCK = 4 * WIDTH };
+    size_t at = 0;
+    for (; n_rows && at + BLOCK <= n; at += BLOCK) {
+        NAME(floats) *out = (NAME(floats) *)(void *)(acc + at);
+        NAME(floats) a = out[0], b = out[1], c = out[2], d = out[3];
+        for (size_t r = 0; r < n_rows; r++) {
+            const NAME(floats) *row = (const NAME(floats) *)(const void *)(x + r * stride + at);
+            a += row[0] * weights[r];
+            b += row[1] * weights[r];
+            c += row[2] * weights[r];
+            d += row[3] * weights[r];
+        }
+        out[0] = a;
+        out[1] = b;
+        out[2] = c;
+        out[3] = d;
+        for (size_t i = at; i < at + BLOCK; i++)
+            acc[i] = dsc_one_nan(acc[i]);
+    }
+    for (size_t r = 0; r < n_rows; r++)
+        NAME(add_weighted)(acc + at, x + r * stride + at, weights[r], n - at, false);
+}
+
+/* Several rows at once: one alone would wait for its own sums. */
+enum { ROWS_AT_ONCE = 4, LANE_VECTORS = DSC_LANES * (int)sizeof(float) / VECTOR_BYTES };
+
+static inline __attribute__((always_inline)) void NAME(dot_some)(float *out, const float *x,
+                                                                 const float *rows, size_t stride,
+                                                                 size_t n_rows, size_t n) {
+    NAME(floats) sums[ROWS_AT_ONCE][LANE_VECTORS] = {{{0}}};
+    size_t whole = n - n % DSC_LANES;
+    for (size_t i = 0; i < whole; i += DSC_LANES) {
+        const NAME(floats) *a = (const NAME(floats) *)(const void *)(x + i);
+        for (size_t r = 0; r < n_rows; r++) {
+            const NAME(floats) *b = (const NAME(floats) *)(const void *)(rows + r * stride + i);
+            for (int k = 0; k < LANE_VECTORS; k++)
+                sums[r][k] += a[k] * b[k];
+        }
+    }
+    for (size_t r = 0; r < n_rows; r++) {
+        float lane[DSC_LANES];
+        memcpy(lane, sums[r], sizeof lane);
+        for (size_t i = whole; i < n; i++)
+            lane[i - whole] += x[i] * rows[r * stride + i];
+        out[r] = dsc_sum_lanes_f32(lane);
+    }
+}
+
+static void NAME(dot_rows)(float *out, const float *x, const float *rows, size_t stride,
+                           size_t n_rows, size_t n) {
+    size_t r = 0;
+    for (; r + ROWS_AT_ONCE <= n_rows; r += ROWS_AT_ONCE)
+        NAME(dot_some)(out + r, x, rows + r * stride, stride, ROWS_AT_ONCE, n);
+    for (; r < n_rows; r++)
+        NAME(dot_some)(out + r, x, rows + r * stride, stride, 1, n);
+}
+
 /* The exponentials of all rows are one loop: a row is often shorter than a vector. */
 static void NAME(softmax)(float *out, const float *x, size_t n_rows, size_t n) {
     for (size_t r = 0; r < n_rows; r++)
@@ -298,7 +359,9 @@ const struct dsc_kernels NAME(dsc__kernels) = {
     .is_finite = TRAIN_ROW(is_finite),
     .sum_squares = NAME(sum_squares),
     .add_weighted = NAME(add_weighted),
+    .add_weighted_rows = NAME(add_weighted_rows),
     .dot = NAME(dot),
+    .dot_rows = NAME(dot_rows),
     .softmax = NAME(softmax),
     .adam = NAME(adam),
     .sgd = NAME(sgd),

@@ -57,14 +57,15 @@ class Routes:
 
     l_aux: scalar. weights: (S, k) float32, 0 where dropped; both differentiable. slots: (S, k) int32, expert * C +
     position, -1 where dropped. entries: (E * C,) int32, the choice s * k + j in each place, -1 where it is empty.
-    counts: (E,) int64 choices before any was dropped. capacity: C.
+    counts: (E,) int64 choices before any was dropped. capacity: C. tokens: (S, M) what the layer dispatches, where a
+    TopKGate made this, else None.
     """
 
-    __slots__ = ("l_aux", "weights", "slots", "entries", "counts", "capacity")
+    __slots__ = ("l_aux", "weights", "slots", "entries", "counts", "capacity", "tokens")
 
     def __init__(self, l_aux, weights, slots, entries, counts, capacity):
         self.l_aux, self.weights, self.slots, self.entries = l_aux, weights, slots, entries
-        self.counts, self.capacity = counts, capacity
+        self.counts, self.capacity, self.tokens = counts, capacity, None
 
     def dense(self):
         """(l_aux, combine_weights (S, E, C) float32, dispatch_mask (S, E, C) bool, exp_counts (E,) int64)."""
@@ -88,6 +89,34 @@ class Routes:
         positions = (self.slots % size).masked_fill_(dropped, 0)
         return (self.l_aux, torch.tensor(self.capacity), self.counts.numel(), experts.t().contiguous(),
                 positions.t().contiguous(), self.weights.t().contiguous(), self.counts)
+
+
+class _Logits(Function):
+    """(S, M) tokens of any training dtype and weight (E, M) float32 to logits (S, E) float32, and the tokens again: who
+    uses these in its place hands their gradient back through here, where the logits' part is added to it."""
+
+    @staticmethod
+    def forward(ctx, tokens, weight):
+        logits = torch.empty(tokens.shape[0], weight.shape[0])
+        _router().logits(tokens, weight, logits)
+        ctx.save_for_backward(tokens, weight)
+        ctx.set_materialize_grads(False)
+        return logits, tokens.view_as(tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_logits, d_tokens):
+        tokens, weight = ctx.saved_tensors
+        if d_logits is None:
+            return d_tokens, None
+        wanted, weight_wanted = ctx.needs_input_grad
+        d_weight = torch.empty_like(weight) if weight_wanted else None
+        add = d_tokens is not None
+        if wanted:
+            # A gradient that came is _Dispatch's: nobody else holds it.
+            d_tokens = d_tokens.contiguous() if add else torch.empty_like(tokens)
+        _router().logits_backward(tokens, weight, d_logits.contiguous(), d_tokens if wanted else None, add, d_weight)
+        return d_tokens if wanted else None, d_weight
 
 
 class _Gate(Function):
@@ -262,11 +291,16 @@ class TopKGate(nn.Module):
 
     def _routes(self, input, used_token):
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
-        with torch.autocast(input.device.type, enabled=False):
-            tokens = input.float()
-            if self.noisy_gate_policy == "Jitter" and self.training:
-                tokens = _jittered(tokens)
-            logits = nn.functional.linear(tokens, self.wg.weight.float())
+        input = input.contiguous()
+        if self.noisy_gate_policy == "Jitter" and self.training:
+            logits, tokens = _Logits.apply(_jittered(input.float()), self.wg.weight.float())[0], input
+        else:
+            logits, tokens = _Logits.apply(input, self.wg.weight.float())
+        routes = self._routes_of(logits, used_token, factor)
+        routes.tokens = tokens
+        return routes
+
+    def _routes_of(self, logits, used_token, factor):
         if self.k == 1:
             return _top1(logits, factor, self.min_capacity, used_token,
                          self.noisy_gate_policy if self.training else None, self.drop_tokens, self.use_rts,
@@ -390,10 +424,9 @@ class MOELayer(nn.Module):
         """(..., M) -> (..., M'). used_token: (S,), 0 where a token takes no part (top-1 only)."""
         if self.ep_size > 1 and self.ep_group is None:
             self._set_ep_group(groups._get_expert_parallel_group(self.ep_group_name))
-        tokens = input.reshape(-1, input.shape[-1]).contiguous()
-        routes = self.gate(tokens, used_token, as_routes=True)
+        routes = self.gate(input.reshape(-1, input.shape[-1]), used_token, as_routes=True)
         self.l_aux, self.exp_counts = routes.l_aux, routes.counts
-        parts = _Dispatch.apply(tokens, routes.slots, routes.entries, self.ep_size, self.num_local_experts)
+        parts = _Dispatch.apply(routes.tokens, routes.slots, routes.entries, self.ep_size, self.num_local_experts)
         outputs = self._share_tokens(parts) if groups.get_tensor_model_parallel_world_size() > 1 else self._visit(parts)
         out = _Combine.apply(routes.weights, routes.slots, routes.entries, self.ep_size, input.dtype, *outputs)
         return out.reshape(*input.shape[:-1], out.shape[-1])

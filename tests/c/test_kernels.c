@@ -108,6 +108,15 @@ static uint64_t run_add_weighted(const struct dsc_kernels *k, struct arrays x, s
     k->add_weighted(x.a, x.in, 0.37f, n, variant);
     return 0;
 }
+/* Variants: no, one, three rows, which overlap. */
+static uint64_t run_add_weighted_rows(const struct dsc_kernels *k, struct arrays x, size_t n,
+                                      int dtype, int variant) {
+    static const float weights[] = {0.37f, -2.0f, 1e-3f};
+    size_t n_rows = variant == 2 ? 3 : (size_t)variant;
+    (void)dtype;
+    k->add_weighted_rows(x.a, x.in, n / 3, weights, n_rows, n - n / 3 * 2);
+    return 0;
+}
 static uint64_t run_dot(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
                         int variant) {
     (void)dtype;
@@ -116,6 +125,14 @@ static uint64_t run_dot(const struct dsc_kernels *k, struct arrays x, size_t n, 
     uint64_t bits;
     memcpy(&bits, &sum, sizeof bits);
     return bits;
+}
+/* One to nine rows, which overlap. */
+static uint64_t run_dot_rows(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
+                             int variant) {
+    (void)dtype;
+    if (n >= 9)
+        k->dot_rows(x.a, x.b, x.in, n / 9, (size_t)variant + 1, n / 9);
+    return 0;
 }
 /* Variants: one row; rows of one, three and eight elements. */
 static uint64_t run_softmax(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
@@ -211,7 +228,9 @@ static const struct operation {
     {"finite", run_finite, OF_DTYPE, OF_DTYPE, DSC_TRAIN_DTYPE_COUNT, 2},
     {"sum_squares", run_sum_squares, DSC_F32, DSC_F32, 1, 1},
     {"add_weighted", run_add_weighted, DSC_F32, DSC_F32, 1, 2},
+    {"add_weighted_rows", run_add_weighted_rows, DSC_F32, DSC_F32, 1, 3},
     {"dot", run_dot, DSC_F32, DSC_F32, 1, 1},
+    {"dot_rows", run_dot_rows, DSC_F32, DSC_F32, 1, 9},
     {"softmax", run_softmax, DSC_F32, DSC_F32, 1, 4},
     {"adam", run_adam, DSC_F32, DSC_F32, 1, 3},
     {"sgd", run_sgd, DSC_F32, DSC_F32, 1, 16},

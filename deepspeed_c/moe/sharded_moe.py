@@ -162,25 +162,20 @@ def _routes(logits, rule, capacity_of, noise=None, used=None, priority_of=_no_pr
     return Routes(l_aux, weights, slots, entries, counts, entries.numel() // counts.numel())
 
 
-def _capacity(logits, factor, min_capacity):
+def _capacity(logits, factor, min_capacity, group):
     """max(ceil(S / E * factor), min_capacity); the product is rounded to float32, as DeepSpeed's is."""
     n_tokens, n_experts = logits.shape
     each = torch.tensor(float(factor), dtype=torch.float32) * (n_tokens / n_experts)
-    return _shared_out(max(int(torch.ceil(each)), int(min_capacity)))
+    return _agreed(max(int(torch.ceil(each)), int(min_capacity)), group)
 
 
-def _largest(counts, group):
-    """The capacity that drops nobody: the largest count, over the ranks of the expert group."""
-    largest = counts.max().reshape(1)
+def _agreed(capacity, group):
+    """The largest capacity of the expert group's ranks, which may have different numbers of tokens; a multiple of the
+    tensor-parallel ranks, which share the places out."""
     if group is not None:
+        largest = torch.tensor([capacity])
         all_reduce(largest, ReduceOp.MAX, group)
-    return _shared_out(int(largest))
-
-
-def _shared_out(capacity):
-    """Rounded up to a multiple of the tensor-parallel ranks, where these share the places out."""
-    if groups._get_expert_model_parallel_world_size() > 1:
-        return capacity
+        capacity = int(largest)
     n_ranks = groups.get_tensor_model_parallel_world_size()
     return -(-capacity // n_ranks) * n_ranks
 
@@ -204,8 +199,8 @@ def _top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, 
 
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(logits, capacity_factor, min_capacity)
-        return _largest(counts, ep_group)
+            return _capacity(logits, capacity_factor, min_capacity, ep_group)
+        return _agreed(int(counts.max()), ep_group)
 
     return _routes(logits, ("top1", 1), capacity_of, noise, used, lambda gates: uniform)
 
@@ -213,8 +208,8 @@ def _top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, 
 def _top2(logits, capacity_factor, min_capacity, drop_tokens, ep_group, top2_2nd_expert_sampling):
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(logits, capacity_factor * 2, min_capacity)
-        return _largest(counts, ep_group)
+            return _capacity(logits, capacity_factor * 2, min_capacity, ep_group)
+        return _agreed(int(counts.max()), ep_group)
 
     return _routes(logits, ("top2", 2), capacity_of, _gumbel(logits) if top2_2nd_expert_sampling else None)
 
@@ -225,8 +220,8 @@ def _topk(logits, k, capacity_factor, min_capacity, drop_tokens, ep_group, drop_
 
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(logits, capacity_factor * k, min_capacity)
-        return _largest(counts, ep_group)
+            return _capacity(logits, capacity_factor * k, min_capacity, ep_group)
+        return _agreed(int(counts.max()), ep_group)
 
     by_gate = (lambda gates: gates) if drop_policy == "probs" else _no_priority
     return _routes(logits, ("topk", k), capacity_of, priority_of=by_gate)
@@ -243,7 +238,7 @@ def top1gating(logits, capacity_factor, min_capacity, used_token=None, noisy_gat
 
     logits: (S, E). used_token: (S,), 0 where a token takes no part. noisy_gate_policy 'RSample' chooses by the logits
     plus Gumbel noise. use_rts: who stays where there are too many is drawn at random, else the first. ep_group: ranks
-    that agree on the capacity where drop_tokens is False. use_tutel: NotImplementedError if True.
+    that agree on the capacity, the largest of theirs. use_tutel: NotImplementedError if True.
     """
     _check_tutel(use_tutel)
     return _result(_top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, drop_tokens, use_rts,
@@ -283,7 +278,7 @@ class TopKGate(nn.Module):
         self.top2_2nd_expert_sampling = top2_2nd_expert_sampling
 
     def _set_ep_group(self, ep_group):
-        """The group over which the capacity is agreed where no token is dropped."""
+        """The group over which the capacity is agreed."""
         self.ep_group = ep_group
 
     def __getstate__(self):

@@ -115,7 +115,7 @@ enum dsc_status dsc_moe_dispatch(struct dsc_pool *pool, const struct dsc_moe_row
 enum dsc_status dsc_moe_combine(struct dsc_pool *pool, const struct dsc_moe_rows *rows,
                                 const float *weights, void *out);
 /* The backward of combine with weights. d_parts[place] = weights * d_out[token], zero where nobody
- * has it; d_weights[j] = d_out[token] . parts[place of j] (fp64 sums), 0 without a place. d_parts
+ * has it; d_weights[j] = d_out[token] . parts[place of j], 0 without a place. d_parts
  * is like rows->parts, data NULL: not wanted; d_weights NULL: not wanted. */
 enum dsc_status dsc_moe_combine_backward(struct dsc_pool *pool, const struct dsc_moe_rows *rows,
                                          const float *weights, const void *d_out,

@@ -61,9 +61,6 @@ static void run_sum_squares(struct call *c) {
 static void run_add_weighted(struct call *c) {
     c->kernels->add_weighted(at(c, 0), at(c, 1), c->weight, c->n, c->first);
 }
-static void run_dot(struct call *c) {
-    c->sum = c->kernels->dot(at(c, 0), at(c, 1), c->n);
-}
 static void run_softmax(struct call *c) {
     c->kernels->softmax(at(c, 0), at(c, 1), 1, c->n);
 }
@@ -112,7 +109,6 @@ static const struct operation {
     {"is_finite", run_is_finite, 1, {OF_DTYPE}, DSC_TRAIN_DTYPE_COUNT, FINITE},
     {"sum_squares", run_sum_squares, 1, {4}, 1, SUM},
     {"add_weighted", run_add_weighted, 2, {4, 4}, 1, NOTHING},
-    {"dot", run_dot, 2, {4, 4}, 1, SUM},
     {"softmax", run_softmax, 2, {4, 4}, 1, NOTHING},
     {"adam", run_adam, 4, {4, 4, 4, 4}, 1, NOTHING},
     {"sgd", run_sgd, 3, {4, 4, 4}, 1, NOTHING},
@@ -190,7 +186,7 @@ PyDoc_STRVAR(
     "Runs one kernel of one tier on C-contiguous buffers of one length.\n\n"
     "tier: a name of kernel_tiers(). dtype: 'fp32', 'bf16', ...; half types are 2-byte items.\n"
     "buffers, by op: accumulate, to_f32 (fp32 out, in); from_f32 (out, fp32 in); copy_finite\n"
-    "(out, in); is_finite (in); sum_squares (in); add_weighted (acc, in); dot (in, in); softmax\n"
+    "(out, in); is_finite (in); sum_squares (in); add_weighted (acc, in); softmax\n"
     "(out, in: one row); adam (p, m, v, grad); sgd (p, buf, grad);\n"
     "adagrad (p, sum, grad); lion (p, m, grad); lamb_moments (u, m, v, p, grad); lamb_step\n"
     "(p, m, v); sum, min, max, prod (accumulator, in; the accumulator is fp32 for half types).\n"

@@ -94,8 +94,6 @@ struct dsc_kernels {
      * many calls of add_weighted give, with acc kept in registers */
     void (*add_weighted_rows)(float *acc, const float *x, size_t stride, const float *weights,
                               size_t n_rows, size_t n);
-    /* Sum of a[i] * b[i] in fp64, in the lanes and the tree of sum_squares. */
-    double (*dot)(const float *a, const float *b, size_t n);
     /* out[r] = sum of x[i] * rows[r * stride + i], n_rows of them: 16 fp32 lanes by i mod 16, then
      * one tree */
     void (*dot_rows)(float *out, const float *x, const float *rows, size_t stride, size_t n_rows,

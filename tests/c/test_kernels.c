@@ -117,15 +117,6 @@ static uint64_t run_add_weighted_rows(const struct dsc_kernels *k, struct arrays
     k->add_weighted_rows(x.a, x.in, n / 3, weights, n_rows, n - n / 3 * 2);
     return 0;
 }
-static uint64_t run_dot(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
-                        int variant) {
-    (void)dtype;
-    (void)variant;
-    double sum = k->dot(x.a, x.in, n);
-    uint64_t bits;
-    memcpy(&bits, &sum, sizeof bits);
-    return bits;
-}
 /* One to nine rows, which overlap. */
 static uint64_t run_dot_rows(const struct dsc_kernels *k, struct arrays x, size_t n, int dtype,
                              int variant) {
@@ -229,7 +220,6 @@ static const struct operation {
     {"sum_squares", run_sum_squares, DSC_F32, DSC_F32, 1, 1},
     {"add_weighted", run_add_weighted, DSC_F32, DSC_F32, 1, 2},
     {"add_weighted_rows", run_add_weighted_rows, DSC_F32, DSC_F32, 1, 3},
-    {"dot", run_dot, DSC_F32, DSC_F32, 1, 1},
     {"dot_rows", run_dot_rows, DSC_F32, DSC_F32, 1, 9},
     {"softmax", run_softmax, DSC_F32, DSC_F32, 1, 4},
     {"adam", run_adam, DSC_F32, DSC_F32, 1, 3},

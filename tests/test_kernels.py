@@ -144,6 +144,23 @@ def test_combination_is_torchs_bit_for_bit(tier, op, torch_op, name, dtype):
     np.testing.assert_array_equal(a, expected)
 
 
+# ---- rows ----
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weighted_sums_are_torchs_bit_for_bit(tier, first):
+    acc, x = f32(1), f32(2)
+    product = torch.from_numpy(x) * 0.37
+    expected = product if first else torch.from_numpy(acc) + product
+    _core.run_kernel(tier, "add_weighted", "fp32", (acc, x), weight=0.37, first=first)
+    np.testing.assert_array_equal(acc.view(np.uint32), expected.numpy().view(np.uint32))
+
+
+def test_softmax_is_torchs_to_rounding(tier):
+    x, out = f32(3, scale=5.0), np.empty(N, np.float32)
+    _core.run_kernel(tier, "softmax", "fp32", (out, x))
+    torch.testing.assert_close(torch.from_numpy(out), torch.softmax(torch.from_numpy(x), 0), rtol=1e-6, atol=1e-12)
+
+
 # ---- norm ----
 
 def test_sum_of_squares_agrees_with_torch_and_with_every_tier():

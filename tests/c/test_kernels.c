@@ -538,6 +538,31 @@ static void adagrad_and_lion_follow_their_formulas(void) {
     }
 }
 
+static void sums_over_rows_are_those_of_one_row_after_the_other(void) {
+    enum { ROWS = 6, WIDTH = 83, STRIDE = 90 };
+    float x[ROWS * STRIDE], weights[ROWS], acc[WIDTH], expected[WIDTH], dots[ROWS];
+    for (int i = 0; i < ROWS * STRIDE; i++)
+        x[i] = (float)((int64_t)(next_random() >> 40) - (1 << 23)) * 0x1p-20f;
+    for (int r = 0; r < ROWS; r++)
+        weights[r] = x[r] + 0.5f;
+    for (int i = 0; i < WIDTH; i++)
+        acc[i] = expected[i] = x[i * 3];
+    dsc_kernels()->add_weighted_rows(acc, x, STRIDE, weights, ROWS, WIDTH);
+    for (int r = 0; r < ROWS; r++)
+        dsc_kernels()->add_weighted(expected, x + r * STRIDE, weights[r], WIDTH, false);
+    CHECK(memcmp(acc, expected, sizeof acc) == 0);
+    dsc_kernels()->dot_rows(dots, x, x, STRIDE, ROWS, WIDTH);
+    for (int r = 0; r < ROWS; r++) {
+        float lane[16] = {0};
+        for (int i = 0; i < WIDTH; i++)
+            lane[i % 16] += x[i] * x[r * STRIDE + i];
+        for (int half = 8; half > 0; half /= 2)
+            for (int i = 0; i < half; i++)
+                lane[i] += lane[i + half];
+        CHECK(dots[r] == lane[0]);
+    }
+}
+
 static void softmax_is_within_ulps_of_double_arithmetic(void) {
     enum { ROWS = 200, WIDTH = 9 };
     static float x[ROWS * WIDTH], got[ROWS * WIDTH];
@@ -712,6 +737,7 @@ static const struct test_case cases[] = {
     CASE(optimizers_store_one_nan_whatever_came_in),
     CASE(sgd_follows_its_formula),
     CASE(adagrad_and_lion_follow_their_formulas),
+    CASE(sums_over_rows_are_those_of_one_row_after_the_other),
     CASE(softmax_is_within_ulps_of_double_arithmetic),
     CASE(softmax_of_infinities_is_zero_or_nan),
     CASE(infinite_parameters_without_decay_stay_infinite),

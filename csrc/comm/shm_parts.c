@@ -147,7 +147,9 @@ enum dsc_status dsc__shm_all_to_all(void *state, const struct dsc_coll *coll) {
     return DSC_OK;
 }
 
-/* The counts filled the agreement's payload, so even small parts go by chunks. */
+/* The counts filled the agreement's payload, so even small parts go by chunks. These are the first
+ * that travel since the agreement, because the counts of any world did not. */
+_Static_assert(2 * sizeof(uint64_t) * DSC__SHM_RANKS_MAX <= DSC__SHM_SMALL, "see exchange.c");
 enum dsc_status dsc__shm_all_to_all_v(void *state, const struct dsc_coll *coll,
                                       const struct dsc__parts *parts) {
     size_t n_bytes = parts->n_max * dsc_dtype_size(coll->dtype);

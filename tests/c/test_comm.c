@@ -152,6 +152,60 @@ static void check_rooted(struct dsc_comm *comm, size_t n, enum dsc_dtype dtype, 
     free(src), free(dst), free(want);
 }
 
+static bool allowed(enum dsc_dtype dtype, enum dsc_op op) {
+    return !(op == DSC_AVG && (dtype == DSC_I32 || dtype == DSC_I64));
+}
+
+/* Where the result is one of the sources: the first at root 0, the last at the other end. */
+static void check_in_place(struct dsc_comm *comm, size_t n, enum dsc_dtype dtype, enum dsc_op op) {
+    int rank = dsc_comm_rank(comm), size = dsc_comm_size(comm);
+    size_t bytes = dsc_dtype_size(dtype), total = n * (size_t)size;
+    char *data = malloc(total * bytes + 64), *want = malloc(total * bytes + 64);
+    char *own = data + (size_t)rank * n * bytes;
+    struct dsc_coll coll = {.n_elems = n, .dtype = dtype, .op = op};
+
+    for (size_t i = 0; i < total; i++)
+        put(want, i, dtype, expected(size, i, op, dtype));
+    for (coll.root = 0; coll.root < size; coll.root += dsc_max(size - 1, 1)) {
+        for (size_t i = 0; i < total; i++)
+            put(data, i, dtype, value(rank, i, op));
+        coll.src = data, coll.dst = rank == coll.root ? data : NULL;
+        CHECK_OK(dsc_comm_reduce(comm, &coll));
+        check_equal(data, want, rank == coll.root ? n * bytes : 0, "reduce in place", n, dtype, op);
+    }
+    for (size_t i = 0; i < total; i++)
+        put(data, i, dtype, value(rank, i, op));
+    coll.src = data, coll.dst = own;
+    CHECK_OK(dsc_comm_reduce_scatter(comm, &coll));
+    check_equal(own, want + (size_t)rank * n * bytes, n * bytes, "reduce_scatter in place", n,
+                dtype, op);
+    coll.src = own, coll.dst = data;
+    CHECK_OK(dsc_comm_all_gather(comm, &coll));
+    check_equal(data, want, total * bytes, "all_gather in place", n, dtype, op);
+    coll.root = size - 1;
+    coll.src = rank == coll.root ? data : NULL, coll.dst = own;
+    CHECK_OK(dsc_comm_scatter(comm, &coll));
+    coll.src = own, coll.dst = rank == coll.root ? data : NULL;
+    CHECK_OK(dsc_comm_gather(comm, &coll));
+    check_equal(data, want, total * bytes, "scatter and gather in place", n, dtype, op);
+    free(data), free(want);
+}
+
+static void in_place_body(struct dsc_comm *comm, int rank, void *arg) {
+    static const size_t sizes[] = {3, SMALL_F32 * 2 + 9};
+    (void)rank, (void)arg;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        for (int dtype = 0; dtype < DSC_REDUCE_DTYPE_COUNT; dtype++)
+            for (int op = 0; op < DSC_OP_COUNT; op++)
+                if (allowed((enum dsc_dtype)dtype, (enum dsc_op)op))
+                    check_in_place(comm, sizes[i], (enum dsc_dtype)dtype, (enum dsc_op)op);
+}
+
+static void a_result_over_one_of_its_sources_is_right(void) {
+    for (int size = 1; size <= RANKS_MAX; size++)
+        run_threads(size, 0, false, in_place_body, NULL);
+}
+
 /* Rank a has (a + 2 b) n / 8 elements for rank b, so some parts are empty. */
 static size_t split(size_t n, int from, int to) {
     return ((size_t)from + 2 * (size_t)to) * n / 8;
@@ -211,10 +265,6 @@ static void contradicting_body(struct dsc_comm *comm, int rank, void *arg) {
 
 static void splits_that_contradict_each_other_are_named_on_every_rank(void) {
     run_threads(3, 0, false, contradicting_body, NULL);
-}
-
-static bool allowed(enum dsc_dtype dtype, enum dsc_op op) {
-    return !(op == DSC_AVG && (dtype == DSC_I32 || dtype == DSC_I64));
 }
 
 static void all_types_body(struct dsc_comm *comm, int rank, void *arg) {
@@ -689,6 +739,7 @@ static struct test_case cases[] = {
     CASE(chunk_boundaries_lose_nothing_on_4_ranks),
     CASE(streamed_results_lose_nothing),
     CASE(roots_and_pairs_get_what_is_theirs),
+    CASE(a_result_over_one_of_its_sources_is_right),
     CASE(splits_that_contradict_each_other_are_named_on_every_rank),
     CASE(sums_are_taken_in_rank_order),
     CASE(a_sum_of_negative_zeros_is_positive_zero),

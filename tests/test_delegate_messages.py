@@ -1,6 +1,7 @@
 """Messages between two ranks that share no memory: the contract of shared memory, over TCP."""
 import contextlib
 import os
+import resource
 import signal
 import socket
 import struct
@@ -60,13 +61,40 @@ def beside_collectives(rank, world):
             assert torch.equal(got, values(0, n))
 
 
-def strangers_come(rank, world):
-    """Who does not know the token is dropped, says it nothing or nonsense, and disturbs nobody."""
+def address_of(rank):
     store = torch.distributed.distributed_c10d._get_default_store()
     host, port, token = store.get(f"{distributed._opened[2][1]}/{_delegate._PREFIX}/mail/{rank}").decode().split()
     assert len(token) == 32
+    return host, int(port)
+
+
+def no_descriptor_is_left(rank, world):
+    """A connection that cannot be accepted waits until it can be, and keeps no core busy meanwhile."""
+    comm.barrier()
+    if rank == 0:
+        free = os.dup(0)
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        os.close(free)
+        comm.barrier()
+        used = time.process_time()
+        time.sleep(0.5)
+        used = time.process_time() - used
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert used < 0.05
+    else:
+        comm.barrier()
+        comm.send(values(1, 5), 0, tag=8)
+        return
+    got = torch.empty(5)
+    comm.recv(got, 1, tag=8)
+    assert torch.equal(got, values(1, 5))
+
+
+def strangers_come(rank, world):
+    """Who does not know the token is dropped, says it nothing or nonsense, and disturbs nobody."""
     said = [b"", b"GET / HTTP/1.1\r\n\r\n" + b"x" * 100, os.urandom(48)]
-    calls = [socket.create_connection((host, int(port)), timeout=5) for _ in range(20)]
+    calls = [socket.create_connection(address_of(rank), timeout=5) for _ in range(20)]
     for i, call in enumerate(calls):
         call.sendall(said[i % 3])
     in_any_order(rank, world)
@@ -110,7 +138,7 @@ def test_a_long_message_outlives_its_sender(ranks):
 
 def every_way(rank, world):
     comm_ = opened()
-    for case in (in_any_order, beside_collectives, strangers_come):
+    for case in (no_descriptor_is_left, in_any_order, beside_collectives, strangers_come):
         case(rank, world)
         comm.barrier()
     with pytest.raises(ValueError, match="the other rank is"):

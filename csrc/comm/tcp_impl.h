@@ -80,8 +80,8 @@ struct dsc__mail {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    uint32_t count; /* changes */
-    bool stop;
+    uint32_t count;  /* changes */
+    bool stop, full; /* full: the process has no descriptor for a caller now */
     enum dsc_status broken;
     char reason[DSC__REASON_MAX];
     struct dsc__mail_place {

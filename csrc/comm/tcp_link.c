@@ -17,7 +17,7 @@
 
 static const uint64_t MAGIC = 0x316d6c69616d7364; /* "dsmailm1" */
 enum { AT_ONCE = 4 << 20, SCRATCH = 64 * 1024 };  /* bytes of one link before the lock is free */
-enum { STRANGER_S = 5 };
+enum { STRANGER_S = 5, FULL_MS = 100 };
 
 void dsc__link_wake(struct dsc__mail *mail) {
     const uint64_t one = 1;
@@ -64,8 +64,10 @@ static void accept_all(struct dsc__mail *mail) {
         if (mail->strangers[i].fd >= 0)
             continue;
         int fd = accept4(mail->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd < 0)
+        if (fd < 0) {
+            mail->full = errno != EAGAIN;
             return;
+        }
         tune(fd);
         mail->strangers[i] = (struct dsc__link){
             .state = DSC__LINK_OPEN, .fd = fd, .peer = -1, .since = dsc_comm_now()};
@@ -264,16 +266,18 @@ static void add(struct dsc__mail *mail, nfds_t *n, struct dsc__link *link) {
     mail->polled_links[(*n)++] = link;
 }
 
-/* What to poll. Strangers that say nothing make room; the next ones wait until there is some. */
-static nfds_t list(struct dsc__mail *mail, bool *any_stranger) {
+/* What to poll, and for how long. Strangers that say nothing make room; the next ones wait until
+ * there is some, and for a while where they cannot be accepted. */
+static nfds_t list(struct dsc__mail *mail, int *timeout_ms) {
     nfds_t n = 2;
     double now = dsc_comm_now();
     for (int i = 0; i < DSC__MAIL_STRANGERS; i++) {
         mail->strangers[i].failed |= now - mail->strangers[i].since > STRANGER_S;
         add(mail, &n, &mail->strangers[i]);
     }
-    *any_stranger = n > 2;
-    bool has_room = n < 2 + DSC__MAIL_STRANGERS;
+    *timeout_ms = mail->full ? FULL_MS : n > 2 ? 1000 * STRANGER_S : -1;
+    bool has_room = n < 2 + DSC__MAIL_STRANGERS && !mail->full;
+    mail->full = false;
     mail->polled[0] = (struct pollfd){.fd = mail->wake, .events = POLLIN};
     mail->polled[1] = (struct pollfd){.fd = has_room ? mail->listener : -1, .events = POLLIN};
     for (int i = 0; i < 2 * mail->size; i++)
@@ -284,12 +288,12 @@ static nfds_t list(struct dsc__mail *mail, bool *any_stranger) {
 void *dsc__link_serve(void *context) {
     struct dsc__mail *mail = context;
     uint64_t woken;
-    bool any_stranger;
+    int timeout_ms;
     (void)pthread_mutex_lock(&mail->lock);
     while (!mail->stop) {
-        nfds_t n = list(mail, &any_stranger);
+        nfds_t n = list(mail, &timeout_ms);
         (void)pthread_mutex_unlock(&mail->lock);
-        (void)poll(mail->polled, n, any_stranger ? 1000 * STRANGER_S : -1);
+        (void)poll(mail->polled, n, timeout_ms);
         (void)pthread_mutex_lock(&mail->lock);
         if (mail->polled[0].revents && read(mail->wake, &woken, sizeof woken) < 0)
             continue; /* everything is looked at anew */

@@ -327,12 +327,14 @@ static enum dsc_status connect_to(int fd, const char *address,
     struct sockaddr_un where;
     socklen_t n = abstract_name(address, &where);
     while (connect(fd, (struct sockaddr *)&where, n) != 0) {
-        if (errno != EAGAIN && errno != EINTR)
+        /* Ranks that know each other will hear why rank 0 has closed its socket. */
+        bool is_gone = errno == ECONNREFUSED && patience->check;
+        if (!is_gone && errno != EAGAIN && errno != EINTR)
             return DSC_FAIL(DSC_EIO,
                             "could not connect to rank 0 at \"%s\": %s (rank 0 listens before it "
                             "tells its address: has it ended, or is it on another machine?)",
                             address, strerror(errno));
-        (void)poll(NULL, 0, 1); /* the queue of rank 0 is full */
+        (void)poll(NULL, 0, 1); /* or the queue of rank 0 is full */
         DSC_TRY(dsc__shm_patience_check(patience));
     }
     if (!dsc__shm_same_user(fd))

@@ -76,6 +76,31 @@ static void a_killed_member_ends_its_groups_window(void) {
     CHECK_EQ_INT(end_of(&p, 2), 0);
 }
 
+/* Rank 0 may open one more descriptor: its listener has one, its part of the window none. */
+static int short_of_descriptors_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct dsc_window *window = NULL;
+    (void)arg;
+    if (rank == 0) {
+        int next = dup(0);
+        struct rlimit limit = {.rlim_cur = (rlim_t)next + 1, .rlim_max = (rlim_t)next + 1};
+        CHECK(next > 0 && close(next) == 0 && setrlimit(RLIMIT_NOFILE, &limit) == 0);
+        CHECK(dsc_comm_window_open(comm, 4096, "staging", &window) == DSC_EIO);
+        CHECK_TEXT("Too many open files");
+        return 0;
+    }
+    CHECK(dsc_comm_window_open(comm, 4096, "staging", &window) == DSC_EDEAD);
+    CHECK_TEXT("rank 0");
+    return 0;
+}
+
+static void a_window_that_rank_0_cannot_open_fails_alike_on_the_others(void) {
+    for (int i = 0; i < 5; i++) {
+        struct processes p = start_processes(4, 5, short_of_descriptors_body, NULL);
+        for (int r = 0; r < 4; r++)
+            CHECK_EQ_INT(end_of(&p, r), 0);
+    }
+}
+
 enum victim { IN_BARRIER, IN_LARGE, IN_BELL, IN_WINDOW };
 
 /* Rank 1 dies by SIGKILL while the others wait for it; a child of its own, forked before, lives on
@@ -391,6 +416,7 @@ static struct test_case cases[] = {
     CASE(windows_leave_no_descriptor),
     CASE(windows_of_a_group_need_its_members_only),
     CASE(a_killed_member_ends_its_groups_window),
+    CASE(a_window_that_rank_0_cannot_open_fails_alike_on_the_others),
     CASE(a_killed_rank_is_named_within_seconds),
     CASE(a_rank_killed_in_the_middle_of_data_is_noticed),
     CASE(slow_is_not_dead),

@@ -10,8 +10,8 @@
 #include "optim.h"
 #include "pool.h"
 
-/* A piece of work is DSC_LAMB_GRAIN blocks; one round of the pool takes at most DSC_LAMB_PIECES. */
-enum { DSC_LAMB_GRAIN = 32, DSC_LAMB_PIECES = 256, DSC_LAMB_NORMS = 2 * DSC_LAMB_PIECES };
+/* One round of the pool takes at most DSC_LAMB_PIECES, each with two norms. */
+enum { DSC_LAMB_PIECES = 256, DSC_LAMB_NORMS = 2 * DSC_LAMB_PIECES };
 
 struct dsc_lamb_job {
     struct dsc_pool *pool;

@@ -26,8 +26,8 @@ struct call {
     struct dsc_lamb lamb;
     float step;   /* lamb_step */
     float weight; /* add_weighted */
-    /* what came back: a value, or a flag */
-    double sum;
+    /* what came back: a value or two, or a flag */
+    double sum, squares[2];
     bool finite;
 };
 
@@ -38,7 +38,7 @@ static void *at(struct call *call, int i) {
 /* Item size of each buffer: 4 or 8 for a fixed one, OF_DTYPE, or OF_ACC (fp32 for the half types).
  */
 enum { OF_DTYPE = -1, OF_ACC = -2 };
-enum result { NOTHING, SUM, FINITE };
+enum result { NOTHING, SUM, SQUARES, FINITE };
 
 static void run_accumulate(struct call *c) {
     c->kernels->accumulate[c->dtype](at(c, 0), at(c, 1), c->n, c->first);
@@ -77,7 +77,7 @@ static void run_lion(struct call *c) {
     c->kernels->lion(at(c, 0), at(c, 1), at(c, 2), c->n, &c->lion);
 }
 static void run_lamb_moments(struct call *c) {
-    c->kernels->lamb_moments(at(c, 0), at(c, 1), at(c, 2), at(c, 3), at(c, 4), c->n, &c->lamb);
+    c->kernels->lamb_moments(at(c, 0), at(c, 1), at(c, 2), at(c, 3), c->n, &c->lamb, c->squares);
 }
 static void run_lamb_step(struct call *c) {
     c->kernels->lamb_step(at(c, 0), at(c, 1), at(c, 2), c->n, c->step, &c->lamb);
@@ -114,7 +114,7 @@ static const struct operation {
     {"sgd", run_sgd, 3, {4, 4, 4}, 1, NOTHING},
     {"adagrad", run_adagrad, 3, {4, 4, 4}, 1, NOTHING},
     {"lion", run_lion, 3, {4, 4, 4}, 1, NOTHING},
-    {"lamb_moments", run_lamb_moments, 5, {4, 4, 4, 4, 4}, 1, NOTHING},
+    {"lamb_moments", run_lamb_moments, 4, {4, 4, 4, 4}, 1, SQUARES},
     {"lamb_step", run_lamb_step, 3, {4, 4, 4}, 1, NOTHING},
     {"sum", run_sum, 2, {OF_ACC, OF_DTYPE}, DSC_REDUCE_DTYPE_COUNT, NOTHING},
     {"min", run_min, 2, {OF_ACC, OF_DTYPE}, DSC_REDUCE_DTYPE_COUNT, NOTHING},
@@ -188,11 +188,12 @@ PyDoc_STRVAR(
     "buffers, by op: accumulate, to_f32 (fp32 out, in); from_f32 (out, fp32 in); copy_finite\n"
     "(out, in); is_finite (in); sum_squares (in); add_weighted (acc, in); softmax\n"
     "(out, in: one row); adam (p, m, v, grad); sgd (p, buf, grad);\n"
-    "adagrad (p, sum, grad); lion (p, m, grad); lamb_moments (u, m, v, p, grad); lamb_step\n"
+    "adagrad (p, sum, grad); lion (p, m, grad); lamb_moments (m, v, p, grad); lamb_step\n"
     "(p, m, v); sum, min, max, prod (accumulator, in; the accumulator is fp32 for half types).\n"
     "hyper: first for accumulate and add_weighted, weight, step for lamb_step; the fields of "
     "struct dsc_<op>.\n"
-    "Returns None, a bool (finite?) or a float (sum of squares). ValueError for a wrong name,\n"
+    "Returns None, a bool (finite?), a float (sum of squares) or two (of p and the direction).\n"
+    "ValueError for a wrong name,\n"
     "count, length or item size.");
 
 /* Keywords by name; one name may stand for fields of several operations. */
@@ -304,9 +305,10 @@ static PyObject *run_kernel(PyObject *module, PyObject *args, PyObject *kwargs) 
     op->run(&call);
     dsc_fp_leave(saved);
     Py_END_ALLOW_THREADS;
-    result = op->result == SUM      ? PyFloat_FromDouble(call.sum)
-             : op->result == FINITE ? PyBool_FromLong(call.finite)
-                                    : Py_NewRef(Py_None);
+    result = op->result == SUM       ? PyFloat_FromDouble(call.sum)
+             : op->result == SQUARES ? Py_BuildValue("(dd)", call.squares[0], call.squares[1])
+             : op->result == FINITE  ? PyBool_FromLong(call.finite)
+                                     : Py_NewRef(Py_None);
 out:
     for (int i = 0; i < call.n_buffers; i++)
         PyBuffer_Release(&call.buffer[i]);

@@ -52,6 +52,7 @@ struct dsc_lion {
  *   lamb_moments: g = grad * grad_scale;  m = beta1 * m + (1 - beta1) * g
  *                 v = beta2 * v + (1 - beta2) * g * g
  *                 u = m / (eps_inside ? sqrt(v + eps) : sqrt(v) + eps) + decay * p
+ *                 squares = of p and of u, as sum_squares
  *   lamb_step:    p -= step * u, with u as above
  * step = lr * sqrt(c2) / c1 * r with the trust ratio r = clamp(|p| / |u|) is made in between. */
 struct dsc_lamb {
@@ -81,9 +82,8 @@ struct dsc_kernels {
     void (*sgd)(float *p, float *buf, const float *grad, size_t n, const struct dsc_sgd *h);
     void (*adagrad)(float *p, float *sum, const float *grad, size_t n, const struct dsc_adagrad *h);
     void (*lion)(float *p, float *m, const float *grad, size_t n, const struct dsc_lion *h);
-    /* u receives the direction */
-    void (*lamb_moments)(float *u, float *m, float *v, const float *p, const float *grad, size_t n,
-                         const struct dsc_lamb *h);
+    void (*lamb_moments)(float *m, float *v, const float *p, const float *grad, size_t n,
+                         const struct dsc_lamb *h, double squares[2]);
     void (*lamb_step)(float *p, const float *m, const float *v, size_t n, float step,
                       const struct dsc_lamb *h);
 

@@ -23,6 +23,7 @@ struct dsc_comm;
     X(kernels)                                                                                     \
     X(config)                                                                                      \
     X(schedule)                                                                                    \
+    X(topo)                                                                                        \
     X(comm)                                                                                        \
     X(work)                                                                                        \
     X(engine)                                                                                      \
@@ -36,7 +37,7 @@ DSC_BIND_MAP(X)
 struct dsc_bind_state {
     PyObject *config_error; /* deepspeed_c.DeepSpeedConfigError, a ValueError */
     PyObject *comm_error;   /* deepspeed_c.CommError, a RuntimeError */
-    PyTypeObject *config_type, *comm_type, *work_type, *engine_type, *hook_type;
+    PyTypeObject *config_type, *comm_type, *work_type, *engine_type, *hook_type, *grid_type;
     PyObject *str_grad, *str_requires_grad, *str_dlpack; /* interned names */
     /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */
     PyTypeObject *exchange_type[4];

@@ -35,6 +35,7 @@ static int module_exec(PyObject *module) {
     X(work_type)                                                                                   \
     X(engine_type)                                                                                 \
     X(hook_type)                                                                                   \
+    X(grid_type)                                                                                   \
     X(str_grad)                                                                                    \
     X(str_requires_grad)                                                                           \
     X(str_dlpack) X(exchange_type[0]) X(exchange_type[1]) X(exchange_type[2]) X(exchange_type[3])

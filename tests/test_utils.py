@@ -1,4 +1,4 @@
-"""What scripts take from deepspeed.utils and its neighbours: groups, OnDevice, leaf modules, copies, recomputation."""
+"""What scripts take from deepspeed.utils and its neighbours: OnDevice, leaf modules, copies, recomputation."""
 import collections
 import contextlib
 import io
@@ -13,40 +13,8 @@ from deepspeed_c import utils
 from deepspeed_c.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed_c.runtime import utils as runtime_utils
 from deepspeed_c.runtime.activation_checkpointing import checkpointing
-from deepspeed_c.utils import groups
 
 Point = collections.namedtuple("Point", "x y")
-
-
-# ---- groups ----
-
-def read_groups(rank, world):
-    deepspeed_c.init_distributed()
-    group = groups._get_data_parallel_group()
-    total = torch.tensor([rank + 1.0])
-    torch.distributed.all_reduce(total, group=group)
-    return (groups._get_data_parallel_world_size(), groups._get_data_parallel_rank(),
-            groups._get_data_parallel_group_ranks(), groups._get_broadcast_src_rank(),
-            groups._get_sequence_data_parallel_rank(), groups.get_tensor_model_parallel_src_rank(),
-            groups._get_sequence_parallel_world_size(), groups._get_sequence_parallel_rank(),
-            groups._get_model_parallel_world_size(), groups.get_model_parallel_rank(), total.item())
-
-
-def test_all_ranks_are_parallel_over_data_and_alone_otherwise(ranks):
-    assert ranks(2, read_groups) == [(2, r, [0, 1], 0, r, r, 1, 0, 1, 0, 3.0) for r in range(2)]
-
-
-def test_groups_that_are_not_there_say_so():
-    with pytest.raises(NotImplementedError, match="_get_sequence_parallel_group.. is not yet: sequence parallelism"):
-        groups._get_sequence_parallel_group()
-    with pytest.raises(NotImplementedError, match="mixture of experts"):
-        groups._get_expert_parallel_world_size("ep_size_2")
-    with pytest.raises(NotImplementedError, match="a tensor-parallel world of 2.*allowed: 1"):
-        groups.set_tensor_model_parallel_world_size(2)
-    with pytest.raises(groups.DeprecatedException, match="takes ep_size itself"):
-        groups.initialize(ep_size=2)
-    groups.set_tensor_model_parallel_world_size(1), groups.set_tensor_model_parallel_rank(0)
-    assert groups._get_zero_param_intra_parallel_group() is None
 
 
 # ---- OnDevice ----

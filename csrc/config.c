@@ -382,17 +382,18 @@ static enum dsc_status read_section(struct walk *walk, const cJSON *object, cons
     return DSC_OK;
 }
 
-enum dsc_status dsc_config_parse(const cJSON *root, int64_t world_size, bool strict,
+enum dsc_status dsc_config_parse(const cJSON *root, int64_t n_data,
+                                 const struct dsc_config_layout *layout, bool strict,
                                  struct dsc_config *out, struct dsc_config_reading *reading) {
     struct dsc_config config = dsc_config_defaults;
     struct walk walk = {&config, reading, strict};
     char *text = NULL;
-    if (world_size < 1)
-        return DSC_FAIL(DSC_EINVAL, "world_size is %lld; allowed: >= 1", (long long)world_size);
+    if (n_data < (layout ? 0 : 1))
+        return DSC_FAIL(DSC_EINVAL, "world_size is %lld; allowed: >= 1", (long long)n_data);
     if (!cJSON_IsObject(root))
         return DSC_FAIL(DSC_ECONFIG, "the configuration must be an object");
     DSC_TRY(read_section(&walk, root, "", ""));
-    DSC_TRY(dsc__config_rules(world_size, &config, reading));
+    DSC_TRY(dsc__config_rules(n_data, layout, &config, reading));
     if (reading->n_errors == 0) {
         *out = config;
         return DSC_OK;

@@ -108,10 +108,28 @@ struct dsc_config_reading {
     size_t n_errors, n_warnings;
 };
 
-/* Reads a tree. DSC_ECONFIG when anything is wrong: reading->errors has every fault and the last
- * error text the first ones, numbered; *out is untouched then. `strict` makes unknown top-level
- * keys errors. `reading` may be freed in any case. */
-enum dsc_status dsc_config_parse(const cJSON *root, int64_t world_size, bool strict,
+/* Keys of sizes that an mpu tells. */
+#define DSC_CONFIG_LAYOUT_MAP(X)                                                                   \
+    X(tensor_model_parallel_size)                                                                  \
+    X(pipeline_model_parallel_size)                                                                \
+    X(sequence_parallel_size)                                                                      \
+    X(context_parallel_size)                                                                       \
+    X(expert_model_parallel_size)                                                                  \
+    X(expert_tensor_parallel_size)
+/* What it says; 0 where it says nothing, and the configuration may say anything. */
+struct dsc_config_layout {
+#define X(field) int64_t field;
+    DSC_CONFIG_LAYOUT_MAP(X)
+#undef X
+};
+
+/* Reads a tree. n_data: the ranks that share a batch out; 0, with a layout only: not known, and
+ * batch sizes stay as given. `layout` NULL: there is no mpu. DSC_ECONFIG when anything is wrong:
+ * reading->errors has every fault and the last error text the first ones, numbered; *out is
+ * untouched then. `strict` makes unknown top-level keys errors. `reading` may be freed in any case.
+ */
+enum dsc_status dsc_config_parse(const cJSON *root, int64_t n_data,
+                                 const struct dsc_config_layout *layout, bool strict,
                                  struct dsc_config *out, struct dsc_config_reading *reading);
 void dsc_config_reading_free(struct dsc_config_reading *reading);
 /* Appends the dotted path of a node below `root`, as written there, to the text in `out`; false if

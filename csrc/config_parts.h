@@ -37,7 +37,7 @@ const char *dsc__config_show(const cJSON *item, char out[DSC_CONFIG_SHOWN]);
 const char *dsc__config_syntax(const char *text, const char **expected);
 
 /* Rules over several keys; `config` has every value, batch sizes as given. */
-enum dsc_status dsc__config_rules(int64_t world_size, struct dsc_config *config,
-                                  struct dsc_config_reading *reading);
+enum dsc_status dsc__config_rules(int64_t n_data, const struct dsc_config_layout *layout,
+                                  struct dsc_config *config, struct dsc_config_reading *reading);
 
 #endif

@@ -151,20 +151,78 @@ static enum dsc_status warn_of_figures(const struct dsc_config *config,
     return DSC_OK;
 }
 
-enum dsc_status dsc__config_rules(int64_t world_size, struct dsc_config *config,
-                                  struct dsc_config_reading *reading) {
-    if (sizes_are_sound(config, reading))
-        DSC_TRY(batch_rule(world_size, config, reading));
+/* A size that was given, against the mpu's; has: the number of the mpu, 0 if it does not say. */
+static enum dsc_status match(const char *path, int64_t given,
+                             const struct dsc_config_layout *layout, int64_t has,
+                             struct dsc_config_reading *reading) {
+    if (!is_given(reading, path) || given == DSC_CONFIG_NONE)
+        return DSC_OK;
+    if (!layout && given > 1)
+        return dsc__config_error(reading,
+                                 "%s is %lld and there is no mpu, which lays such ranks out; "
+                                 "allowed: 1, or initialize(mpu="
+                                 "initialize_parallel_state_from_config(config))",
+                                 path, (long long)given);
+    if (layout && has && given != has)
+        return dsc__config_error(reading, "%s is %lld and the mpu's is %lld; they must be equal",
+                                 path, (long long)given, (long long)has);
+    return DSC_OK;
+}
+
+/* AutoTP itself splits modules, which is not there; with an mpu its size only repeats the mpu's. */
+static enum dsc_status tensor_rule(const struct dsc_config *config,
+                                   const struct dsc_config_layout *layout,
+                                   struct dsc_config_reading *reading) {
+    const int64_t split = config->autotp_size, tensor = config->tensor_model_parallel_size;
+    const char *path = "tensor_parallel.autotp_size", *twin = "tensor_model_parallel_size";
+    if (is_given(reading, path) && split > 0 && is_given(reading, twin) && split != tensor)
+        return dsc__config_error(reading, "%s is %lld and %s is %lld; they are the same ranks",
+                                 path, (long long)split, twin, (long long)tensor);
+    if (split > 1 && !layout)
+        return dsc__config_error(
+            reading,
+            "%s is %lld: not yet without an mpu (AutoTP splits modules); works "
+            "now: 0 to 1, or an mpu with as many tensor-parallel ranks",
+            path, (long long)split);
+    return split > 1 ? match(path, split, layout, layout->tensor_model_parallel_size, reading)
+                     : DSC_OK;
+}
+
+static enum dsc_status layout_rules(int64_t n_data, const struct dsc_config *config,
+                                    const struct dsc_config_layout *layout,
+                                    struct dsc_config_reading *reading) {
+#define X(field) DSC_TRY(match(#field, config->field, layout, layout ? layout->field : 0, reading));
+    DSC_CONFIG_LAYOUT_MAP(X)
+#undef X
+    DSC_TRY(match("num_distributed_optimizer_instances",
+                  config->num_distributed_optimizer_instances, layout, 0, reading));
+    DSC_TRY(tensor_rule(config, layout, reading));
+    if (n_data > 0 && config->data_parallel_size != DSC_CONFIG_NONE &&
+        config->data_parallel_size != n_data)
+        DSC_TRY(dsc__config_error(reading,
+                                  "data_parallel_size is %lld and there are %lld ranks over data; "
+                                  "they must be equal",
+                                  (long long)config->data_parallel_size, (long long)n_data));
+    const char *const idle[] = {"order", "distributed_timeout_minutes",
+                                "virtual_pipeline_model_parallel_size"};
+    for (size_t i = 0; i < sizeof idle / sizeof *idle && !layout; i++)
+        if (is_given(reading, idle[i]))
+            DSC_TRY(dsc__config_warn(reading,
+                                     "%s counts in initialize_parallel_state_from_config() only, "
+                                     "and there is no mpu",
+                                     idle[i]));
+    return DSC_OK;
+}
+
+enum dsc_status dsc__config_rules(int64_t n_data, const struct dsc_config_layout *layout,
+                                  struct dsc_config *config, struct dsc_config_reading *reading) {
+    if (n_data > 0 && sizes_are_sound(config, reading))
+        DSC_TRY(batch_rule(n_data, config, reading));
     DSC_TRY(precision_rules(config, reading));
     if (is_given(reading, "optimizer.params") && !is_given(reading, "optimizer.type"))
         DSC_TRY(dsc__config_error(reading, "optimizer.params is given without optimizer.type"));
     if (is_given(reading, "scheduler.params") && !is_given(reading, "scheduler.type"))
         DSC_TRY(dsc__config_error(reading, "scheduler.params is given without scheduler.type"));
     DSC_TRY(warn_of_figures(config, reading));
-    if (config->data_parallel_size != DSC_CONFIG_NONE && config->data_parallel_size != world_size)
-        DSC_TRY(dsc__config_error(reading,
-                                  "data_parallel_size is %lld and the world size %lld: other kinds "
-                                  "of parallelism are not yet; allowed: the world size",
-                                  (long long)config->data_parallel_size, (long long)world_size));
-    return DSC_OK;
+    return layout_rules(n_data, config, layout, reading);
 }

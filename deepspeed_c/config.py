@@ -211,6 +211,7 @@ def _parser():
     parser.add_argument("file", nargs="?", help="a JSON file, or - for standard input")
     parser.add_argument("--world-size", "--world_size", type=int, default=1, metavar="N",
                         help="ranks that share a batch (1)")
+    parser.add_argument("--mpu", action="store_true", help="sizes of other than data ranks may be anything, as with an mpu")
     parser.add_argument("--all", action="store_true", help="defaults too")
     parser.add_argument("--effects", action="store_true", help="what each key does, behind where it comes from")
     parser.add_argument("--keys", action="store_true", help="list every key instead")
@@ -240,7 +241,8 @@ def main(arguments=None):
         parser.error(f"--world-size is {options.world_size}; allowed: >= 1")
     text = _read(parser, options.file)
     try:
-        config = _core.Config(text if options.file == "-" else options.file, options.world_size)
+        source = text if options.file == "-" else options.file
+        config = _core.Config(source, options.world_size, {} if options.mpu else None)
         errors, warnings = check_constructors(config), config.warnings
     except _core.DeepSpeedConfigError as error:
         errors, warnings = [str(error), *check_constructors(_Written(text))], getattr(error, "warnings", [])

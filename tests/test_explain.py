@@ -66,6 +66,14 @@ def test_each_setting_has_its_value_and_where_it_comes_from(run):
                    "zero_optimization.offload_optimizer.device"]
 
 
+def test_a_layout_is_explained_for_an_mpu(run):
+    text = '{"train_batch_size": 4, "tensor_model_parallel_size": 2}'
+    code, _, err = run(text)
+    assert code == 1 and "there is no mpu" in err[0]
+    code, table, err = run(text, "--mpu")
+    assert code == 0 and not err and table["tensor_model_parallel_size"] == ("2", "line 1")
+
+
 def test_all_shows_defaults_too_and_effects_what_keys_do(run):
     _, table, _ = run('{"train_batch_size": 1}', "--all", "--effects")
     keys = {row["path"] for row in _core.config_keys() if row["type"] != "section" and "[]" not in row["path"]}

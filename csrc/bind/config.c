@@ -84,11 +84,47 @@ static void add_warnings(const struct dsc_config_reading *reading) {
     PyErr_Restore(type, error, trace);
 }
 
-static int parse(ConfigObject *self, long long world_size) {
+/* Sizes by key, of a dict; -1 with an exception for another key or value. */
+static int read_layout(PyObject *dict, struct dsc_config_layout *out) {
+    static const char *const keys[] = {
+#define X(field) #field,
+        DSC_CONFIG_LAYOUT_MAP(X)
+#undef X
+    };
+    int64_t *const fields[] = {
+#define X(field) &out->field,
+        DSC_CONFIG_LAYOUT_MAP(X)
+#undef X
+    };
+    Py_ssize_t n_found = 0;
+    if (!PyDict_Check(dict)) {
+        PyErr_Format(PyExc_TypeError, "layout is a dict or None, not %.60s",
+                     Py_TYPE(dict)->tp_name);
+        return -1;
+    }
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        PyObject *size = PyDict_GetItemString(dict, keys[i]); /* borrowed */
+        *fields[i] = size ? PyLong_AsLongLong(size) : 0;
+        if (PyErr_Occurred())
+            return -1;
+        n_found += size != NULL;
+    }
+    if (n_found == PyDict_GET_SIZE(dict))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "layout has a key that no mpu tells: %R", dict);
+    return -1;
+}
+
+static int parse(ConfigObject *self, long long world_size, PyObject *layout_dict) {
     struct dsc_bind_state *state = dsc_bind_state_of(Py_TYPE(self));
+    struct dsc_config_layout layout;
     char *text = NULL;
+    const bool has_mpu = layout_dict != Py_None;
+    if (has_mpu && read_layout(layout_dict, &layout) < 0)
+        return -1;
     enum dsc_status status =
-        dsc_config_parse(self->source.root, world_size, is_strict(), &self->config, &self->reading);
+        dsc_config_parse(self->source.root, world_size, has_mpu ? &layout : NULL, is_strict(),
+                         &self->config, &self->reading);
     if (status == DSC_OK)
         return 0;
     /* The core's last error is cut at its buffer; the report has every fault. */
@@ -102,16 +138,17 @@ static int parse(ConfigObject *self, long long world_size) {
 }
 
 static PyObject *config_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *keys[] = {"source", "world_size", NULL};
-    PyObject *source;
+    static char *keys[] = {"source", "world_size", "layout", NULL};
+    PyObject *source, *layout = Py_None;
     long long world_size = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|L:Config", keys, &source, &world_size))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|LO:Config", keys, &source, &world_size,
+                                     &layout))
         return NULL;
     ConfigObject *self = (ConfigObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
     if (dsc_bind_config_take(dsc_bind_state_of(type), source, &self->source) < 0 ||
-        parse(self, world_size) < 0)
+        parse(self, world_size, layout) < 0)
         goto error;
     self->given = copy_given(self->source.objects);
     self->warnings = text_list(self->reading.warnings, self->reading.n_warnings);
@@ -354,13 +391,16 @@ const struct dsc_config *dsc_bind_config(struct dsc_bind_state *state, PyObject 
     return NULL;
 }
 
-PyDoc_STRVAR(config_doc,
-             "Config(source, world_size=1)\n\n"
-             "A configuration: a dict (taken as it is), the path of a JSON file, JSON text, or\n"
-             "base64 of it. world_size is the number of ranks that share a batch.\n"
-             "DeepSpeedConfigError lists everything that is wrong. With DS_CONFIG_STRICT=1 an "
-             "unknown top-level key is\n"
-             "an error instead of a warning.");
+PyDoc_STRVAR(
+    config_doc,
+    "Config(source, world_size=1, layout=None)\n\n"
+    "A configuration: a dict (taken as it is), the path of a JSON file, JSON text, or\n"
+    "base64 of it. world_size is the number of ranks that share a batch. layout: None\n"
+    "without an mpu, else a dict of the sizes that it tells, by their keys here; with one\n"
+    "world_size may be 0, and batch sizes are left as they are.\n"
+    "DeepSpeedConfigError lists everything that is wrong. With DS_CONFIG_STRICT=1 an "
+    "unknown top-level key is\n"
+    "an error instead of a warning.");
 
 static PyMethodDef config_methods[] = {
     {"get", (PyCFunction)config_get, METH_O,

@@ -187,8 +187,8 @@ def _create_expert_and_data_parallel(expert_parallel_size_, mp_size=None, pp_siz
     exist with other ranks; asking twice for the same is fine. AutoEP's tensor parallelism and folding are not there.
     """
     if folding_spec is not None or (mp_size or 1) > 1 and mp_mode != "sp":
-        raise NotImplementedError(f"_create_expert_and_data_parallel(mp_size={mp_size}, mp_mode={mp_mode!r}, folding_spec="
-                                  f"{folding_spec!r}): AutoEP is not there yet")
+        raise NotImplementedError("_create_expert_and_data_parallel: AutoEP (folding_spec, and mp_size with mp_mode "
+                                  f"'tp') is not there yet; got mp_size={mp_size}, mp_mode={mp_mode!r}")
     world = dist.get_world_size(rank_groups.world_group())
     _make_experts(expert_parallel_size_, *_expert_partitions(world, expert_parallel_size_, 1, pp_size or 1,
                                                              use_data_before_expert_parallel_))

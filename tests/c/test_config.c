@@ -18,7 +18,7 @@ static struct dsc_config accepted(const char *text, int64_t world, const char *w
     struct dsc_config config;
     struct dsc_config_reading reading = {0};
     cJSON *root = tree(text);
-    CHECK_OK(dsc_config_parse(root, world, false, &config, &reading));
+    CHECK_OK(dsc_config_parse(root, world, NULL, false, &config, &reading));
     CHECK_EQ_INT(reading.n_warnings > 0, warning != NULL);
     CHECK(!warning || strstr(reading.warnings[0], warning));
     dsc_config_reading_free(&reading);
@@ -33,7 +33,7 @@ static void refused_on(const char *text, int64_t world, bool strict, size_t n, c
     cJSON *root = tree(text);
     memset(&config, 0x5A, sizeof config);
     memcpy(&untouched, &config, sizeof config);
-    CHECK_EQ_INT(dsc_config_parse(root, world, strict, &config, &reading), DSC_ECONFIG);
+    CHECK_EQ_INT(dsc_config_parse(root, world, NULL, strict, &config, &reading), DSC_ECONFIG);
     CHECK(memcmp(&config, &untouched, sizeof config) == 0);
     bool found = false;
     for (size_t i = 0; i < reading.n_errors; i++)
@@ -194,11 +194,11 @@ static void infinite_steps_per_print_means_never(void) {
     struct dsc_config_reading reading = {0};
     cJSON *root = tree("{\"train_batch_size\": 1, \"gradient_clipping\": 0}");
     cJSON_AddNumberToObject(root, "steps_per_print", INFINITY);
-    CHECK_OK(dsc_config_parse(root, 1, false, &config, &reading));
+    CHECK_OK(dsc_config_parse(root, 1, NULL, false, &config, &reading));
     CHECK_EQ_INT(config.steps_per_print, INT64_MAX);
     cJSON_AddNumberToObject(root, "seed", INFINITY);
     dsc_config_reading_free(&reading);
-    CHECK_EQ_INT(dsc_config_parse(root, 1, false, &config, &reading), DSC_ECONFIG);
+    CHECK_EQ_INT(dsc_config_parse(root, 1, NULL, false, &config, &reading), DSC_ECONFIG);
     dsc_config_reading_free(&reading);
     cJSON_Delete(root);
 }
@@ -224,13 +224,73 @@ static void what_is_not_there_says_not_yet(void) {
         {"\"sparse_attention\": {\"mode\": \"fixed\"}",
          "sparse_attention is {\"mode\":\"fixed\"}: not yet"},
         {"\"pipeline\": {\"stages\": 2}", "pipeline.stages is 2: not yet"},
-        {"\"tensor_model_parallel_size\": 2", "not yet"},
+        {"\"tensor_parallel\": {\"autotp_size\": 2}", "autotp_size is 2: not yet without an mpu"},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char text[256];
         snprintf(text, sizeof text, "{\"train_batch_size\": 1, %s}", rows[i][0]);
         refused(text, rows[i][1]);
     }
+}
+
+/* Parses text for an mpu with 2 tensor-parallel ranks that says nothing else: the first error, or
+ * NULL. */
+static const char *with_mpu(const char *text, int64_t n_data, struct dsc_config *config) {
+    static char said[512];
+    const struct dsc_config_layout layout = {.tensor_model_parallel_size = 2};
+    struct dsc_config_reading reading = {0};
+    cJSON *root = tree(text);
+    const enum dsc_status status = dsc_config_parse(root, n_data, &layout, false, config, &reading);
+    snprintf(said, sizeof said, "%s", reading.n_errors ? reading.errors[0] : dsc_last_error());
+    CHECK_EQ_INT(reading.n_warnings, 0);
+    dsc_config_reading_free(&reading);
+    cJSON_Delete(root);
+    return status == DSC_OK ? NULL : said;
+}
+
+static void sizes_of_a_layout_need_an_mpu_that_has_them(void) {
+    struct dsc_config config;
+    refused("{\"train_batch_size\": 1, \"tensor_model_parallel_size\": 2}",
+            "tensor_model_parallel_size is 2 and there is no mpu");
+    refused("{\"train_batch_size\": 1, \"expert_tensor_parallel_size\": 2}", "there is no mpu");
+    accepted("{\"train_batch_size\": 1, \"tensor_model_parallel_size\": 1}", 1, NULL);
+    accepted("{\"train_batch_size\": 1, \"order\": \"dp-tp\"}", 1, "order counts in");
+    CHECK(!with_mpu("{\"train_micro_batch_size_per_gpu\": 3, \"tensor_model_parallel_size\": 2,"
+                    " \"sequence_parallel_size\": 7, \"order\": \"dp-tp\"}",
+                    4, &config));
+    CHECK_EQ_INT(config.train_batch_size, 12);
+    CHECK(!with_mpu("{\"train_batch_size\": 4, \"tensor_parallel\": {\"autotp_size\": 2}}", 4,
+                    &config));
+    CHECK(!with_mpu("{\"train_batch_size\": 4, \"tensor_parallel\": {\"autotp_size\": 1}}", 4,
+                    &config));
+    const char *said =
+        with_mpu("{\"train_batch_size\": 4, \"tensor_model_parallel_size\": 4}", 4, &config);
+    CHECK(said && strstr(said, "tensor_model_parallel_size is 4 and the mpu's is 2"));
+    said = with_mpu("{\"train_batch_size\": 4, \"tensor_parallel\": {\"autotp_size\": 4}}", 4,
+                    &config);
+    CHECK(said && strstr(said, "tensor_parallel.autotp_size is 4 and the mpu's is 2"));
+    said = with_mpu("{\"train_batch_size\": 4, \"data_parallel_size\": 2}", 4, &config);
+    CHECK(said && strstr(said, "data_parallel_size is 2 and there are 4 ranks over data"));
+}
+
+static void a_dimension_given_twice_must_have_one_size(void) {
+    struct dsc_config config;
+    const char *twice = "{\"train_batch_size\": 4, \"tensor_model_parallel_size\": 2,"
+                        " \"tensor_parallel\": {\"autotp_size\": 4}}";
+    const char *said = with_mpu(twice, 4, &config);
+    CHECK(said && strstr(said, "autotp_size is 4 and tensor_model_parallel_size is 2"));
+    CHECK(!with_mpu("{\"train_batch_size\": 4, \"tensor_model_parallel_size\": 2,"
+                    " \"tensor_parallel\": {\"autotp_size\": 2}}",
+                    4, &config));
+}
+
+static void a_layout_alone_needs_no_batch_size(void) {
+    struct dsc_config config;
+    CHECK(!with_mpu("{\"tensor_parallel\": {\"autotp_size\": 2}}", 0, &config));
+    CHECK_EQ_INT(config.autotp_size, 2);
+    CHECK_EQ_INT(config.train_batch_size, DSC_CONFIG_NONE);
+    const char *said = with_mpu("{}", -1, &config);
+    CHECK(said && strstr(said, "world_size is -1"));
 }
 
 static void the_default_of_a_key_that_is_not_yet_is_accepted(void) {
@@ -360,7 +420,7 @@ static void the_world_has_a_rank(void) {
     struct dsc_config config;
     struct dsc_config_reading reading = {0};
     cJSON *root = tree("{\"train_batch_size\": 1}");
-    CHECK_EQ_INT(dsc_config_parse(root, 0, false, &config, &reading), DSC_EINVAL);
+    CHECK_EQ_INT(dsc_config_parse(root, 0, NULL, false, &config, &reading), DSC_EINVAL);
     cJSON_Delete(root);
 }
 
@@ -439,7 +499,7 @@ static void given_says_what_the_user_set(void) {
     struct dsc_config_reading reading = {0};
     cJSON *root = tree("{\"train_batch_size\": 1, \"fp16\": {\"enabled\": false, \"hysteresis\":"
                        " \"auto\"}, \"zero_optimization\": {\"cpu_offload\": false}}");
-    CHECK_OK(dsc_config_parse(root, 1, false, &config, &reading));
+    CHECK_OK(dsc_config_parse(root, 1, NULL, false, &config, &reading));
 #define GIVEN(path) (reading.given[dsc_config_find(path) - dsc_config_keys] != NULL)
     CHECK(GIVEN("train_batch_size") && GIVEN("fp16") && GIVEN("fp16.enabled"));
     CHECK(!GIVEN("fp16.hysteresis") && !GIVEN("gradient_accumulation_steps"));
@@ -463,7 +523,7 @@ static void a_long_value_is_cut_and_stays_utf8(void) {
     for (int i = 0; i < 100; i++)
         memcpy(text + 1 + 3 * i, "\xE2\x82\xAC", 4);
     cJSON_AddStringToObject(root, "train_batch_size", text);
-    CHECK_EQ_INT(dsc_config_parse(root, 1, false, &config, &reading), DSC_ECONFIG);
+    CHECK_EQ_INT(dsc_config_parse(root, 1, NULL, false, &config, &reading), DSC_ECONFIG);
     const char *end = strstr(reading.errors[0], "..., a string");
     CHECK(end && memcmp(end - 3, "\xE2\x82\xAC", 3) == 0);
     dsc_config_reading_free(&reading);
@@ -486,6 +546,9 @@ static const struct test_case cases[] = {
     CASE(a_bool_clips_at_one_and_says_so),
     CASE(names_are_equal_in_any_case_and_come_back_canonical),
     CASE(what_is_not_there_says_not_yet),
+    CASE(sizes_of_a_layout_need_an_mpu_that_has_them),
+    CASE(a_dimension_given_twice_must_have_one_size),
+    CASE(a_layout_alone_needs_no_batch_size),
     CASE(the_default_of_a_key_that_is_not_yet_is_accepted),
     CASE(an_unknown_key_in_a_section_is_an_error_with_the_nearest),
     CASE(a_slip_in_a_top_level_key_is_an_error),

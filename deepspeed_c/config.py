@@ -211,7 +211,8 @@ def _parser():
     parser.add_argument("file", nargs="?", help="a JSON file, or - for standard input")
     parser.add_argument("--world-size", "--world_size", type=int, default=1, metavar="N",
                         help="ranks that share a batch (1)")
-    parser.add_argument("--mpu", action="store_true", help="sizes of other than data ranks may be anything, as with an mpu")
+    parser.add_argument("--mpu", action="store_true",
+                        help="the script passes an mpu, so sizes of other than data ranks may be anything")
     parser.add_argument("--all", action="store_true", help="defaults too")
     parser.add_argument("--effects", action="store_true", help="what each key does, behind where it comes from")
     parser.add_argument("--keys", action="store_true", help="list every key instead")

@@ -38,6 +38,8 @@ MODULES = {
     "runtime.fp16.loss_scaler": ["CreateLossScaler", "DynamicLossScaler", "LossScaler"],
     "runtime.lr_schedules": ["LRRangeTest", "OneCycle", "VALID_LR_SCHEDULES", "WarmupCosineLR", "WarmupDecayLR",
                              "WarmupLR", "add_tuning_arguments"],
+    "runtime.pipe.topology": ["PipeDataParallelTopology", "PipeModelDataParallelTopology", "PipelineParallelGrid",
+                              "ProcessTopology"],
     "runtime.utils": ["move_to_device"],
     "runtime.zero": ["GatheredParameters", "Init", "register_external_parameter"],
     "runtime.zero.partition_parameters": ["GatheredParameters", "Init", "register_external_parameter"],
@@ -47,6 +49,10 @@ MODULES = {
     "utils.groups": ["_get_sequence_parallel_group", "_get_sequence_parallel_rank",
                      "_get_sequence_parallel_world_size"],
     "utils.logging": ["log_dist", "logger"],
+    "utils.parallel_state": ["ParallelState"],
+    "utils.parallel_state_deepspeed": [
+        "get_current_parallel_state", "get_data_parallel_group", "get_parallel_state_instance",
+        "initialize_parallel_state_from_config", "is_initialized", "set_current_parallel_state"],
     "zero": ["GatheredParameters", "Init"],
 }
 # Paths that lead to what is not there: importable, and an error that says so at the name.
@@ -55,15 +61,12 @@ NOT_YET = {
     "pipe": ["LayerSpec", "PipelineModule", "TiedLayerSpec"],
     "profiling.flops_profiler": ["FlopsProfiler", "get_model_profile"],
     "runtime.pipe.engine": ["PipelineEngine"],
-    "runtime.pipe.topology": ["PipelineParallelGrid", "ProcessTopology"],
     "runtime.sequence_parallel.ulysses_sp": ["UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter"],
     "runtime.zero.muon.original_muon": ["MuonWithAuxAdam"],
     "runtime.zero.partition_parameters": ["ZeroParamStatus", "zero_wrapper_for_fp_tensor_constructor"],
     "runtime.zero.stage3": ["estimate_zero3_model_states_mem_needs_all_live"],
     "runtime.zero.stage_1_and_2": ["estimate_zero2_model_states_mem_needs_all_cold"],
     "sequence.layer": ["DistributedAttention"],
-    "utils.parallel_state": ["ParallelState"],
-    "utils.parallel_state_deepspeed": ["initialize_parallel_state_from_config"],
     "utils.zero_to_fp32": ["get_fp32_state_dict_from_zero_checkpoint", "get_model_state_file", "get_optim_files",
                            "load_state_dict_from_zero_checkpoint"],
 }

@@ -415,7 +415,8 @@ def value_for(row):
 LEAVES = [row for row in ROWS if row["type"] != "section" and "[]" not in row["path"]
           and not row["path"].startswith(("optimizer.", "scheduler.", "fp16.enabled", "train_", "gradient_acc",
                                           "fp16.initial", "fp16.min", "bf16.enabled", "torch_autocast.enabled",
-                                          "fp16.fp16_master", "bf16.bf16_master", "num_distributed", "tensor_parallel.autotp"))
+                                          "fp16.fp16_master", "bf16.bf16_master", "num_distributed",
+                                          "tensor_parallel.autotp"))
           and not row["path"].endswith("_parallel_size")]
 
 

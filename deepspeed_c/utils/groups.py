@@ -31,9 +31,9 @@ def initialize(ep_size=1, mpu=None):
 
 @dataclass
 class _Made:
-    """What was made over one default group, which is None here: who destroys that one must find no owner left."""
+    """What was made over one default group."""
 
-    experts: dict = field(default_factory=dict)  # name -> (expert-parallel group, expert-data group)
+    experts: dict = field(default_factory=dict)  # name -> (expert-parallel group, expert-data group), held
     expert_tensor_size: int = 1
     zero_param: tuple = None  # the group of _create_zero_param_parallel_group, alone
     tensor_size: int = None  # set_tensor_model_parallel_world_size
@@ -45,14 +45,6 @@ _by_world = weakref.WeakKeyDictionary()  # the default group -> its _Made
 
 def _made():
     return _by_world.setdefault(rank_groups.world_group(), _Made())
-
-
-def _put(*groups):
-    return tuple(None if group is dist.group.WORLD else group for group in groups)
-
-
-def _take(groups):
-    return tuple(group or rank_groups.world_group() for group in groups)
 
 
 def _ranks(group):
@@ -230,11 +222,11 @@ def _expert_partitions(world, size, tensor, pipe, data_first):
 def _make_experts(size, experts, data):
     made, name = _made().experts, f"ep_size_{size}"
     found = rank_groups.make(experts), rank_groups.make(data)
-    if name in made and _take(made[name]) != found:
-        old = [_ranks(group) for group in _take(made[name])]
+    if name in made and _expert_groups(name) != found:
+        old = [_ranks(group) for group in _expert_groups(name)]
         raise ValueError(f"{name} exists over ranks {old[0]} with copies on {old[1]}; it cannot be over "
                          f"{_ranks(found[0])} with copies on {_ranks(found[1])} too")
-    made[name] = _put(*found)
+    made[name] = tuple(map(rank_groups.hold, found))
 
 
 def _get_expert_parallel_ranks(world_size, tensor_parallel_size_, expert_parallel_size_, pipeline_parallel_size_=1,
@@ -252,7 +244,7 @@ def _expert_groups(group_name):
     if group_name not in made:
         raise RuntimeError(f"there are no expert groups {group_name!r}; there are: {', '.join(made) or 'none'}. A MoE "
                            "layer makes them, or _create_expert_and_data_parallel(ep_size)")
-    return _take(made[group_name])
+    return tuple(map(rank_groups.held, made[group_name]))
 
 
 def _get_expert_parallel_group(group_name):
@@ -341,13 +333,13 @@ def _create_zero_param_parallel_group(group_size):
         raise RuntimeError("the ZeRO parameter groups exist already, of "
                            f"{_get_zero_param_intra_parallel_group_world_size()} ranks")
     grid = lay_out_experts(dist.get_world_size(), group_size)
-    made.zero_param = _put(rank_groups.make(grid.groups(["ep"])))
+    made.zero_param = (rank_groups.hold(rank_groups.make(grid.groups(["ep"]))),)
 
 
 def _get_zero_param_intra_parallel_group():
     """The group that shares out a secondary copy of the parameters: None, as without zero_hpz_partition_size."""
     made = _made().zero_param if dist.is_initialized() else None
-    return made and _take(made)[0]
+    return made and rank_groups.held(*made)
 
 
 def _zero_param_group():

@@ -161,8 +161,9 @@ def _end():
     if _used is None or not dist.is_initialized() or _used[0]() is not dist.group.WORLD:
         return
     if _used[1] != os.getpid():
-        # A forked child: the group's destructor would join threads that a fork does not copy, so it must never run.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
+        # A forked child: a group's destructor would join threads that a fork does not copy, so it must never run.
+        for group in dist.distributed_c10d._world.pg_map:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     elif dist.get_backend() == "gloo":
         dist.destroy_process_group()
 

@@ -275,6 +275,8 @@ NOTHING_DESTROYED = """
 import os, signal, sys
 import deepspeed_c, torch
 deepspeed_c.init_distributed()
+group = torch.distributed.new_group([0, 1])
+deepspeed_c.comm.all_reduce(torch.ones(2), group=group)
 deepspeed_c.comm.all_reduce(torch.ones(2))
 """
 A_CHILD_ENDS = """

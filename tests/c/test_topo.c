@@ -227,6 +227,10 @@ static void sizes_that_do_not_fit_are_named_with_their_numbers(void) {
     refuses(&(struct dsc_topo_sizes){1, 1, 1, 1, 1, 0, 1}, "tp--dp", 8, "dimension ''");
     refuses(&(struct dsc_topo_sizes){1, 1, 1, 1, 1, 0, 3}, usual, 8, "instances is 3");
     refuses(&(struct dsc_topo_sizes){1, 1, 1, 1, 4, 0, 4}, usual, 8, "expert-data ranks (2)");
+    refuses(&(struct dsc_topo_sizes){4, 1, 1, 1, 1, 1, 4}, usual, 8,
+            "data ranks (2, with context)");
+    struct dsc_topo_layout layout; /* parts of data and context ranks together */
+    CHECK_OK(dsc_topo_lay_out(&(struct dsc_topo_sizes){1, 1, 4, 1, 1, 0, 4}, usual, 8, &layout));
     refuses(&(struct dsc_topo_sizes){2, 2, 1, 1, 2, 1, 1}, "tp-pp-ep-dp", 8, "allowed: pp last");
 }
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed_c._core import Config, Grid, lay_out
 
 import deepspeed_c as deepspeed
-from deepspeed_c import DeepSpeedConfigError, comm
+from deepspeed_c import DeepSpeedConfigError, comm, rank_groups
 from deepspeed_c.distributed import group_comm
 from deepspeed_c.mpu import mpu_layout
 from deepspeed_c.runtime.pipe.topology import (
@@ -152,6 +152,17 @@ def equal_sets_of_ranks_share_a_group(rank):
     nodes = groups._get_local_all_to_all_group()
     assert {name: dist.get_process_group_ranks(group) for name, group in nodes.items()} == {
         "local_0": [0, 1, 2, 3], f"global_{rank}": [rank]}
+
+
+@on_four_ranks
+def a_group_that_was_destroyed_is_not_made_again(rank):
+    partition, timeout = [[0, 1], [2, 3]], timedelta(minutes=3)
+    group = rank_groups.make(partition, timeout)
+    assert rank_groups.make(partition, timeout) is group is not rank_groups.make(partition)
+    members(group)
+    comm.destroy_process_group(group)
+    with pytest.raises(RuntimeError, match="was destroyed; a group is made once"):
+        rank_groups.make(partition, timeout)
 
 
 @on_four_ranks

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+import types
 from datetime import timedelta
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from ranks import die
 from test_delegate import FORCED, opened
 
-from deepspeed_c import CommError, _delegate, comm, distributed
+from deepspeed_c import CommError, _core, _delegate, comm, distributed
 
 WITHIN = 6.0
 LONG = 700_001  # fp32 elements: travels when it is taken; shorter ones at once
@@ -162,6 +163,17 @@ def every_way(rank, world):
     for i in range(8):
         comm.send(values(1, 200_000, i), 0)
     return True
+
+
+@pytest.mark.parametrize("mover, size, token, error", [
+    (object(), 2, "t" * 32, "staging"), (types.SimpleNamespace(staging=bytearray(1 << 16)), 1, "t" * 32, "two ranks"),
+    (types.SimpleNamespace(staging=bytearray(1 << 16)), 2, "short", "32 characters")])
+def test_a_communicator_that_does_not_open_closes_its_listener(mover, size, token, error):
+    listener = socket.create_server(("127.0.0.1", 0)).detach()
+    with pytest.raises((AttributeError, ValueError), match=error):
+        _core.Comm.delegate(mover, "x", 0, size, 0, size, 0.0, None, None, listener, token)
+    with pytest.raises(OSError):
+        os.fstat(listener)
 
 
 def test_messages_keep_their_order_and_wait_for_nobody(ranks):

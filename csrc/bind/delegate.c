@@ -8,6 +8,7 @@
 #include "../comm/delegate.h"
 
 #include <string.h>
+#include <unistd.h>
 
 /* Takes the result (NULL: raised). *value receives it if it is no str, and is then the caller's. */
 static enum dsc_status result_of(PyObject *result, PyObject **value) {
@@ -215,8 +216,11 @@ PyObject *dsc_bind_delegate(PyObject *type, PyObject *args) {
                           &job_size, &timeout_s, &node, &rail, &listener, &token))
         return NULL;
     struct context *c = new_context(mover, size);
-    if (!c)
+    if (!c) {
+        if (token)
+            (void)close(listener);
         return NULL;
+    }
     struct dsc_delegate delegate = {
         .context = c,
         .staging = c->staging.buf,

@@ -31,7 +31,7 @@ enum { DSC_BOARD_KEY_MAX = 96, DSC_BOARD_TEXT_MAX = 1280, DSC_BOARD_DEAD_MAX = 6
 struct dsc_delegate {
     void *context;
     char *staging;
-    size_t n_staging;       /* at least 4 * 64 * size */
+    size_t n_staging;       /* at least 4 * DSC_MEET_MAX * size */
     const char *channel;    /* names this communicator among all of the job; copied */
     int job_rank, job_size; /* this process among all that use the board */
     /* For messages between two ranks: a listening TCP socket, taken over, and what a connection to

@@ -38,9 +38,9 @@ enum dsc_status dsc__shm_node_new(int rank, int size, struct dsc__shm_node **out
 
 static void close_fds(struct dsc__shm_node *node) {
     for (int r = 0; node->pidfds && r < node->size; r++) {
-        if (node->pidfds[r].fd >= 0)
-            (void)close(node->pidfds[r].fd);
-        node->pidfds[r].fd = -1;
+        if (node->pidfds[r] >= 0)
+            (void)close(node->pidfds[r]);
+        node->pidfds[r] = -1;
     }
 }
 

@@ -112,7 +112,7 @@ struct dsc__shm_node {
     atomic_int n_refs;
     int rank, size;
     struct dsc__shm_world *world;      /* NULL where ranks are processes */
-    struct pollfd *pidfds;             /* size; fd -1 for this rank; NULL where ranks are threads */
+    int *pidfds;                       /* size; -1 for this rank; NULL where ranks are threads */
     struct dsc__shm_region *regions[]; /* size */
 };
 
@@ -262,6 +262,8 @@ void dsc__shm_read_print(const struct dsc__shm *shm, int rank, uint64_t sequence
 void dsc__shm_last_print(const struct dsc__shm *shm, int rank, struct dsc__print *out);
 /* DSC_OK, or the failure that somebody told this world about. */
 enum dsc_status dsc__shm_check_broken(const struct dsc__shm *shm);
+/* Whether the process of a channel's rank has ended. */
+bool dsc__shm_is_dead(const struct dsc__shm *shm, int rank);
 /* Dead, left and given-up ranks that `wait` needs. */
 enum dsc_status dsc__shm_check_ranks(struct dsc__shm *shm, const struct dsc__shm_wait *wait);
 void dsc__shm_ring(void *state, int rank);

@@ -63,12 +63,9 @@ static enum dsc_status check_member(struct dsc__shm *shm, int rank, const struct
     const char *name = group->name;
     const struct dsc_comm_options *options = shm->options;
     struct dsc__shm_region *region = dsc__shm_region_of(shm, rank);
-    struct pollfd death = {.fd = -1, .events = POLLIN};
     bool left = atomic_load(&region->blocks[0].left);
-    if (shm->node->pidfds)
-        death.fd = shm->node->pidfds[shm->members[rank]].fd;
     DSC_TRY(dsc__shm_check_broken(shm));
-    if (left || (poll(&death, 1, 0) > 0 && death.revents))
+    if (left || dsc__shm_is_dead(shm, rank))
         return DSC_FAIL(DSC_EDEAD, "rank %d (pid %d) %s before it opened group %s",
                         shm->members[rank], (int)region->pid,
                         left ? "closed its communicator" : "died or ended", name);

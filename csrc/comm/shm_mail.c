@@ -175,12 +175,9 @@ void dsc__shm_message_wait(void *state, uint32_t seen) {
 
 /* How a rank has gone, NULL while it has not. */
 static const char *how_gone(const struct dsc__shm *shm, int rank) {
-    struct pollfd death = {.fd = -1, .events = POLLIN};
     if (atomic_load(&shm->blocks[rank]->left))
         return "left (it closed its communicator)";
-    if (shm->node->pidfds)
-        death.fd = shm->node->pidfds[shm->members[rank]].fd;
-    return poll(&death, 1, 0) > 0 && death.revents ? "died or ended" : NULL;
+    return dsc__shm_is_dead(shm, rank) ? "died or ended" : NULL;
 }
 
 /* The other end has gone (from any rank: all that could be it), and left nothing to take. */

@@ -64,7 +64,7 @@ static enum dsc_status adopt_region(void *context, int rank, struct dsc__shm_mes
             : dsc__shm_map(message->fds[0], dsc__shm_region_size(shm->size), rank, &memory);
     if (status == DSC_OK) {
         shm->node->regions[rank] = memory;
-        shm->node->pidfds[rank].fd = message->fds[1];
+        shm->node->pidfds[rank] = message->fds[1];
         message->n_fds = 1;
     }
     dsc__shm_close_fds(message);
@@ -78,7 +78,7 @@ static enum dsc_status open_pidfds(struct dsc__shm_node *node) {
     DSC_TRY(dsc_alloc((size_t)node->size * sizeof *node->pidfds, &array));
     node->pidfds = array;
     for (int r = 0; r < node->size; r++)
-        node->pidfds[r] = (struct pollfd){.fd = -1, .events = POLLIN};
+        node->pidfds[r] = -1;
     return DSC_OK;
 }
 

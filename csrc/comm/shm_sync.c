@@ -177,13 +177,17 @@ static int first_left(const struct dsc__shm *shm, const struct dsc__shm_wait *wa
     return shm->size;
 }
 
+bool dsc__shm_is_dead(const struct dsc__shm *shm, int rank) {
+    const int *pidfds = shm->node->pidfds;
+    /* Threads of several channels look at the same time: each polls for itself. */
+    struct pollfd death = {.fd = pidfds ? pidfds[shm->members[rank]] : -1, .events = POLLIN};
+    return poll(&death, 1, 0) > 0;
+}
+
 static enum dsc_status check_dead(struct dsc__shm *shm, const struct dsc__shm_wait *wait) {
-    struct pollfd *pidfds = shm->node->pidfds;
-    if (!pidfds || poll(pidfds, (nfds_t)shm->node->size, 0) <= 0)
-        return DSC_OK;
     for (int r = 0; r < shm->size; r++)
-        if (pidfds[shm->members[r]].revents && !atomic_load(&shm->blocks[r]->left) &&
-            !arrived(shm, wait, r)) {
+        if (r != shm->rank && !arrived(shm, wait, r) && dsc__shm_is_dead(shm, r) &&
+            !atomic_load(&shm->blocks[r]->left) && !arrived(shm, wait, r)) {
             /* One that gave up and ended then has said why. */
             if (atomic_load(&dsc__shm_region_of(shm, r)->gave_up))
                 DSC_TRY(dsc__shm_check_broken(shm));

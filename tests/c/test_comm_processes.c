@@ -76,6 +76,29 @@ static void a_killed_member_ends_its_groups_window(void) {
     CHECK_EQ_INT(end_of(&p, 2), 0);
 }
 
+/* Two threads of rank 0 look for dead ranks meanwhile, which ThreadSanitizer sees. */
+static int late_in_two_channels_body(struct dsc_comm *comm, int rank, void *arg) {
+    struct dsc_coll nothing = {0};
+    struct dsc_comm *group = NULL;
+    struct dsc_work *work = NULL;
+    (void)arg;
+    CHECK_OK(dsc_comm_open_group(comm, NULL, (int[]){1, 0}, 2, "pair", &group));
+    if (rank == 1)
+        nap_ms(350);
+    CHECK_OK(dsc_comm_post(comm, DSC_COMM_BARRIER, &nothing, NULL, NULL, &work));
+    CHECK_OK(dsc_comm_barrier(group, NULL));
+    CHECK_OK(dsc_work_wait(work, 0, NULL, NULL));
+    dsc_work_release(work);
+    dsc_comm_close(group);
+    return 0;
+}
+
+static void a_rank_that_is_late_in_two_channels_is_waited_for(void) {
+    struct processes p = start_processes(2, 5, late_in_two_channels_body, NULL);
+    CHECK_EQ_INT(end_of(&p, 0), 0);
+    CHECK_EQ_INT(end_of(&p, 1), 0);
+}
+
 /* Rank 0 may open one more descriptor: its listener has one, its part of the window none. */
 static int short_of_descriptors_body(struct dsc_comm *comm, int rank, void *arg) {
     struct dsc_window *window = NULL;
@@ -416,6 +439,7 @@ static struct test_case cases[] = {
     CASE(windows_leave_no_descriptor),
     CASE(windows_of_a_group_need_its_members_only),
     CASE(a_killed_member_ends_its_groups_window),
+    CASE(a_rank_that_is_late_in_two_channels_is_waited_for),
     CASE(a_window_that_rank_0_cannot_open_fails_alike_on_the_others),
     CASE(a_killed_rank_is_named_within_seconds),
     CASE(a_rank_killed_in_the_middle_of_data_is_noticed),

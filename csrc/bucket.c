@@ -369,7 +369,7 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
     set->round = 1;
     set->step = 1;
     set->slot_dtype = dsc_wire_dtype(&options->wire, space->dtype);
-    bool shares = dsc_comm_has_windows(comm);
+    bool shares = !options->remote;
     size_t cap = options->early ? EARLY_SLOT_ELEMS : BOUNDARY_SLOT_ELEMS;
     if (!shares)
         cap = REMOTE_ELEMS / (size_t)set->size / DSC_BLOCK * DSC_BLOCK;

@@ -26,6 +26,7 @@
 struct dsc_bucket_options {
     bool early;          /* gradients settle during backward */
     bool shared_sums;    /* all ranks read the sums (stage 0) */
+    bool remote;         /* no windows, even where there are some */
     size_t bucket_elems; /* reduce_bucket_size */
     struct dsc_pool *pool;
     struct dsc_wire wire; /* how contributions travel */

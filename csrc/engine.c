@@ -19,58 +19,82 @@ uint64_t dsc__engine_hash(uint64_t hash, const void *data, size_t n) {
     return hash;
 }
 
-struct identity {
-    uint64_t hash, n_params, n_elems;
-    int32_t stage, overlap, optim, whole, n_groups, skip_nonfinite, many_micro_steps;
+/* What all control ranks must have alike, and what those of one data-parallel group must. */
+struct settings {
+    int32_t stage, overlap, optim, whole, skip_nonfinite, many_micro_steps;
     uint64_t bucket_elems;
     double clip, scale;
+};
+struct identity {
+    struct settings settings;
+    uint64_t hash, n_params, n_elems;
+    int32_t n_groups, ids[DSC_REDUCE_MAX];
 };
 
 static struct identity identity_of(const struct dsc_engine *e) {
     struct identity id;
     memset(&id, 0, sizeof id); /* padding is compared too */
+    id.settings.stage = e->options.stage;
+    id.settings.overlap = e->options.overlap;
+    id.settings.optim = (int32_t)e->options.optim;
+    id.settings.whole = e->options.whole;
+    id.settings.bucket_elems = e->options.bucket_elems;
+    id.settings.clip = e->options.clip;
+    id.settings.skip_nonfinite = e->options.skip_nonfinite;
+    id.settings.many_micro_steps = e->options.many_micro_steps;
+    id.settings.scale = e->options.scaler.scale;
     id.hash = e->options.names_hash ^ DSC__HASH_START;
     id.n_params = e->n_params;
-    id.stage = e->options.stage;
-    id.overlap = e->options.overlap;
-    id.optim = (int32_t)e->options.optim;
-    id.whole = e->options.whole;
     id.n_groups = e->n_groups;
-    id.bucket_elems = e->options.bucket_elems;
-    id.clip = e->options.clip;
-    id.skip_nonfinite = e->options.skip_nonfinite;
-    id.many_micro_steps = e->options.many_micro_steps;
-    id.scale = e->options.scaler.scale;
+    for (size_t g = 0; g < DSC_REDUCE_MAX; g++)
+        id.ids[g] = g < e->ranks.n_reduce ? e->ranks.reduce[g].id : -1;
     for (size_t i = 0; i < e->n_params; i++) {
-        uint64_t row[3] = {e->params[i].n_elems, (uint64_t)e->params[i].dtype,
-                           (uint64_t)e->params[i].group};
+        uint64_t row[4] = {e->params[i].n_elems, (uint64_t)e->params[i].dtype,
+                           (uint64_t)e->params[i].group, (uint64_t)e->params[i].reduce};
         id.hash = dsc__engine_hash(id.hash, row, sizeof row);
         id.n_elems += e->params[i].n_elems;
     }
     return id;
 }
 
+static bool same_model(const struct identity *a, const struct identity *b) {
+    return a->hash == b->hash && a->n_params == b->n_params && a->n_elems == b->n_elems &&
+           a->n_groups == b->n_groups;
+}
+
+static enum dsc_status fail_different(int r, const struct identity *first, int q,
+                                      const struct identity *other) {
+    const struct settings *a = &first->settings, *b = &other->settings;
+    return DSC_FAIL(
+        DSC_EINVAL,
+        "ranks initialise different engines: rank %d has %llu parameters with %llu elements "
+        "in %d groups (stage %d, overlap_comm %d, reduce_bucket_size %llu, clipping %g), "
+        "rank %d has %llu with %llu in %d (stage %d, overlap_comm %d, reduce_bucket_size "
+        "%llu, clipping %g)%s",
+        r, (unsigned long long)first->n_params, (unsigned long long)first->n_elems, first->n_groups,
+        a->stage, a->overlap, (unsigned long long)a->bucket_elems, a->clip, q,
+        (unsigned long long)other->n_params, (unsigned long long)other->n_elems, other->n_groups,
+        b->stage, b->overlap, (unsigned long long)b->bucket_elems, b->clip,
+        first->n_elems == other->n_elems ? "; names, shapes, dtypes or settings differ" : "");
+}
+
+/* Every rank is compared with rank 0, and with the first of its data-parallel group, and all ranks
+ * look at all, so that all fail together. */
 static enum dsc_status compare_models(struct dsc_engine *e) {
-    struct identity mine = identity_of(e), other;
+    struct identity mine = identity_of(e), first, other, begins;
     DSC_TRY(dsc_comm_meet(e->comm, "initialize", 0, &mine, sizeof mine, e->meeting));
-    /* Every rank compares with rank 0, and all look at all, so that all fail together. */
-    struct identity first;
     memcpy(&first, e->meeting, sizeof first);
-    for (int r = 1; r < e->size; r++) {
+    for (int r = 0; r < e->size; r++) {
         memcpy(&other, e->meeting + (size_t)r * sizeof other, sizeof other);
-        if (memcmp(&other, &first, sizeof other) != 0)
-            return DSC_FAIL(
-                DSC_EINVAL,
-                "ranks initialise different engines: rank 0 has %llu parameters with %llu elements "
-                "in %d groups (stage %d, overlap_comm %d, reduce_bucket_size %llu, clipping %g), "
-                "rank %d has %llu with %llu in %d (stage %d, overlap_comm %d, reduce_bucket_size "
-                "%llu, clipping %g)%s",
-                (unsigned long long)first.n_params, (unsigned long long)first.n_elems,
-                first.n_groups, first.stage, first.overlap, (unsigned long long)first.bucket_elems,
-                first.clip, r, (unsigned long long)other.n_params,
-                (unsigned long long)other.n_elems, other.n_groups, other.stage, other.overlap,
-                (unsigned long long)other.bucket_elems, other.clip,
-                first.n_elems == other.n_elems ? "; names, shapes, dtypes or settings differ" : "");
+        memcpy(e->ids + (size_t)r * DSC_REDUCE_MAX, other.ids, sizeof other.ids);
+        int q = 0;
+        while (e->ids[(size_t)q * DSC_REDUCE_MAX] != other.ids[0])
+            q++;
+        memcpy(&begins, e->meeting + (size_t)q * sizeof begins, sizeof begins);
+        if (memcmp(&other.settings, &first.settings, sizeof first.settings) != 0)
+            return fail_different(0, &first, r, &other);
+        if (!same_model(&other, &begins))
+            return fail_different(q, &begins, r, &other);
     }
     return DSC_OK;
 }
@@ -78,10 +102,11 @@ static enum dsc_status compare_models(struct dsc_engine *e) {
 static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
     const struct dsc_space *space = &e->spaces[s];
     struct dsc_holding *holding = &e->holdings[s];
-    bool all = e->options.stage == 0 || e->size == 1;
+    struct dsc_comm *comm = e->ranks.reduce[space->reduce].comm;
     holding->space = space;
-    holding->stepped =
-        all ? (struct dsc_range){0, space->n_elems} : dsc_space_owned(space, e->rank);
+    holding->comm = comm;
+    holding->stepped = e->options.stage == 0 ? (struct dsc_range){0, space->n_elems}
+                                             : dsc_space_owned(space, dsc_comm_rank(comm));
     size_t n_bytes = dsc_range_size(holding->stepped) * sizeof(float);
     if (space->dtype != DSC_F32 && !e->options.no_masters)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->master));
@@ -90,17 +115,22 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->state[i]));
     if (e->options.optim == DSC_OPTIM_FOREIGN)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->grads));
-    if (e->size == 1)
+    if (dsc_comm_size(comm) == 1)
         return DSC_OK;
+    struct dsc_spread **spread = &e->spread[space->reduce];
+    if (e->options.stage > 0 && !*spread)
+        DSC_TRY(dsc_spread_open(comm, e->remote, spread));
+    holding->spread = *spread;
     struct dsc_bucket_options options = {
         .early = e->early,
         .shared_sums = e->options.stage == 0,
+        .remote = e->remote,
         .bucket_elems = e->options.bucket_elems,
         .pool = e->pool,
         .wire = e->options.wire,
         .accum = e->options.narrow_sums ? space->dtype : DSC_F32,
     };
-    return dsc_buckets_open(e->comm, space, &options, &holding->buckets);
+    return dsc_buckets_open(comm, space, &options, &holding->buckets);
 }
 
 enum dsc_status dsc_engine_hold_momentum(struct dsc_engine *e) {
@@ -131,37 +161,41 @@ static enum dsc_status allocate(struct dsc_engine *e, const struct dsc_param *pa
     DSC_TRY(dsc_alloc(n * sizeof *e->changed, (void **)&e->changed));
     DSC_TRY(dsc_alloc((size_t)e->n_groups * sizeof *e->args, (void **)&e->args));
     DSC_TRY(dsc_alloc((size_t)e->size * DSC_MEET_MAX, (void **)&e->meeting));
+    DSC_TRY(dsc_alloc((size_t)e->size * DSC_REDUCE_MAX * sizeof *e->ids, (void **)&e->ids));
     DSC_TRY(dsc_alloc(DSC__ENGINE_RUN * sizeof *e->squares, (void **)&e->squares));
     DSC_TRY(dsc_alloc(2 * (size_t)e->n_groups * sizeof *e->steps, (void **)&e->steps));
     DSC_TRY(dsc_arena_alloc(n * sizeof *e->shown_steps, (void **)&e->shown_steps));
     if (e->options.optim == DSC_OPTIM_LAMB)
         DSC_TRY(dsc_alloc(DSC_LAMB_NORMS * sizeof *e->lamb_norms, (void **)&e->lamb_norms));
     DSC_TRY(dsc_pool_open(e->options.n_threads, &e->pool));
-    return dsc_space_build(params, n, e->size, e->options.whole, &e->spaces, &e->n_spaces,
-                           e->param_space, e->param_segment);
+    int n_ranks[DSC_REDUCE_MAX];
+    for (size_t g = 0; g < e->ranks.n_reduce; g++)
+        n_ranks[g] = dsc_comm_size(e->ranks.reduce[g].comm);
+    struct dsc_cutting cutting = {n_ranks, e->ranks.n_reduce, e->options.whole};
+    return dsc_space_build(params, n, &cutting, &e->spaces, &e->n_spaces, e->param_space,
+                           e->param_segment);
 }
 
 static enum dsc_status hold_all(struct dsc_engine *e) {
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->holdings, (void **)&e->holdings));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->local, (void **)&e->local));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->sources, (void **)&e->sources));
+    DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->n_folded, (void **)&e->n_folded));
     for (size_t s = 0; s < e->n_spaces; s++) {
-        bool is_f32 = e->spaces[s].dtype == DSC_F32;
-        e->has_f32 |= is_f32;
-        e->has_16bit |= !is_f32;
         DSC_TRY(hold_space(e, s));
-        if (!is_f32 && e->keeps && e->folds && e->options.many_micro_steps)
+        if (e->spaces[s].dtype != DSC_F32 && dsc__engine_keeps(e, (int)s) && e->folds &&
+            e->options.many_micro_steps)
             DSC_TRY(dsc__engine_need_local(e, s));
     }
-    if (e->size > 1 && e->options.stage > 0)
-        DSC_TRY(dsc_spread_open(e->comm, &e->spread));
     return DSC_OK;
 }
 
-enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_options *options,
-                                const struct dsc_param *params, size_t n_params, int n_groups,
-                                struct dsc_engine **out) {
-    struct dsc_engine *e = NULL;
+struct dsc_engine_ranks dsc_engine_ranks_of(struct dsc_comm *comm) {
+    return (struct dsc_engine_ranks){
+        .control = comm, .reduce = {{comm, 0}}, .n_reduce = 1, .n_averaged = dsc_comm_size(comm)};
+}
+
+static enum dsc_status check_options(const struct dsc_engine_options *options) {
     if (options->stage < 0 || options->stage > 2)
         return DSC_FAIL(DSC_ENOTYET, "zero_optimization.stage is %d: not yet; allowed: 0, 1, 2",
                         options->stage);
@@ -171,21 +205,34 @@ enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_o
                         "fp16_master_weights_and_grads and bf16_master_weights_and_grads "
                         "with LAMB, or with an optimizer that torch runs: not yet; allowed: Adam, "
                         "AdamW, SGD, Adagrad, Lion");
+    return DSC_OK;
+}
+
+enum dsc_status dsc_engine_open(const struct dsc_engine_ranks *ranks,
+                                const struct dsc_engine_options *options,
+                                const struct dsc_param *params, size_t n_params, int n_groups,
+                                struct dsc_engine **out) {
+    struct dsc_engine *e = NULL;
+    DSC_TRY(check_options(options));
     DSC_TRY(dsc_alloc(sizeof *e, (void **)&e));
-    e->comm = comm;
+    bool alone = dsc_comm_size(ranks->reduce[0].comm) == 1;
+    e->ranks = *ranks;
+    e->comm = ranks->control;
     e->options = *options;
     e->options.whole |= dsc_optim_info(options->optim)->whole;
-    e->rank = dsc_comm_rank(comm);
-    e->size = dsc_comm_size(comm);
+    e->rank = dsc_comm_rank(e->comm);
+    e->size = dsc_comm_size(e->comm);
     e->pid = getpid();
-    e->remote = !dsc_comm_has_windows(comm);
-    e->early = e->size > 1 && !e->remote && (options->stage == 2 || options->overlap);
-    e->keeps = e->size == 1 || options->stage < 2;
+    e->remote = !dsc_comm_has_windows(e->comm);
+    e->early = !alone && !e->remote && (options->stage == 2 || options->overlap);
+    e->keeps = alone || options->stage < 2;
     e->folds = !options->narrow_sums;
     e->n_params = n_params;
     e->n_groups = n_groups;
     e->scaler = options->scaler;
     e->culprit.param = -1;
+    if (alone)
+        e->options.wire = (struct dsc_wire){0}; /* nothing travels */
     enum dsc_status status = allocate(e, params);
     if (status == DSC_OK)
         status = compare_models(e);
@@ -213,7 +260,8 @@ void dsc_engine_close(struct dsc_engine *e) {
         if (e->local)
             dsc_arena_free(e->local[s], e->spaces[s].n_elems * sizeof(float));
     }
-    dsc_spread_close(e->spread);
+    for (size_t g = 0; g < e->ranks.n_reduce; g++)
+        dsc_spread_close(e->spread[g]);
     dsc_space_free(e->spaces, e->n_spaces);
     dsc_pool_close(e->pool);
     dsc_free(e->sources);
@@ -224,6 +272,8 @@ void dsc_engine_close(struct dsc_engine *e) {
     dsc_free(e->lamb_norms);
     dsc_free(e->squares);
     dsc_free(e->meeting);
+    dsc_free(e->n_folded);
+    dsc_free(e->ids);
     dsc_free(e->args);
     dsc_free(e->changed);
     dsc_free(e->touched);
@@ -262,7 +312,8 @@ static void tell_buckets(struct dsc_engine *e, bool inside) {
 
 enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources) {
     for (size_t s = 0; s < e->n_spaces; s++)
-        DSC_TRY(dsc_buckets_end_round(e->holdings[s].buckets, sources ? &sources[s] : NULL));
+        if (e->holdings[s].buckets)
+            DSC_TRY(dsc_buckets_end_round(e->holdings[s].buckets, sources ? &sources[s] : NULL));
     e->round_open = false;
     e->n_rounds++;
     return DSC_OK;
@@ -283,10 +334,11 @@ enum dsc_status dsc_engine_begin_backward(struct dsc_engine *e, bool boundary, i
     if (e->round_open)
         DSC_TRY(dsc__engine_end_round(e, NULL));
     for (size_t s = 0; e->early && !e->keeps && !e->deferring && s < e->n_spaces; s++)
-        DSC_TRY(dsc_buckets_wait_turn(e->holdings[s].buckets, "backward (others are behind)"));
+        if (e->holdings[s].buckets)
+            DSC_TRY(dsc_buckets_wait_turn(e->holdings[s].buckets, "backward (others are behind)"));
     e->boundary = boundary;
     tell_buckets(e, true);
-    *need = e->keeps && e->pending_16bit ? DSC_NEED_FOLD : DSC_NEED_NOTHING;
+    *need = e->pending_16bit ? DSC_NEED_FOLD : DSC_NEED_NOTHING;
     return DSC_OK;
 }
 
@@ -296,19 +348,22 @@ enum dsc_status dsc_engine_end_backward(struct dsc_engine *e, bool boundary, int
     if (status != DSC_OK)
         return status;
     e->n_micro++;
-    bool folds = e->has_16bit && e->folds;
     if (!e->keeps && !e->deferring && e->remote) {
         *need |= DSC_NEED_HAND_OVER;
     } else if (!e->keeps && !e->deferring) {
         double since = dsc_comm_now();
         status = dsc__engine_end_round(e, NULL);
         e->reduce_s += dsc_comm_now() - since;
-    } else if (boundary && !e->deferring) {
-        e->pending_16bit = folds;
-    } else {
-        if (folds)
+    }
+    for (size_t s = 0; s < e->n_spaces; s++) {
+        bool folds = e->spaces[s].dtype != DSC_F32 && e->folds;
+        if (!e->deferring && !dsc__engine_keeps(e, (int)s))
+            continue;
+        if (boundary && !e->deferring)
+            e->pending_16bit |= folds;
+        else if (folds)
             *need |= DSC_NEED_FOLD;
-        if ((e->has_f32 || !folds) && e->culprit.param < 0)
+        else if (e->culprit.param < 0)
             *need |= DSC_NEED_CHECK;
     }
     tell_buckets(e, false);
@@ -341,7 +396,7 @@ enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t i, const void 
         accuse(e, i, grad, dtype, micro);
     dsc_kernels()->accumulate[dtype](e->local[s] + dsc__engine_segment(e, i)->begin, grad, n,
                                      !e->folded[i]);
-    e->n_folded += !e->folded[i];
+    e->n_folded[s] += !e->folded[i];
     e->folded[i] = e->touched[i] = true;
     return DSC_OK;
 }
@@ -354,7 +409,7 @@ enum dsc_status dsc_engine_hand_over(struct dsc_engine *e, struct dsc_view *view
     uint64_t saved = dsc_fp_enter();
     for (size_t i = 0; i < e->n_params; i++)
         e->touched[i] |= e->param_space[i] >= 0 && views[i].grad;
-    dsc_engine_check(e, views);
+    dsc__engine_check(e, views, true);
     double since = dsc_comm_now();
     enum dsc_status status = dsc__engine_hand_over(e, views);
     e->reduce_s += dsc_comm_now() - since;
@@ -362,12 +417,22 @@ enum dsc_status dsc_engine_hand_over(struct dsc_engine *e, struct dsc_view *view
     return status;
 }
 
-enum dsc_status dsc_engine_fold(struct dsc_engine *e, const struct dsc_view *views) {
+bool dsc__engine_any_folded(const struct dsc_engine *e) {
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (e->n_folded[s] > 0)
+            return true;
+    return false;
+}
+
+enum dsc_status dsc_engine_fold(struct dsc_engine *e, struct dsc_view *views) {
     uint64_t saved = dsc_fp_enter();
     enum dsc_status status = DSC_OK;
     for (size_t i = 0; status == DSC_OK && i < e->n_params; i++)
-        if (dsc__engine_is_16bit(e, i) && views[i].grad)
+        if (dsc__engine_is_16bit(e, i) && views[i].grad &&
+            (e->deferring || dsc__engine_keeps(e, e->param_space[i]))) {
             status = dsc__engine_fold_one(e, i, views[i].grad, views[i].grad_dtype, e->n_micro);
+            views[i].grad = NULL;
+        }
     e->pending_16bit = false;
     dsc_fp_leave(saved);
     return status;
@@ -379,12 +444,17 @@ void dsc_engine_drop_sums(struct dsc_engine *e) {
     e->culprit.param = -1;
     /* A round that is open has fp32 slots; that stays so until it ends. */
     if (!e->round_open)
-        e->n_folded = 0;
+        memset(e->n_folded, 0, e->n_spaces * sizeof *e->n_folded);
 }
 
 void dsc_engine_check(struct dsc_engine *e, const struct dsc_view *views) {
+    dsc__engine_check(e, views, false);
+}
+
+void dsc__engine_check(struct dsc_engine *e, const struct dsc_view *views, bool shared_only) {
     for (size_t i = 0; e->culprit.param < 0 && i < e->n_params; i++)
         if (e->param_space[i] >= 0 && views[i].grad &&
+            (!shared_only || dsc__engine_shares(e, e->param_space[i])) &&
             !dsc_kernels()->is_finite[views[i].grad_dtype](views[i].grad, e->params[i].n_elems))
             accuse(e, i, views[i].grad, views[i].grad_dtype, dsc_max(e->n_micro, 1));
 }
@@ -392,9 +462,9 @@ void dsc_engine_check(struct dsc_engine *e, const struct dsc_view *views) {
 void dsc__engine_open_round(struct dsc_engine *e) {
     e->round_open = true;
     for (size_t s = 0; s < e->n_spaces; s++)
-        dsc_buckets_set_dtype(e->holdings[s].buckets, e->n_folded && e->spaces[s].dtype != DSC_F32
-                                                          ? DSC_F32
-                                                          : e->spaces[s].dtype);
+        if (e->holdings[s].buckets)
+            dsc_buckets_set_dtype(e->holdings[s].buckets,
+                                  e->n_folded[s] ? DSC_F32 : e->spaces[s].dtype);
 }
 
 enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void *grad,
@@ -403,7 +473,8 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     bool finite = true;
     *taken = false;
     /* In a forked child the gradient is the child's own and stays. */
-    if (!e->early || s < 0 || e->pid != getpid() || e->deferring || (e->keeps && !e->boundary))
+    if (!e->early || !dsc__engine_shares(e, s) || e->pid != getpid() || e->deferring ||
+        (e->keeps && !e->boundary))
         return DSC_OK;
     if (!e->round_open)
         dsc__engine_open_round(e);
@@ -417,7 +488,7 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     enum dsc_status status = DSC_OK;
     const void *src = grad;
     enum dsc_dtype src_dtype = dtype;
-    if (e->keeps && e->n_folded && dsc__engine_is_16bit(e, param)) {
+    if (e->keeps && e->n_folded[s] && dsc__engine_is_16bit(e, param)) {
         status = dsc__engine_fold_one(e, param, grad, dtype, e->n_micro + 1);
         src = e->local[s] + dsc__engine_segment(e, param)->begin;
         src_dtype = DSC_F32;
@@ -442,8 +513,8 @@ double dsc_engine_scale(const struct dsc_engine *e) {
 
 struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *e) {
     struct dsc_engine_counters sum = {0};
-    if (e->spread)
-        sum.private_bytes += dsc_spread_private_bytes(e->spread);
+    for (size_t g = 0; g < e->ranks.n_reduce; g++)
+        sum.private_bytes += e->spread[g] ? dsc_spread_private_bytes(e->spread[g]) : 0;
     for (size_t s = 0; s < e->n_spaces; s++) {
         const struct dsc_holding *holding = &e->holdings[s];
         size_t n_stepped = dsc_range_size(holding->stepped);
@@ -474,8 +545,10 @@ int64_t dsc_engine_unused(const struct dsc_engine *e, const struct dsc_view *vie
     return -1;
 }
 
-int dsc_engine_size(const struct dsc_engine *e) {
-    return e->size;
+void dsc_engine_place(const struct dsc_engine *e, size_t param, int *rank, int *size) {
+    const struct dsc_comm *comm = e->ranks.reduce[e->params[param].reduce].comm;
+    *rank = dsc_comm_rank(comm);
+    *size = dsc_comm_size(comm);
 }
 
 void dsc_engine_part(const struct dsc_engine *e, size_t param, int rank, size_t *begin, size_t *n) {

@@ -18,6 +18,25 @@
 
 struct dsc_engine;
 
+/* Ranks over which gradients of some parameters are added up, and their states shared out. */
+struct dsc_reduce {
+    struct dsc_comm *comm;
+    int id; /* the same on its ranks, another one on the others: what must agree is compared by it
+             */
+};
+/* Who steps together. Ranks of the first reduce group train the same parameters (of the same names
+ * and shapes); the ranks of the others are some of its ranks: experts over fewer ranks than the
+ * rest. Control ranks outside it have other parameters, and step, skip and clip with it. */
+enum { DSC_REDUCE_MAX = 16 };
+struct dsc_engine_ranks {
+    struct dsc_comm *control;
+    struct dsc_reduce reduce[DSC_REDUCE_MAX]; /* dsc_param.reduce is an index */
+    size_t n_reduce;
+    int n_averaged; /* what every sum is divided by: the data-parallel ranks, for experts too */
+};
+/* The ordinary case: all ranks of a communicator are parallel over data. */
+struct dsc_engine_ranks dsc_engine_ranks_of(struct dsc_comm *comm);
+
 struct dsc_engine_options {
     int stage;             /* 0, 1, 2 */
     bool overlap;          /* overlap_comm */
@@ -45,8 +64,8 @@ struct dsc_step_report {
     double norm;  /* of the averaged, unscaled gradients, before clipping */
     double scale; /* the loss scale that the gradients were made with */
     double next_scale;
-    int bad_rank; /* where the first non-finite element arose; -1: on no rank, in the sum */
-    int bad_param;
+    int bad_rank;       /* where the first non-finite element arose; -1: on no rank, in the sum */
+    int bad_param;      /* of that rank's parameters */
     size_t bad_elem;    /* within the parameter, in storage order */
     uint64_t bad_micro; /* backward pass within the step, counted from 1 */
     int changed_param;  /* a 16-bit parameter that somebody else wrote to since the last step; -1 */
@@ -61,8 +80,10 @@ struct dsc_engine_counters {
     size_t owned_elems, padded_elems;
 };
 
-/* Collective: compares the ranks' models, builds spaces and partition. */
-enum dsc_status dsc_engine_open(struct dsc_comm *comm, const struct dsc_engine_options *options,
+/* Collective: compares the ranks' models, builds spaces and partition. The communicators must stay
+ * open as long as the engine. */
+enum dsc_status dsc_engine_open(const struct dsc_engine_ranks *ranks,
+                                const struct dsc_engine_options *options,
                                 const struct dsc_param *params, size_t n_params, int n_groups,
                                 struct dsc_engine **out);
 /* NULL is fine; local. */
@@ -74,18 +95,19 @@ void dsc_engine_load_masters(struct dsc_engine *engine, const struct dsc_view *v
 /* Whether gradients have to be handed over one by one inside backward. */
 bool dsc_engine_early(const struct dsc_engine *engine);
 
-/* What the caller must do with gradients at this point: bits. */
+/* What the caller must do with gradients at this point: bits. Calls that take gradients take them
+ * out of the views too (grad becomes NULL); the caller drops those. */
 enum dsc_engine_need {
     DSC_NEED_NOTHING = 0,
-    DSC_NEED_FOLD = 1,      /* call fold, then drop the gradients of 16-bit parameters */
-    DSC_NEED_CHECK = 2,     /* call check */
-    DSC_NEED_HAND_OVER = 4, /* call hand_over, then drop all gradients */
+    DSC_NEED_FOLD = 1,      /* call fold */
+    DSC_NEED_CHECK = 2,     /* call check, before fold */
+    DSC_NEED_HAND_OVER = 4, /* call hand_over, after fold */
 };
 /* Around each backward pass. `boundary`: the step follows. */
 enum dsc_status dsc_engine_begin_backward(struct dsc_engine *engine, bool boundary, int *need);
 enum dsc_status dsc_engine_end_backward(struct dsc_engine *engine, bool boundary, int *need);
 /* Adds 16-bit gradients to this rank's fp32 sums. */
-enum dsc_status dsc_engine_fold(struct dsc_engine *engine, const struct dsc_view *views);
+enum dsc_status dsc_engine_fold(struct dsc_engine *engine, struct dsc_view *views);
 /* Stage 2 where ranks share no memory: the gradients of a backward pass go to their owners.
  * Collective, with ranks that call step too. */
 enum dsc_status dsc_engine_hand_over(struct dsc_engine *engine, struct dsc_view *views);
@@ -95,9 +117,8 @@ void dsc_engine_drop_sums(struct dsc_engine *engine);
 /* While deferring, backward passes only add up on this rank, at every stage. */
 enum dsc_status dsc_engine_begin_deferring(struct dsc_engine *engine);
 /* Ends it: what was added up is handed over where the stage hands gradients over inside backward
- * (*taken: the caller drops all gradients); else it stays until the boundary. */
-enum dsc_status dsc_engine_end_deferring(struct dsc_engine *engine, struct dsc_view *views,
-                                         bool *taken);
+ * (and taken out of the views); else it stays until the boundary. */
+enum dsc_status dsc_engine_end_deferring(struct dsc_engine *engine, struct dsc_view *views);
 /* Looks for the first non-finite element of gradients that stay where they are. */
 void dsc_engine_check(struct dsc_engine *engine, const struct dsc_view *views);
 
@@ -129,19 +150,22 @@ void dsc_engine_refuse_step(struct dsc_engine *engine);
 double dsc_engine_scale(const struct dsc_engine *engine);
 struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *engine);
 
-/* The gradient that a step would use now, of one parameter, on every rank: averaged and unscaled,
- * not clipped. Collective. grad: n_elems of the parameter, in storage order. *taken: the caller
- * drops all gradients, since what lay in them has been handed over. */
+/* The gradient that a step would use now, of one parameter, on every rank of its reduce group:
+ * averaged and unscaled, not clipped. Collective over the control ranks, each with a parameter of
+ * the same index or of another group. grad: n_elems of the parameter, in storage order. Gradients
+ * that are handed over by it are taken out of the views. */
 enum dsc_status dsc_engine_get_grad(struct dsc_engine *engine, size_t param, struct dsc_view *views,
-                                    float *grad, bool *taken);
-/* Replaces it. Collective, the same values on all ranks. An fp32 parameter of an engine that keeps
- * gradients has it in .grad, scaled by what *into_grad says (0: done, nothing to store). */
+                                    float *grad);
+/* Replaces it. Collective, the same values on all ranks of the reduce group. An fp32 parameter of
+ * an engine that keeps gradients has it in .grad, scaled by what *into_grad says (0: done, nothing
+ * to store). */
 enum dsc_status dsc_engine_set_grad(struct dsc_engine *engine, size_t param, struct dsc_view *views,
-                                    const float *grad, bool *taken, double *into_grad);
+                                    const float *grad, double *into_grad);
 
-/* How many ranks share it. */
-int dsc_engine_size(const struct dsc_engine *engine);
-/* The part of a parameter that `rank` steps: elements [*begin, *begin + *n); at stage 0 all. */
+/* The ranks over which a parameter is reduced: this one's number among them, and how many. */
+void dsc_engine_place(const struct dsc_engine *engine, size_t param, int *rank, int *size);
+/* The part of a parameter that `rank` of its reduce group steps: elements [*begin, *begin + *n); at
+ * stage 0 all. */
 void dsc_engine_part(const struct dsc_engine *engine, size_t param, int rank, size_t *begin,
                      size_t *n);
 /* fp32 memory of a parameter that this rank holds: elements [begin, begin + n) of it. */

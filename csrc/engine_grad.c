@@ -21,16 +21,13 @@ enum dsc_status dsc_engine_begin_deferring(struct dsc_engine *e) {
     return DSC_OK;
 }
 
-enum dsc_status dsc_engine_end_deferring(struct dsc_engine *e, struct dsc_view *views,
-                                         bool *taken) {
+enum dsc_status dsc_engine_end_deferring(struct dsc_engine *e, struct dsc_view *views) {
     enum dsc_status status = DSC_OK;
-    *taken = false;
     DSC_TRY(dsc__engine_usable(e));
     if (!e->keeps) {
         uint64_t saved = dsc_fp_enter();
         status = dsc__engine_hand_over(e, views);
         dsc_fp_leave(saved);
-        *taken = status == DSC_OK;
     }
     e->deferring = false;
     return status;
@@ -38,9 +35,9 @@ enum dsc_status dsc_engine_end_deferring(struct dsc_engine *e, struct dsc_view *
 
 /* ---- the full gradient ---- */
 
-/* Whether gradients of the open step are with their owners; the same on all ranks. */
-static bool handed_over(const struct dsc_engine *e) {
-    return !e->keeps || (e->early && e->boundary);
+/* Whether a parameter's gradients of the open step are with their owners; the same on all ranks. */
+static bool handed_over(const struct dsc_engine *e, size_t param) {
+    return dsc__engine_shares(e, e->param_space[param]) && (!e->keeps || (e->early && e->boundary));
 }
 
 /* All of this step's gradients become settled sums. */
@@ -49,27 +46,30 @@ static enum dsc_status settle_all(struct dsc_engine *e, struct dsc_view *views) 
     DSC_TRY(dsc__engine_make_sources(e, views));
     DSC_TRY(dsc__engine_end_rounds(e, views, &n_rounds));
     for (size_t s = 0; e->early && s < e->n_spaces; s++)
-        DSC_TRY(dsc_buckets_wait_settled(e->holdings[s].buckets, n_rounds, e->label));
+        if (e->holdings[s].buckets)
+            DSC_TRY(dsc_buckets_wait_settled(e->holdings[s].buckets, n_rounds, e->label));
     return DSC_OK;
 }
 
 /* Every owner's part of a parameter's sums goes to all ranks. */
 static enum dsc_status gather_sums(struct dsc_engine *e, size_t param, float *grad) {
-    const struct dsc_space *space = &e->spaces[e->param_space[param]];
+    const struct dsc_holding *holding = &e->holdings[e->param_space[param]];
+    const struct dsc_space *space = holding->space;
     const struct dsc_segment *segment = dsc__engine_segment(e, param);
-    const float *mine = dsc_buckets_sums(e->holdings[e->param_space[param]].buckets, e->rank);
-    for (int r = 0; r < e->size; r++) {
+    int rank = dsc_comm_rank(holding->comm);
+    const float *mine = dsc_buckets_sums(holding->buckets, rank);
+    for (int r = 0; r < space->n_ranks; r++) {
         struct dsc_range owned = dsc_space_owned(space, r);
         struct dsc_range part = dsc_range_cut(dsc_segment_range(segment), owned);
         size_t n = dsc_range_size(part);
         float *dst = grad + (part.begin - segment->begin);
         if (n == 0)
             continue;
-        if (r == e->rank)
+        if (r == rank)
             memcpy(dst, mine + (part.begin - owned.begin), n * sizeof *dst);
         struct dsc_coll coll = {
             .dst = dst, .n_elems = n, .dtype = DSC_F32, .root = r, .label = e->label};
-        DSC_TRY(dsc_comm_broadcast(e->comm, &coll));
+        DSC_TRY(dsc_comm_broadcast(holding->comm, &coll));
     }
     return DSC_OK;
 }
@@ -78,7 +78,7 @@ static enum dsc_status gather_sums(struct dsc_engine *e, size_t param, float *gr
 static void contribution(const struct dsc_engine *e, size_t param, const struct dsc_view *view,
                          float *grad) {
     size_t n = e->params[param].n_elems;
-    const struct dsc_wire none = {0}, *wire = e->size > 1 ? &e->options.wire : &none;
+    const struct dsc_wire *wire = &e->options.wire;
     const float *local = e->local[e->param_space[param]];
     enum dsc_dtype dtype = view->grad ? view->grad_dtype : DSC_F32;
     const void *src = view->grad;
@@ -102,11 +102,10 @@ static void contribution(const struct dsc_engine *e, size_t param, const struct 
 }
 
 static enum dsc_status get_grad(struct dsc_engine *e, size_t param, struct dsc_view *views,
-                                float *grad, bool *taken) {
+                                float *grad) {
     size_t n = e->params[param].n_elems;
-    if (handed_over(e)) {
+    if (handed_over(e, param)) {
         DSC_TRY(settle_all(e, views));
-        *taken = true;
         DSC_TRY(gather_sums(e, param, grad));
     } else {
         contribution(e, param, &views[param], grad);
@@ -116,7 +115,7 @@ static enum dsc_status get_grad(struct dsc_engine *e, size_t param, struct dsc_v
                                 .dtype = DSC_F32,
                                 .op = DSC_SUM,
                                 .label = e->label};
-        DSC_TRY(dsc_comm_all_reduce(e->comm, &coll));
+        DSC_TRY(dsc_comm_all_reduce(e->holdings[e->param_space[param]].comm, &coll));
     }
     float inverse = (float)(1.0 / (e->scaler.scale * dsc__engine_divisor(e)));
     for (size_t i = 0; i < n; i++)
@@ -125,14 +124,13 @@ static enum dsc_status get_grad(struct dsc_engine *e, size_t param, struct dsc_v
 }
 
 enum dsc_status dsc_engine_get_grad(struct dsc_engine *e, size_t param, struct dsc_view *views,
-                                    float *grad, bool *taken) {
-    *taken = false;
+                                    float *grad) {
     DSC_TRY(dsc__engine_usable(e));
     if (e->param_space[param] < 0)
         return DSC_OK;
     snprintf(e->label, sizeof e->label, "safe_get_full_grad");
     uint64_t saved = dsc_fp_enter();
-    enum dsc_status status = get_grad(e, param, views, grad, taken);
+    enum dsc_status status = get_grad(e, param, views, grad);
     dsc_fp_leave(saved);
     return status;
 }
@@ -146,27 +144,25 @@ static enum dsc_status put_local(struct dsc_engine *e, size_t param, struct dsc_
     float *local = e->local[s] + dsc__engine_segment(e, param)->begin;
     for (size_t i = 0; i < e->params[param].n_elems; i++)
         local[i] = grad[i] * factor;
-    e->n_folded += !e->folded[param];
+    e->n_folded[s] += !e->folded[param];
     e->folded[param] = true;
     return DSC_OK;
 }
 
 enum dsc_status dsc_engine_set_grad(struct dsc_engine *e, size_t param, struct dsc_view *views,
-                                    const float *grad, bool *taken, double *into_grad) {
+                                    const float *grad, double *into_grad) {
     enum dsc_status status = DSC_OK;
-    *taken = false;
     *into_grad = 0;
     DSC_TRY(dsc__engine_usable(e));
     if (e->param_space[param] < 0)
         return DSC_OK;
     snprintf(e->label, sizeof e->label, "safe_set_full_grad");
     double sum = e->scaler.scale * dsc__engine_divisor(e);
-    double done = e->size > 1 && e->options.wire.divisor != 0 ? e->options.wire.divisor : 1.0;
-    double share = sum * done / e->size;
+    double done = e->options.wire.divisor != 0 ? e->options.wire.divisor : 1.0;
+    double share = sum * done / e->spaces[e->param_space[param]].n_ranks;
     uint64_t saved = dsc_fp_enter();
-    if (handed_over(e)) {
+    if (handed_over(e, param)) {
         status = settle_all(e, views);
-        *taken = status == DSC_OK;
         if (status == DSC_OK)
             dsc_buckets_put_sums(e->holdings[e->param_space[param]].buckets,
                                  e->param_segment[param], grad, (float)sum);

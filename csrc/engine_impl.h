@@ -1,11 +1,12 @@
 /* What engine.c (life, backward) and engine_step.c (the boundary) share. Nobody else includes it.
  *
- * Names: a world of one has no buckets; an engine `keeps` gradients when they stay with this rank
- * until the boundary (stages 0 and 1, or a world of one) and is `early` when they are handed over
- * inside backward (stage 2, or overlap). Where ranks share no memory none is early: at stage 2 a
- * round is exchanged when a backward pass ends (engine_remote.c). Invariant: an early engine at
- * stage 0 or 1 hands over in the boundary's backward only, so that micro-steps add up as without
- * overlap. */
+ * Names: a space whose reduce group is one rank is `alone` and has no buckets; a space `keeps`
+ * gradients when they stay with this rank until the boundary (stages 0 and 1, or alone) and is
+ * `early` when they are handed over inside backward (stage 2, or overlap). Where ranks share no
+ * memory none is early: at stage 2 a round is exchanged when a backward pass ends
+ * (engine_remote.c). What the engine's flags say holds for all spaces that are not alone, and is
+ * equal on all control ranks. Invariant: an early engine at stage 0 or 1 hands over in the
+ * boundary's backward only, so that micro-steps add up as without overlap. */
 #ifndef DSC_ENGINE_IMPL_H
 #define DSC_ENGINE_IMPL_H
 
@@ -29,12 +30,14 @@ struct dsc__culprit {
 };
 
 struct dsc_engine {
-    struct dsc_comm *comm;
+    struct dsc_engine_ranks ranks;
+    struct dsc_comm *comm; /* of all control ranks */
     struct dsc_engine_options options;
     struct dsc_pool *pool;
-    int rank, size;
-    pid_t pid; /* that opened it: a forked child has no windows */
-    bool early, keeps, has_16bit, has_f32;
+    int rank, size; /* in comm */
+    int32_t *ids;   /* per control rank, DSC_REDUCE_MAX each: of its reduce groups; -1: none */
+    pid_t pid;      /* that opened it: a forked child has no windows */
+    bool early, keeps;
     bool remote;     /* ranks share no memory: never early */
     bool any_folded; /* as of the last meeting: some rank brings fp32 sums of 16-bit gradients */
     bool folds;      /* 16-bit gradients add up in fp32 over micro-steps */
@@ -53,13 +56,13 @@ struct dsc_engine {
     bool *marked;                 /* per parameter: scratch of one call */
     atomic_bool *changed;         /* per parameter: written by somebody else, found in this step */
     struct dsc_source *sources;   /* per space: valid inside a step */
-    size_t n_folded;
-    struct dsc_spread *spread;
+    size_t *n_folded;             /* per space: parameters that are or were folded in this step */
+    struct dsc_spread *spread[DSC_REDUCE_MAX]; /* per reduce group; NULL where there is none */
     int n_groups;
     struct dsc_optim_args *args;
     float *steps;       /* per group: steps taken; SGD counts those with momentum; then scratch */
     float *shown_steps; /* per parameter: its group's; what is written here counts */
-    double *squares;    /* per block of one DSC__ENGINE_RUN batch, world of one */
+    double *squares;    /* per block of one DSC__ENGINE_RUN batch, of a space that is alone */
     struct dsc_norm *lamb_norms; /* NULL for other optimizers */
     char *meeting;               /* size * DSC_MEET_MAX */
 
@@ -79,6 +82,19 @@ struct dsc_engine {
 uint64_t dsc__engine_hash(uint64_t hash, const void *data, size_t n_bytes);
 const struct dsc_segment *dsc__engine_segment(const struct dsc_engine *e, size_t param);
 bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param);
+/* Of a space, -1: of no space, which is neither. */
+static inline bool dsc__engine_shares(const struct dsc_engine *e, int space) {
+    return space >= 0 && e->holdings[space].buckets;
+}
+static inline bool dsc__engine_keeps(const struct dsc_engine *e, int space) {
+    return space >= 0 && (e->keeps || !e->holdings[space].buckets);
+}
+/* dsc_engine_check; shared_only: of what is not alone. */
+void dsc__engine_check(struct dsc_engine *e, const struct dsc_view *views, bool shared_only);
+/* Some space has fp32 sums of 16-bit gradients in this step. */
+bool dsc__engine_any_folded(const struct dsc_engine *e);
+/* dsc_comm_cover on all communicators of the engine; returns what was set on the control one. */
+bool dsc__engine_cover(struct dsc_engine *e, bool covered);
 /* A parameter's gradient joins this rank's fp32 sums. */
 enum dsc_status dsc__engine_fold_one(struct dsc_engine *e, size_t param, const void *grad,
                                      enum dsc_dtype dtype, uint64_t micro);

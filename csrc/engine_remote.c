@@ -17,12 +17,14 @@ struct place {
 
 void dsc__engine_remote_set_dtypes(struct dsc_engine *e) {
     for (size_t s = 0; s < e->n_spaces; s++)
-        dsc_buckets_set_dtype(e->holdings[s].buckets, e->any_folded ? DSC_F32 : e->spaces[s].dtype);
+        if (e->holdings[s].buckets)
+            dsc_buckets_set_dtype(e->holdings[s].buckets,
+                                  e->any_folded ? DSC_F32 : e->spaces[s].dtype);
 }
 
 /* Where all ranks are: whether any of them brings a round. */
 static enum dsc_status meet_at_gate(struct dsc_engine *e, uint32_t where, bool *any_round) {
-    struct place mine = {where, e->n_folded > 0}, other;
+    struct place mine = {where, dsc__engine_any_folded(e)}, other;
     char label[64];
     snprintf(label, sizeof label, "engine: backward passes and step %llu",
              (unsigned long long)e->n_boundaries + 1);
@@ -40,11 +42,12 @@ static enum dsc_status meet_at_gate(struct dsc_engine *e, uint32_t where, bool *
 static enum dsc_status exchange(struct dsc_engine *e, const struct dsc_source *sources) {
     enum dsc_status status = DSC_OK;
     dsc__engine_remote_set_dtypes(e);
-    bool before = dsc_comm_cover(e->comm, true);
+    bool before = dsc__engine_cover(e, true);
     for (size_t s = 0; status == DSC_OK && s < e->n_spaces; s++)
-        status = dsc_buckets_exchange(e->holdings[s].buckets, sources ? &sources[s] : NULL, NULL,
-                                      "engine: gradients");
-    (void)dsc_comm_cover(e->comm, before);
+        if (e->holdings[s].buckets)
+            status = dsc_buckets_exchange(e->holdings[s].buckets, sources ? &sources[s] : NULL,
+                                          NULL, "engine: gradients");
+    (void)dsc__engine_cover(e, before);
     e->n_rounds++;
     return status;
 }

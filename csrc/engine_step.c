@@ -33,9 +33,10 @@ static void adopt_steps(struct dsc_engine *e) {
 struct dsc__plan {
     uint64_t hyper_hash;
     double first_lr;
-    uint64_t frozen_hash; /* of the parameters that are not to be stepped */
-    uint32_t refused;     /* this rank cannot step, and the others must not wait for it */
-    uint32_t folded;      /* brings fp32 sums of 16-bit gradients; need not agree */
+    uint64_t
+        frozen_hash[DSC_REDUCE_MAX]; /* per reduce group: parameters that are not to be stepped */
+    uint32_t refused; /* this rank cannot step, and the others must not wait for it */
+    uint32_t folded;  /* brings fp32 sums of 16-bit gradients; need not agree */
 };
 
 static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *groups) {
@@ -51,38 +52,79 @@ static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *g
     return hash;
 }
 
-static uint64_t frozen_hash(const struct dsc_engine *e, const struct dsc_view *views) {
-    uint64_t hash = DSC__HASH_START;
-    for (size_t i = 0; i < e->n_params; i++)
+/* hash: DSC_REDUCE_MAX of them. */
+static void frozen_hashes(const struct dsc_engine *e, const struct dsc_view *views,
+                          uint64_t *hash) {
+    for (size_t g = 0; g < DSC_REDUCE_MAX; g++)
+        hash[g] = DSC__HASH_START;
+    for (size_t i = 0; i < e->n_params; i++) {
+        int g = e->params[i].reduce;
         if (views[i].frozen)
-            hash = dsc__engine_hash(hash, &i, sizeof i);
-    return hash;
+            hash[g] = dsc__engine_hash(hash[g], &i, sizeof i);
+    }
 }
 
 /* Where sums over micro-steps exist, the last gradients join them. */
 enum dsc_status dsc__engine_make_sources(struct dsc_engine *e, struct dsc_view *views) {
-    for (size_t i = 0; (e->keeps || e->deferring) && e->n_folded && i < e->n_params; i++)
-        if (dsc__engine_is_16bit(e, i) && views[i].grad) {
+    for (size_t i = 0; i < e->n_params; i++) {
+        int s = e->param_space[i];
+        if (views[i].grad && s >= 0 && e->n_folded[s] &&
+            (e->deferring || dsc__engine_keeps(e, s))) {
             DSC_TRY(dsc__engine_fold_one(e, i, views[i].grad, views[i].grad_dtype,
                                          dsc_max(e->n_micro, 1)));
             views[i].grad = NULL;
         }
+    }
     for (size_t s = 0; s < e->n_spaces; s++)
         e->sources[s] = (struct dsc_source){
             .views = views,
-            .local = e->n_folded && e->spaces[s].dtype != DSC_F32 ? e->local[s] : NULL,
+            .local = e->n_folded[s] ? e->local[s] : NULL,
             .folded = e->folded,
+            .wire = &e->options.wire,
         };
+    return DSC_OK;
+}
+
+/* What must agree between two ranks of one reduce group, g; r is the first rank of it. */
+static enum dsc_status compare_plans(size_t g, int r, const struct dsc__plan *first, int q,
+                                     const struct dsc__plan *other) {
+    if (g == 0 && other->hyper_hash != first->hyper_hash)
+        return DSC_FAIL(DSC_EINVAL,
+                        "optimizer settings differ between ranks: group 0 has lr %.9g on rank %d "
+                        "and %.9g on rank %d%s; every rank must use the same param_groups",
+                        first->first_lr, r, other->first_lr, q,
+                        first->first_lr == other->first_lr ? " (another key or group differs)"
+                                                           : "");
+    if (other->frozen_hash[g] != first->frozen_hash[g])
+        return DSC_FAIL(DSC_EINVAL,
+                        "requires_grad of parameters differs between rank %d and rank %d; every "
+                        "rank must freeze the same ones",
+                        r, q);
+    return DSC_OK;
+}
+
+/* All ranks look at all plans, in e->meeting, so that all fail together. */
+static enum dsc_status compare_all_plans(struct dsc_engine *e) {
+    struct dsc__plan first, other;
+    for (size_t q = 1; q < (size_t)e->size; q++)
+        for (size_t g = 0, r = 0; g < DSC_REDUCE_MAX; g++, r = 0) {
+            int32_t id = e->ids[q * DSC_REDUCE_MAX + g];
+            while (e->ids[r * DSC_REDUCE_MAX + g] != id)
+                r++;
+            memcpy(&first, e->meeting + r * sizeof first, sizeof first);
+            memcpy(&other, e->meeting + q * sizeof other, sizeof other);
+            if (id >= 0)
+                DSC_TRY(compare_plans(g, (int)r, &first, (int)q, &other));
+        }
     return DSC_OK;
 }
 
 /* Before anything changes: settings must agree, and a rank that cannot step says so to all. */
 static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *mine) {
-    struct dsc__plan first, other;
+    struct dsc__plan other;
     if (e->size == 1)
         return DSC_OK;
     DSC_TRY(dsc_comm_meet(e->comm, e->label, 1, mine, sizeof *mine, e->meeting));
-    memcpy(&first, e->meeting, sizeof first);
     e->any_folded = false;
     for (int r = 0; r < e->size; r++) {
         memcpy(&other, e->meeting + (size_t)r * sizeof other, sizeof other);
@@ -90,20 +132,8 @@ static enum dsc_status meet_plan(struct dsc_engine *e, const struct dsc__plan *m
         if (other.refused && r != e->rank)
             return DSC_FAIL(DSC_EINVAL,
                             "rank %d cannot step (its own error says why); nothing has changed", r);
-        if (other.hyper_hash != first.hyper_hash && !mine->refused)
-            return DSC_FAIL(
-                DSC_EINVAL,
-                "optimizer settings differ between ranks: group 0 has lr %.9g on rank 0 "
-                "and %.9g on rank %d%s; every rank must use the same param_groups",
-                first.first_lr, other.first_lr, r,
-                first.first_lr == other.first_lr ? " (another key or group differs)" : "");
-        if (other.frozen_hash != first.frozen_hash && !mine->refused)
-            return DSC_FAIL(DSC_EINVAL,
-                            "requires_grad of parameters differs between rank 0 and rank %d; every "
-                            "rank must freeze the same ones",
-                            r);
     }
-    return DSC_OK;
+    return mine->refused ? DSC_OK : compare_all_plans(e);
 }
 
 static enum dsc_status meet_rounds(struct dsc_engine *e, uint32_t mine, uint32_t *most) {
@@ -126,7 +156,7 @@ static enum dsc_status end_last_round(struct dsc_engine *e, struct dsc_view *vie
         dsc__engine_open_round(e);
     for (size_t i = 0; i < e->n_params; i++)
         e->marked[i] =
-            e->param_space[i] >= 0 &&
+            dsc__engine_shares(e, e->param_space[i]) &&
             dsc_buckets_expects(e->holdings[e->param_space[i]].buckets, e->param_segment[i]);
     DSC_TRY(dsc__engine_end_round(e, e->sources));
     for (size_t i = 0; i < e->n_params; i++)
@@ -139,7 +169,7 @@ static enum dsc_status end_last_round(struct dsc_engine *e, struct dsc_view *vie
 
 void dsc__engine_forget_sources(struct dsc_engine *e, struct dsc_view *views) {
     for (size_t i = 0; i < e->n_params; i++)
-        if (e->param_space[i] >= 0) {
+        if (dsc__engine_shares(e, e->param_space[i])) {
             views[i].grad = NULL;
             e->folded[i] = false;
         }
@@ -148,7 +178,7 @@ void dsc__engine_forget_sources(struct dsc_engine *e, struct dsc_view *views) {
 bool dsc__engine_anything_left(const struct dsc_engine *e) {
     enum dsc_dtype dtype;
     for (size_t i = 0; i < e->n_params; i++)
-        if (e->param_space[i] >= 0 &&
+        if (dsc__engine_shares(e, e->param_space[i]) &&
             dsc_source_at(&e->sources[e->param_space[i]], dsc__engine_segment(e, i),
                           dsc__engine_segment(e, i)->begin, &dtype))
             return true;
@@ -157,7 +187,7 @@ bool dsc__engine_anything_left(const struct dsc_engine *e) {
 
 enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *views,
                                        uint32_t *n_rounds) {
-    dsc_engine_check(e, views); /* usually nothing is left to look at */
+    dsc__engine_check(e, views, true); /* usually nothing is left to look at */
     if (e->remote)
         return dsc__engine_remote_end_rounds(e, views, n_rounds);
     DSC_TRY(end_last_round(e, views));
@@ -179,19 +209,34 @@ enum dsc_status dsc__engine_hand_over(struct dsc_engine *e, struct dsc_view *vie
         dsc__engine_open_round(e);
         DSC_TRY(end_last_round(e, views));
     }
-    e->n_folded = 0;
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (dsc__engine_shares(e, (int)s))
+            e->n_folded[s] = 0;
     return DSC_OK;
 }
 
-/* Gradients become sums; the norm of this rank's part goes into *norm. */
+/* The norm of this rank's part, and apart from it what does not count: there only non-finite sums
+ * matter. */
+struct norms {
+    struct dsc_norm counted, uncounted;
+};
+
+static struct dsc_norm *norm_of(struct norms *norms, const struct dsc_space *space) {
+    return space->uncounted ? &norms->uncounted : &norms->counted;
+}
+
+/* Gradients become sums, with their norms. */
 static enum dsc_status reduce_early(struct dsc_engine *e, struct dsc_view *views,
-                                    struct dsc_norm *norm) {
+                                    struct norms *norms) {
     uint32_t n_rounds;
     for (size_t s = 0; s < e->n_spaces; s++)
-        dsc_buckets_set_phase(e->holdings[s].buckets, false, true);
+        if (e->holdings[s].buckets)
+            dsc_buckets_set_phase(e->holdings[s].buckets, false, true);
     DSC_TRY(dsc__engine_end_rounds(e, views, &n_rounds));
     for (size_t s = 0; s < e->n_spaces; s++)
-        DSC_TRY(dsc_buckets_finish(e->holdings[s].buckets, n_rounds, norm, e->label));
+        if (e->holdings[s].buckets)
+            DSC_TRY(dsc_buckets_finish(e->holdings[s].buckets, n_rounds,
+                                       norm_of(norms, &e->spaces[s]), e->label));
     return DSC_OK;
 }
 
@@ -212,41 +257,54 @@ static void norm_blocks(void *context, size_t begin, size_t end) {
     }
 }
 
-/* A world of one: gradients are their own sums and stay where they are. */
-static void norm_alone(struct dsc_engine *e, struct dsc_norm *norm) {
-    for (size_t s = 0; s < e->n_spaces; s++) {
-        size_t n_blocks = e->spaces[s].n_elems / DSC_BLOCK;
-        for (size_t at = 0; at < n_blocks; at += DSC__ENGINE_RUN) {
-            size_t n = dsc_min(DSC__ENGINE_RUN, n_blocks - at);
-            struct norm_job job = {&e->spaces[s], &e->sources[s], at, e->squares};
-            dsc_pool_run(e->pool, n, 32, norm_blocks, &job);
-            for (size_t k = 0; k < n; k++)
-                dsc_norm_add(norm, e->squares[k]);
-        }
+/* A group of one: gradients are their own sums and stay where they are. */
+static void norm_alone(struct dsc_engine *e, size_t s, struct dsc_norm *norm) {
+    size_t n_blocks = e->spaces[s].n_elems / DSC_BLOCK;
+    for (size_t at = 0; at < n_blocks; at += DSC__ENGINE_RUN) {
+        size_t n = dsc_min(DSC__ENGINE_RUN, n_blocks - at);
+        struct norm_job job = {&e->spaces[s], &e->sources[s], at, e->squares};
+        dsc_pool_run(e->pool, n, 32, norm_blocks, &job);
+        for (size_t k = 0; k < n; k++)
+            dsc_norm_add(norm, e->squares[k]);
     }
 }
 
 /* The same at stage 2 where ranks share no memory: rounds are exchanged already. */
 static enum dsc_status reduce_rounds(struct dsc_engine *e, struct dsc_view *views,
-                                     struct dsc_norm *norm) {
+                                     struct norms *norms) {
     uint32_t n_rounds;
     DSC_TRY(dsc__engine_end_rounds(e, views, &n_rounds));
     for (size_t s = 0; s < e->n_spaces; s++)
-        dsc_buckets_norm(e->holdings[s].buckets, norm);
+        if (e->holdings[s].buckets)
+            dsc_buckets_norm(e->holdings[s].buckets, norm_of(norms, &e->spaces[s]));
+    return DSC_OK;
+}
+
+/* The same at stages 0 and 1: everything travels now. */
+static enum dsc_status reduce_now(struct dsc_engine *e, struct norms *norms) {
+    if (e->remote)
+        dsc__engine_remote_set_dtypes(e);
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (e->holdings[s].buckets)
+            DSC_TRY(dsc_buckets_exchange(e->holdings[s].buckets, &e->sources[s],
+                                         norm_of(norms, &e->spaces[s]), e->label));
     return DSC_OK;
 }
 
 static enum dsc_status reduce(struct dsc_engine *e, struct dsc_view *views, struct dsc_norm *norm) {
+    struct norms norms;
+    memset(&norms, 0, sizeof norms);
     if (e->early)
-        return reduce_early(e, views, norm);
-    if (!e->keeps)
-        return reduce_rounds(e, views, norm);
-    if (e->remote)
-        dsc__engine_remote_set_dtypes(e);
-    if (e->size == 1)
-        norm_alone(e, norm);
-    for (size_t s = 0; e->size > 1 && s < e->n_spaces; s++)
-        DSC_TRY(dsc_buckets_exchange(e->holdings[s].buckets, &e->sources[s], norm, e->label));
+        DSC_TRY(reduce_early(e, views, &norms));
+    else if (!e->keeps)
+        DSC_TRY(reduce_rounds(e, views, &norms));
+    else
+        DSC_TRY(reduce_now(e, &norms));
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (!e->holdings[s].buckets)
+            norm_alone(e, s, norm_of(&norms, &e->spaces[s]));
+    *norm = norms.counted;
+    norm->n_nonfinite += norms.uncounted.n_nonfinite;
     return DSC_OK;
 }
 
@@ -303,9 +361,7 @@ static enum dsc_status prepare_args(struct dsc_engine *e, const struct dsc_hyper
 
 static struct dsc_update update_of(struct dsc_engine *e, struct dsc_view *views, size_t s,
                                    double grad_scale) {
-    return (struct dsc_update){.comm = e->comm,
-                               .pool = e->pool,
-                               .spread = e->spread,
+    return (struct dsc_update){.pool = e->pool,
                                .views = views,
                                .source = &e->sources[s],
                                .args = e->args,
@@ -335,7 +391,7 @@ static void forget_step(struct dsc_engine *e) {
             dsc_buckets_reset(e->holdings[s].buckets);
     memset(e->folded, 0, e->n_params * sizeof *e->folded);
     memset(e->touched, 0, e->n_params * sizeof *e->touched);
-    e->n_folded = 0;
+    memset(e->n_folded, 0, e->n_spaces * sizeof *e->n_folded);
     e->n_micro = 0;
     e->n_rounds = 0;
     e->reduce_s = 0;
@@ -358,34 +414,44 @@ static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_view *v
     struct dsc__plan plan;
     memset(&plan, 0, sizeof plan);
     plan.refused = refused;
-    plan.folded = e->n_folded > 0;
+    plan.folded = dsc__engine_any_folded(e);
     if (!refused) {
         adopt_steps(e);
-        plan.frozen_hash = frozen_hash(e, views);
+        frozen_hashes(e, views, plan.frozen_hash);
         plan.hyper_hash = hyper_hash(e, groups);
         plan.first_lr = groups[0].lr;
     }
     snprintf(e->label, sizeof e->label, "engine.step %llu",
              (unsigned long long)e->n_boundaries + 1);
     for (size_t s = 0; e->early && s < e->n_spaces; s++)
-        dsc_buckets_at_boundary(e->holdings[s].buckets);
+        if (e->holdings[s].buckets)
+            dsc_buckets_at_boundary(e->holdings[s].buckets);
     enum dsc_status status = dsc__engine_remote_gate(e);
     if (status == DSC_OK)
         status = meet_plan(e, &plan);
     for (size_t s = 0; status != DSC_OK && e->early && s < e->n_spaces; s++)
-        dsc_buckets_leave_boundary(e->holdings[s].buckets);
+        if (e->holdings[s].buckets)
+            dsc_buckets_leave_boundary(e->holdings[s].buckets);
     return status;
 }
 
 double dsc__engine_divisor(const struct dsc_engine *e) {
-    double done = e->size > 1 && e->options.wire.divisor != 0 ? e->options.wire.divisor : 1.0;
-    return e->options.sum_only ? 1.0 : e->size / done;
+    double done = e->options.wire.divisor != 0 ? e->options.wire.divisor : 1.0;
+    return e->options.sum_only ? 1.0 : e->ranks.n_averaged / done;
+}
+
+bool dsc__engine_cover(struct dsc_engine *e, bool covered) {
+    bool before = dsc_comm_cover(e->comm, covered);
+    for (size_t g = 0; g < e->ranks.n_reduce; g++)
+        (void)dsc_comm_cover(e->ranks.reduce[g].comm, covered);
+    return before;
 }
 
 static enum dsc_status end_step(struct dsc_engine *e, struct dsc_step_report *report) {
     count_changes(e, report);
     report->reduce_s = e->reduce_s;
-    report->gather_s = e->spread ? dsc_spread_seconds(e->spread) : 0;
+    for (size_t g = 0; g < e->ranks.n_reduce; g++)
+        report->gather_s += e->spread[g] ? dsc_spread_seconds(e->spread[g]) : 0;
     forget_step(e);
     report->over = true;
     enum dsc_status status = dsc_scaler_update(&e->scaler, !report->stepped);
@@ -396,7 +462,6 @@ static enum dsc_status end_step(struct dsc_engine *e, struct dsc_step_report *re
 static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
                             const struct dsc_hyper *groups, struct dsc_step_report *report) {
     struct dsc_norm norm;
-    memset(&norm, 0, sizeof norm);
     double since = dsc_comm_now();
     DSC_TRY(begin_step(e, views, groups, false));
     DSC_TRY(dsc__engine_make_sources(e, views));
@@ -451,9 +516,9 @@ enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
             return dsc_optim_check(e->options.optim, &groups[g], g); /* its text, again */
         }
     uint64_t saved = dsc_fp_enter();
-    (void)dsc_comm_cover(e->comm, true); /* what follows the plan's meeting follows from it */
+    (void)dsc__engine_cover(e, true); /* what follows the plan's meeting follows from it */
     enum dsc_status status = step(e, views, groups, report);
-    (void)dsc_comm_cover(e->comm, false);
+    (void)dsc__engine_cover(e, false);
     dsc_fp_leave(saved);
     return status;
 }
@@ -483,12 +548,12 @@ enum dsc_status dsc_engine_end_step(struct dsc_engine *e, struct dsc_view *views
     e->between = false;
     uint64_t saved = dsc_fp_enter();
     enum dsc_status status = meet_optimizers(e, failed);
-    (void)dsc_comm_cover(e->comm, true);
+    (void)dsc__engine_cover(e, true);
     for (size_t s = 0; status == DSC_OK && !failed && s < e->n_spaces; s++) {
         struct dsc_update update = update_of(e, views, s, 0);
         status = dsc_update_values(&update, &e->holdings[s]);
     }
-    (void)dsc_comm_cover(e->comm, false);
+    (void)dsc__engine_cover(e, false);
     enum dsc_status end = end_step(e, report);
     dsc_fp_leave(saved);
     return status != DSC_OK ? status : end;

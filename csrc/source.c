@@ -1,8 +1,6 @@
 /* Reading a source, part by part. */
 #include "source.h"
 
-#include "kernels/kernels.h"
-
 #include <string.h>
 
 const void *dsc_source_at(const struct dsc_source *source, const struct dsc_segment *segment,
@@ -26,7 +24,7 @@ void dsc_source_read(const struct dsc_source *source, const struct dsc_space *sp
         enum dsc_dtype dtype;
         const void *src = dsc_source_at(source, it.segment, it.part.begin, &dtype);
         if (src)
-            dsc_kernels()->accumulate[dtype](dst + (it.part.begin - range.begin), src,
-                                             dsc_range_size(it.part), false);
+            dsc_wire_add(source->wire, dst + (it.part.begin - range.begin),
+                         dsc_wire_dtype(source->wire, dtype), src, dtype, dsc_range_size(it.part));
     }
 }

@@ -6,11 +6,13 @@
 #define DSC_SOURCE_H
 
 #include "space.h"
+#include "wire.h"
 
 struct dsc_source {
     const struct dsc_view *views; /* per parameter; may be NULL */
     const float *local;           /* over the space; NULL: no sums */
     const bool *folded;           /* per parameter; with local */
+    const struct dsc_wire *wire;  /* how contributions travel: what is read here counts alike */
 };
 /* The part's values and their dtype, or NULL for nothing. */
 const void *dsc_source_at(const struct dsc_source *source, const struct dsc_segment *segment,

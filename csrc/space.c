@@ -3,17 +3,20 @@
 
 #include "alloc.h"
 
-static int find(const struct dsc_space *spaces, size_t n_spaces, enum dsc_dtype dtype) {
+static int find(const struct dsc_space *spaces, size_t n_spaces, const struct dsc_param *param) {
     for (size_t i = 0; i < n_spaces; i++)
-        if (spaces[i].dtype == dtype)
+        if (spaces[i].dtype == param->dtype && spaces[i].reduce == param->reduce &&
+            spaces[i].uncounted == param->uncounted)
             return (int)i;
     return -1;
 }
 
-static enum dsc_status add(struct dsc_space *spaces, size_t *n_spaces, enum dsc_dtype dtype,
-                           size_t n_params, int n_ranks) {
+static enum dsc_status add(struct dsc_space *spaces, size_t *n_spaces,
+                           const struct dsc_param *param, size_t n_params, int n_ranks) {
     struct dsc_space *space = &spaces[*n_spaces];
-    space->dtype = dtype;
+    space->dtype = param->dtype;
+    space->reduce = param->reduce;
+    space->uncounted = param->uncounted;
     space->n_ranks = n_ranks;
     (*n_spaces)++; /* from here on dsc_space_free knows it */
     DSC_TRY(dsc_alloc(n_params * sizeof *space->segments, (void **)&space->segments));
@@ -57,41 +60,54 @@ static void finish(struct dsc_space *space, bool whole, const struct cutter *cut
             whole ? space->n_elems : dsc_partition_range(space->n_elems, r - 1, space->n_ranks).end;
 }
 
-enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params, int n_ranks,
-                                bool whole, struct dsc_space **out, size_t *n_spaces,
-                                int *param_space, size_t *param_segment) {
-    struct dsc_space *spaces = NULL;
-    struct cutter cutters[DSC_TRAIN_DTYPE_COUNT] = {{0}};
-    size_t n = 0;
-    DSC_TRY(dsc_alloc(DSC_TRAIN_DTYPE_COUNT * sizeof *spaces, (void **)&spaces));
+/* Finds out which spaces there are, and how much each will hold. */
+static enum dsc_status add_all(const struct dsc_param *params, size_t n_params,
+                               const struct dsc_cutting *cutting, struct dsc_space *spaces,
+                               size_t *n_spaces, struct cutter *cutters) {
     for (size_t i = 0; i < n_params; i++) {
-        enum dsc_status status = DSC_OK;
-        if (params[i].n_elems > 0 && find(spaces, n, params[i].dtype) < 0)
-            status = add(spaces, &n, params[i].dtype, n_params, n_ranks);
-        if (status != DSC_OK) {
-            dsc_space_free(spaces, n);
-            return status;
-        }
-        if (params[i].n_elems > 0)
-            cutters[find(spaces, n, params[i].dtype)].total +=
-                dsc_round_up(params[i].n_elems, DSC_PARAM_ALIGN);
+        const struct dsc_param *param = &params[i];
+        if (param->n_elems == 0)
+            continue;
+        if (find(spaces, *n_spaces, param) < 0)
+            DSC_TRY(add(spaces, n_spaces, param, n_params, cutting->n_ranks[param->reduce]));
+        cutters[find(spaces, *n_spaces, param)].total +=
+            dsc_round_up(param->n_elems, DSC_PARAM_ALIGN);
+    }
+    return DSC_OK;
+}
+
+enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params,
+                                const struct dsc_cutting *cutting, struct dsc_space **out,
+                                size_t *n_spaces, int *param_space, size_t *param_segment) {
+    struct dsc_space *spaces = NULL;
+    struct cutter *cutters = NULL;
+    size_t n = 0, most = 2 * DSC_TRAIN_DTYPE_COUNT * cutting->n_reduce;
+    DSC_TRY(dsc_alloc(most * sizeof *spaces, (void **)&spaces));
+    enum dsc_status status = dsc_alloc(most * sizeof *cutters, (void **)&cutters);
+    if (status == DSC_OK)
+        status = add_all(params, n_params, cutting, spaces, &n, cutters);
+    if (status != DSC_OK) {
+        dsc_space_free(spaces, n);
+        dsc_free(cutters);
+        return status;
     }
     for (size_t i = 0; i < n_params; i++) {
-        param_space[i] = params[i].n_elems ? find(spaces, n, params[i].dtype) : -1;
+        param_space[i] = params[i].n_elems ? find(spaces, n, &params[i]) : -1;
         param_segment[i] = 0;
         if (param_space[i] < 0)
             continue;
         struct dsc_space *space = &spaces[param_space[i]];
         struct cutter *cutter = &cutters[param_space[i]];
         size_t n_elems = dsc_round_up(params[i].n_elems, DSC_PARAM_ALIGN);
-        if (whole)
+        if (cutting->whole)
             cut_before(space, cutter, n_elems);
         cutter->done += n_elems;
         param_segment[i] = space->n_segments;
         place(space, &params[i], (int)i);
     }
     for (size_t s = 0; s < n; s++)
-        finish(&spaces[s], whole, &cutters[s]);
+        finish(&spaces[s], cutting->whole, &cutters[s]);
+    dsc_free(cutters);
     *out = spaces;
     *n_spaces = n;
     return DSC_OK;

@@ -1,4 +1,5 @@
-/* Spaces: the index of trainable elements in model order, one per model dtype.
+/* Spaces: the index of trainable elements in model order, one per reduce group and model dtype, and
+ * one more where some of the elements do not count in the norm.
  *
  * Decides: where each parameter's elements stand, and which rank owns them: by element (equal
  * shares), or by whole parameter for optimizers that need all of a parameter at once (cuts stand at
@@ -18,6 +19,8 @@ struct dsc_param {
     size_t n_elems;
     enum dsc_dtype dtype; /* a training dtype */
     int group;            /* parameter group, for hyper-parameters */
+    int reduce;           /* reduce group: ranks over which its gradients are added up */
+    bool uncounted;       /* not in the norm here: another rank counts the same values */
 };
 
 /* A parameter's memory, borrowed for one call: n_elems in storage order. */
@@ -35,6 +38,8 @@ struct dsc_segment {
 
 struct dsc_space {
     enum dsc_dtype dtype;
+    int reduce;
+    bool uncounted;
     size_t n_elems; /* with padding */
     size_t n_used;  /* without */
     size_t n_segments;
@@ -43,13 +48,20 @@ struct dsc_space {
     size_t *cuts; /* n_ranks + 1, ascending from 0 to n_elems */
 };
 
-/* Builds one space per training dtype that occurs, in order of first occurrence; *out is an array
- * of *n_spaces. Zero-element parameters are in none. whole: cut at parameter borders only.
+/* Into how many parts spaces are cut. */
+struct dsc_cutting {
+    const int *n_ranks; /* per reduce group */
+    size_t n_reduce;
+    bool whole; /* at parameter borders only */
+};
+
+/* Builds one space per reduce group, training dtype and kind of counting that occur together, in
+ * order of first occurrence; *out is an array of *n_spaces. Zero-element parameters are in none.
  * `param_space[i]` receives the space of parameter i (-1: none) and `param_segment[i]` its segment.
  */
-enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params, int n_ranks,
-                                bool whole, struct dsc_space **out, size_t *n_spaces,
-                                int *param_space, size_t *param_segment);
+enum dsc_status dsc_space_build(const struct dsc_param *params, size_t n_params,
+                                const struct dsc_cutting *cutting, struct dsc_space **out,
+                                size_t *n_spaces, int *param_space, size_t *param_segment);
 void dsc_space_free(struct dsc_space *spaces, size_t n_spaces);
 
 /* Index of the first segment that ends behind `elem`; n_segments where there is none. */

@@ -30,14 +30,14 @@ static struct line *lines_of(const struct dsc_spread *spread, int owner) {
     return (struct line *)(void *)spread->window->base[owner];
 }
 
-enum dsc_status dsc_spread_open(struct dsc_comm *comm, struct dsc_spread **out) {
+enum dsc_status dsc_spread_open(struct dsc_comm *comm, bool remote, struct dsc_spread **out) {
     struct dsc_spread *spread = NULL;
     size_t size = (size_t)dsc_comm_size(comm);
     DSC_TRY(dsc_alloc(sizeof *spread + size * sizeof spread->n_taken[0], (void **)&spread));
     spread->comm = comm;
     spread->rank = dsc_comm_rank(comm);
     spread->size = (int)size;
-    if (!dsc_comm_has_windows(comm)) {
+    if (remote) {
         *out = spread;
         enum dsc_status status =
             dsc_arena_alloc(dsc_spread_private_bytes(spread), (void **)&spread->gathered);

@@ -15,8 +15,8 @@ enum { DSC_SPREAD_ELEMS = 128 * 1024 };
 
 struct dsc_spread;
 
-/* Collective; not for a world of one. */
-enum dsc_status dsc_spread_open(struct dsc_comm *comm, struct dsc_spread **out);
+/* Collective; not for a group of one. remote: no windows, even where there are some. */
+enum dsc_status dsc_spread_open(struct dsc_comm *comm, bool remote, struct dsc_spread **out);
 void dsc_spread_close(struct dsc_spread *spread);
 
 /* The half to write the next chunk into; waits until it is free. */

@@ -112,12 +112,12 @@ static void do_range(const struct job *job) {
 }
 
 /* The owners from whose sums this rank steps: all of them at stage 0, itself elsewhere, nobody (one
- * pass over the source) in a world of one. */
-static int first_owner(const struct dsc_update *update) {
-    return update->spread ? dsc_comm_rank(update->comm) : 0;
+ * pass over the source) in a group of one. */
+static int first_owner(const struct dsc_holding *holding) {
+    return holding->spread ? dsc_comm_rank(holding->comm) : 0;
 }
-static int end_owner(const struct dsc_update *update) {
-    return update->spread ? dsc_comm_rank(update->comm) + 1 : dsc_comm_size(update->comm);
+static int end_owner(const struct dsc_holding *holding) {
+    return holding->spread ? dsc_comm_rank(holding->comm) + 1 : dsc_comm_size(holding->comm);
 }
 
 static struct job job_of(const struct dsc_update *update, const struct dsc_holding *holding,
@@ -132,7 +132,7 @@ static struct job job_of(const struct dsc_update *update, const struct dsc_holdi
 
 static void do_all(const struct dsc_update *update, const struct dsc_holding *holding,
                    enum pass pass) {
-    for (int owner = first_owner(update); owner < end_owner(update); owner++) {
+    for (int owner = first_owner(holding); owner < end_owner(holding); owner++) {
         struct job job = job_of(update, holding, pass, owner);
         do_range(&job);
     }
@@ -204,7 +204,7 @@ static void lamb_parameters(const struct job *job) {
 }
 
 static void lamb(const struct dsc_update *update, const struct dsc_holding *holding) {
-    for (int owner = first_owner(update); owner < end_owner(update); owner++) {
+    for (int owner = first_owner(holding); owner < end_owner(holding); owner++) {
         struct job job = job_of(update, holding, STEP, owner);
         lamb_parameters(&job);
     }
@@ -232,19 +232,19 @@ static struct dsc_range chunk_of(struct dsc_range owned, size_t k) {
 static enum dsc_status do_chunk(const struct dsc_update *update, const struct dsc_holding *holding,
                                 enum pass pass, struct dsc_range chunk) {
     void *out;
-    struct job job = job_of(update, holding, pass, dsc_comm_rank(update->comm));
-    DSC_TRY(dsc_spread_acquire(update->spread, update->label, &out));
+    struct job job = job_of(update, holding, pass, dsc_comm_rank(holding->comm));
+    DSC_TRY(dsc_spread_acquire(holding->spread, update->label, &out));
     job.sums += chunk.begin - job.range.begin;
     job.range = chunk;
     job.out = out;
     do_range(&job);
-    dsc_spread_commit(update->spread);
+    dsc_spread_commit(holding->spread);
     return DSC_OK;
 }
 
 static enum dsc_status spread(const struct dsc_update *update, const struct dsc_holding *holding,
                               enum pass pass) {
-    int rank = dsc_comm_rank(update->comm), size = dsc_comm_size(update->comm);
+    int rank = dsc_comm_rank(holding->comm), size = dsc_comm_size(holding->comm);
     /* All ranks walk the same number of chunks: that of the largest range. */
     size_t most = dsc_space_most_owned(holding->space);
     for (size_t at = 0, k = 0; at < most; at += DSC_SPREAD_ELEMS, k++) {
@@ -253,16 +253,16 @@ static enum dsc_status spread(const struct dsc_update *update, const struct dsc_
         struct dsc_range chunk = chunk_of(dsc_space_owned(holding->space, rank), k);
         if (dsc_range_size(chunk) > 0)
             DSC_TRY(do_chunk(update, holding, pass, chunk));
-        DSC_TRY(dsc_spread_share(update->spread, n_bytes, update->label));
+        DSC_TRY(dsc_spread_share(holding->spread, n_bytes, update->label));
         for (int d = 1; d < size; d++) {
             int owner = (rank + d) % size;
             const void *values;
             chunk = chunk_of(dsc_space_owned(holding->space, owner), k);
             if (dsc_range_size(chunk) == 0)
                 continue;
-            DSC_TRY(dsc_spread_take(update->spread, owner, update->label, &values));
+            DSC_TRY(dsc_spread_take(holding->spread, owner, update->label, &values));
             copy_in(update, holding->space, chunk, values);
-            dsc_spread_release(update->spread, owner);
+            dsc_spread_release(holding->spread, owner);
         }
     }
     return DSC_OK;
@@ -270,7 +270,7 @@ static enum dsc_status spread(const struct dsc_update *update, const struct dsc_
 
 enum dsc_status dsc_update_values(const struct dsc_update *update,
                                   const struct dsc_holding *holding) {
-    if (update->spread)
+    if (holding->spread)
         return spread(update, holding, VALUES);
     if (holding->master)
         do_all(update, holding, VALUES);
@@ -282,7 +282,7 @@ enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc
         lamb(update, holding);
         return dsc_update_values(update, holding);
     }
-    if (update->spread)
+    if (holding->spread)
         return spread(update, holding, STEP);
     do_all(update, holding, STEP);
     return DSC_OK;

@@ -17,19 +17,19 @@
 /* What this rank holds of one space. */
 struct dsc_holding {
     const struct dsc_space *space;
+    struct dsc_comm *comm;    /* of the reduce group */
     struct dsc_range stepped; /* elements that this rank steps: its own, or all of them (stage 0) */
     float *master;            /* fp32 values of `stepped`; NULL where parameters are their own */
     float *state[DSC_OPTIM_MAX_STATES]; /* of `stepped` */
     float *grads;                       /* of `stepped`, for a foreign optimizer; else NULL */
-    struct dsc_buckets *buckets;        /* NULL in a world of one */
+    struct dsc_buckets *buckets;        /* NULL in a group of one */
+    struct dsc_spread *spread;          /* NULL: every rank steps what it needs */
 };
 
 struct dsc_update {
-    struct dsc_comm *comm;
     struct dsc_pool *pool;
-    struct dsc_spread *spread; /* NULL: every rank steps what it needs */
     struct dsc_view *views;
-    const struct dsc_source *source;   /* gradients in a world of one */
+    const struct dsc_source *source;   /* gradients in a group of one */
     const struct dsc_optim_args *args; /* per group */
     double grad_scale;                 /* for a foreign optimizer; `args` have it in them */
     struct dsc_norm *norms;            /* LAMB: DSC_LAMB_NORMS */
@@ -38,12 +38,13 @@ struct dsc_update {
                              else wrote it, and the master takes it before the step */
 };
 
-/* Steps and spreads one space; not for a foreign optimizer. Collective where spread is set. */
+/* Steps and spreads one space; not for a foreign optimizer. Collective where holding->spread is
+ * set. */
 enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc_holding *holding);
 /* Masters take what changed outside; holding->grads = the gradients, averaged, unscaled, clipped.
  */
 void dsc_update_gradients(const struct dsc_update *update, const struct dsc_holding *holding);
-/* Casts what is stepped and spreads it. Collective where spread is set. */
+/* Casts what is stepped and spreads it. Collective where holding->spread is set. */
 enum dsc_status dsc_update_values(const struct dsc_update *update,
                                   const struct dsc_holding *holding);
 /* master = the parameter's values, for the parts of one parameter that this rank steps. */

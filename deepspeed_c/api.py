@@ -23,6 +23,8 @@ def initialize(args=None, model=None, optimizer=None, model_parameters=None, tra
     training_data: a torch Dataset, for a loader that gives this rank its part, ``collate_fn`` as torch's.
     lr_scheduler: a scheduler object, or a callable that makes one from an optimizer; wins over the
         configuration's.
+    mpu: a Megatron-style object that says which ranks are parallel over data, tensors and stages: ZeRO shards over the
+        data-parallel ones (with those that share a sequence), and all agree on norm, clipping and skipping.
     config, config_params: dict, path of a JSON file, JSON text, or base64 of it.
 
     Returns (engine, optimizer, training loader or None, scheduler or None).
@@ -44,13 +46,15 @@ def initialize(args=None, model=None, optimizer=None, model_parameters=None, tra
         raise ValueError("no configuration: pass config=..., or --deepspeed_config PATH in args")
     if config is not None and path is not None:
         raise ValueError(f"two configurations: config=... and args.deepspeed_config={path!r}; pass one of them")
-    for name, value in (("mpu", mpu), ("mesh_param", mesh_param)):
-        if value is not None:
-            raise NotImplementedError(f"initialize({name}=...): not yet; parallelism other than over data is not there")
+    if mesh_param is not None:
+        raise NotImplementedError("initialize(mesh_param=...): not yet; sequence parallelism is not there")
+    if mpu is not None and not hasattr(mpu, "get_data_parallel_group"):
+        raise TypeError(f"mpu is {type(mpu).__name__}; allowed: an object with get_data_parallel_group() and its kin, "
+                        "such as utils.parallel_state_deepspeed.initialize_parallel_state_from_config makes")
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     engine = DeepSpeedEngine(args=args, model=model, optimizer=optimizer, model_parameters=model_parameters,
                              training_data=training_data, lr_scheduler=lr_scheduler, collate_fn=collate_fn,
-                             config=path if config is None else config)
+                             config=path if config is None else config, mpu=mpu)
     if engine._config.get("comms_logger.enabled"):
         from .comm import configure  # not needed by others, and they start quicker without
 

@@ -25,7 +25,7 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # MASTER_PORT has a default
 
 _timeout = None  # (weak reference to the default group, what init_distributed was given for it, as a timedelta)
 _opened = None  # (weak reference to the default group, its Comm, where each rank runs)
-_engine = None  # the engine's own Comm of the same ranks
+_engine = {}  # ranks -> the engines' own Comm of them
 _groups = weakref.WeakKeyDictionary()  # torch's group -> its Comm
 _used = None  # (weak reference to the default group that init_distributed made or adopted, the pid that did)
 
@@ -99,14 +99,16 @@ def opened_comm():
     return _opened[1]
 
 
-def engine_comm():
-    """The engine's communicator of all ranks, with a sequence of its own, so that a script may communicate while a
-    backward pass runs. Collective at the first call."""
-    global _engine
+def engine_comm(ranks=None):
+    """The engines' communicator of some ranks (global ones, this among them; None: all), with a sequence of its own, so
+    that a script may communicate while a backward pass runs. Collective over them at the first call."""
     world = world_comm()
-    if _engine is None or _engine.closed:
-        _engine = _open_group(world, range(world.size), "engine")
-    return _engine
+    ranks = tuple(range(world.size) if ranks is None else ranks)
+    comm = _engine.get(ranks)
+    if comm is None or comm.closed:
+        name = "engine" if len(ranks) == world.size else f"engine (ranks {', '.join(map(str, ranks))})"
+        comm = _engine[ranks] = _open_group(world, ranks, name)
+    return comm
 
 
 def group_comm(group):
@@ -170,15 +172,16 @@ def _end():
 
 def _all_comms():
     """Every open communicator, the world's last."""
-    ours = [*_groups.values(), _engine, _opened and _opened[1]]
+    ours = [*_groups.values(), *_engine.values(), _opened and _opened[1]]
     return [comm for comm in ours if comm is not None and not comm.closed]
 
 
 def close_comm():
     """Closes the communicators, if any: of groups, of the engine, of all ranks."""
-    global _opened, _engine
+    global _opened
     comms = _all_comms()
-    _opened = _engine = None
+    _opened = None
+    _engine.clear()
     _groups.clear()
     for comm in comms:
         comm.close()

@@ -13,12 +13,15 @@ import torch
 from . import _core, optimizer_choice
 from . import model as model_setup
 from .distributed import engine_comm
+from .mpu import mpu_layout
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer, DestroyedEngine
 from .optimizer_run import CoreRun, ForeignRun
+from .reduction import Reduction, prepare_experts
 from .replaced import Places
 from .report import StepReport
 from .runtime import lr_schedules
 from .settings import EngineSettings
+from .utils import groups as rank_groups
 from .utils.logging import log_dist, logger, set_log_level_from_string
 from .utils.tensor_fragment import claim, release
 
@@ -78,17 +81,23 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
 
     Attributes: module (the caller's own object), optimizer, lr_scheduler, training_dataloader, config (the
     dict that was given), global_steps, global_samples, micro_steps, skipped_steps, local_rank, global_rank,
-    world_size, device. Attributes that the engine has not are looked up in the module.
+    world_size, dp_world_size, mp_world_size, mpu, device. Attributes that the engine has not are looked up in the
+    module.
     """
 
     def __init__(self, args=None, model=None, optimizer=None, model_parameters=None, training_data=None,
-                 lr_scheduler=None, collate_fn=None, config=None):
+                 lr_scheduler=None, collate_fn=None, config=None, mpu=None):
         super().__init__()
         self._comm = engine_comm()
-        self.world_size = self.dp_world_size = self._comm.size
+        self.world_size = self._comm.size
         self.global_rank = self._comm.rank
+        self._layout = mpu_layout(mpu)
+        self.mpu = mpu
+        if mpu is not None:
+            rank_groups.mpu = mpu
+        self.dp_world_size, self.mp_world_size = self._layout.n_data, self._layout.tensor_size
         self.local_rank = _local_rank(args)
-        self._config = _core.Config(config, self.world_size)
+        self._config = _core.Config(config, self.dp_world_size, None if mpu is None else self._layout.sizes)
         self.config = self._config.source
         if self.log_level() is not None:
             set_log_level_from_string(self.log_level())
@@ -180,14 +189,18 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
     def _take_module(self, parameters):
         """Gives the module its dtype and rank 0's values, and opens the core over what is trained."""
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
+        prepare_experts(self.module, self._config.get("use_data_before_expert_parallelism"))
+        everything = model_setup.every(self.module, self._params)
+        reduction = Reduction(self._layout, everything)
         model_setup.cast(self.module, dtype)
-        model_setup.lay_out((*self.module.parameters(), *self._params))
-        model_setup.broadcast(self._comm, self.module, self._params)
+        model_setup.lay_out(everything.values())
+        model_setup.broadcast(reduction, everything.values())
         if parameters is None:
             return
+        self._comms = [reduction.comms[reduction.index(p)] for p in self._params]
         kind, whole = self._rule
         self._names = parameters.names
-        self._core = model_setup.open_core(self._comm, self._config, parameters, kind, whole)
+        self._core = model_setup.open_core(reduction, self._config, parameters, kind, whole)
         self._core.load_masters()
         self._run = (ForeignRun if kind == "foreign" else CoreRun)(self.basic_optimizer, self, parameters, kind)
         if isinstance(self.basic_optimizer, CoreOptimizer):
@@ -238,8 +251,8 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         """
         from .dataloader import make_loader
         workers = self._config.get("dataloader_num_workers") if num_local_io_workers is None else num_local_io_workers
-        return make_loader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), self.global_rank,
-                           self.world_size, self._config.get("seed"), collate_fn,
+        return make_loader(dataset, batch_size or self.train_micro_batch_size_per_gpu(), self._layout.data_rank,
+                           self.dp_world_size, self._config.get("seed"), collate_fn,
                            self._config.get("dataloader_drop_last"), workers, data_sampler, route == "train")
 
     # ---- a step ----
@@ -399,7 +412,9 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         self._places.update(claim(self, self._params))
 
     def _say_nonfinite(self, report):
-        if self.global_rank != 0:
+        # Rank 0 says it, unless the place is in a part of the model that it has not: then the rank itself.
+        bad, known = report["bad_rank"], self._layout.data_ranks
+        if self.global_rank != (0 if bad < 0 or 0 in known else bad) or bad >= 0 and bad not in known:
             return
         where = "every rank's gradients are finite; their sum is not"
         if report["bad_rank"] >= 0:

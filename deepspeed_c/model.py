@@ -4,10 +4,10 @@ import hashlib
 import torch
 
 from . import _core
+from .reduction import is_expert
 
 ALIGNMENT = 64  # torch's own kernels give other bits for a weight that starts elsewhere (contract N1)
 TRAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CORE_DTYPES = (*TRAIN_DTYPES, torch.float64, torch.int32, torch.int64)
 
 
 def cast(module, dtype):
@@ -80,27 +80,32 @@ def flat(tensor):
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def broadcast(comm, module, parameters):
-    """All ranks take rank 0's values, of the module's parameters and of others that are trained."""
-    seen = set()
-    for p in (*module.parameters(), *parameters):
-        if id(p) in seen or p.numel() == 0:
-            continue
-        seen.add(id(p))
-        if p.dtype in _CORE_DTYPES:
-            comm.broadcast(flat(p), 0)
-        elif comm.size > 1:
-            torch.distributed.broadcast(p.data, 0)
+def every(module, parameters):
+    """{name: Parameter}: the module's, and those of `parameters` that are not among them; each once."""
+    found = dict(module.named_parameters())
+    known = {id(p) for p in found.values()}
+    found.update((f"(parameter {i}, not in the model)", p) for i, p in enumerate(parameters) if id(p) not in known)
+    return found
+
+
+def broadcast(reduction, parameters):
+    """All ranks that hold the same parameter take the first one's values."""
+    for p in parameters:
+        if p.numel():
+            reduction.comms[reduction.index(p)].broadcast(flat(p), 0)
 
 
 def make_groups(module, model_parameters):
     """[{"params": [...], ...}] of parameters that require a gradient; empty groups are dropped.
 
-    model_parameters: None (all of the module's), an iterable of parameters, or one of group dicts.
+    model_parameters: None (all of the module's), an iterable of parameters, or one of group dicts. Experts get groups
+    of their own, as moe.utils.configure_moe_param_groups makes them.
     """
     items = list(module.parameters() if model_parameters is None else model_parameters)
     if not (items and isinstance(items[0], dict)):
         items = [{"params": items}]
+        if any(is_expert(p) for p in items[0]["params"]):
+            items[0]["name"] = "dense-params"
     groups = []
     for item in items:
         if not isinstance(item, dict) or "params" not in item:
@@ -113,6 +118,10 @@ def make_groups(module, model_parameters):
         params = [p for p in params if p.requires_grad]
         if params:
             groups.append({**item, "params": params})
+    if any(is_expert(p) for group in groups for p in group["params"]):
+        from .moe.utils import configure_moe_param_groups  # who has no experts starts quicker without
+
+        groups = [group for group in configure_moe_param_groups(groups) if group["params"]]
     return groups
 
 
@@ -148,8 +157,10 @@ class Parameters:
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def open_core(comm, config, parameters, kind, whole):
+def open_core(reduction, config, parameters, kind, whole):
     """The C engine over these parameters; whole: none is cut between ranks. Collective."""
-    return _core.Engine(comm, config, parameters.tensors, parameters.names, parameters.group_of,
+    places = [(group, reduction.index(p), reduction.counted(p))
+              for p, group in zip(parameters.tensors, parameters.group_of)]
+    return _core.Engine(reduction.for_core(), config, parameters.tensors, parameters.names, places,
                         parameters.n_groups, kind, whole, torch.get_num_threads(), parameters.digest(), conform,
                         torch.autograd.graph.increment_version)

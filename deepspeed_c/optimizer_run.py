@@ -28,7 +28,7 @@ class _Run:
         self._engine = weakref.ref(engine)
         self._params, self._names, self._group_of = parameters.tensors, parameters.names, parameters.group_of
         core = self._core
-        self._parts = [core.part(i, engine.global_rank) for i in range(len(self._params))]
+        self._parts = [core.part(i) for i in range(len(self._params))]
         self._masters = {i: self._held(i, _MASTER) for i in range(len(self._params))}
         self._masters = {i: m for i, m in self._masters.items() if m is not None}
 

@@ -12,7 +12,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
 
 
 class EngineSettings:
-    """A base of DeepSpeedEngine, which has: _config, global_rank."""
+    """A base of DeepSpeedEngine, which has: _config, _layout (this rank's MpuLayout)."""
 
     def _model_dtype(self):
         return "fp16" if self._config.get("fp16.enabled") else "bf16" if self._config.get("bf16.enabled") else "fp32"
@@ -70,11 +70,11 @@ class EngineSettings:
 
     def get_data_parallel_rank(self):
         """This rank's number among those that share a batch."""
-        return self.global_rank
+        return self._layout.data_rank
 
     def get_model_parallel_rank(self):
-        """0: no module is split over ranks."""
-        return 0
+        """This rank's number among those that share layers; 0 without an mpu."""
+        return self._layout.tensor_rank
 
     get_tensor_parallel_rank = get_model_parallel_rank
 

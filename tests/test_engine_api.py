@@ -77,8 +77,10 @@ def test_a_wrong_optimizer_parameter_names_it(section, error, text):
 
 
 def test_not_yet_is_an_error_everywhere():
-    with pytest.raises(NotImplementedError, match="mpu"):
+    with pytest.raises(TypeError, match="mpu is object"):
         start(mpu=object())
+    with pytest.raises(NotImplementedError, match="mesh_param"):
+        start(mesh_param=(1, 1))
     with pytest.raises(NotImplementedError, match="stage 3"):
         deepspeed.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}})
     engine, optimizer, *_ = start()

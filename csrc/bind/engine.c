@@ -24,16 +24,53 @@ int dsc_bind_engine_enter(EngineObject *self, const char *method) {
 
 /* ---- construction ---- */
 
-static int describe_params(EngineObject *self, PyObject *groups) {
+/* The communicators that `ranks` describes: (control, ((Comm, id), ...), n_averaged). Fills `out`
+ * and self->comms. */
+static int read_ranks(EngineObject *self, PyObject *ranks, struct dsc_engine_ranks *out) {
+    struct dsc_bind_state *state = dsc_bind_engine_state(self);
+    PyObject *control, *reduce; /* borrowed from ranks */
+    if (!PyArg_ParseTuple(ranks, "OO!i:ranks", &control, &PyTuple_Type, &reduce, &out->n_averaged))
+        return -1;
+    out->control = dsc_bind_comm(state, control);
+    out->n_reduce = (size_t)PyTuple_GET_SIZE(reduce);
+    if (!out->control)
+        return -1;
+    if (out->n_reduce < 1 || out->n_reduce > DSC_REDUCE_MAX || out->n_averaged < 1) {
+        PyErr_Format(PyExc_ValueError,
+                     "%zu reduce groups, averaged over %d ranks; allowed: 1 to %d groups, 1 rank "
+                     "or more",
+                     out->n_reduce, out->n_averaged, DSC_REDUCE_MAX);
+        return -1;
+    }
+    self->comms = PyTuple_New(1 + (Py_ssize_t)out->n_reduce);
+    if (!self->comms)
+        return -1;
+    PyTuple_SET_ITEM(self->comms, 0, Py_NewRef(control));
+    for (size_t g = 0; g < out->n_reduce; g++) {
+        PyObject *comm; /* borrowed from reduce */
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(reduce, (Py_ssize_t)g), "Oi:reduce", &comm,
+                              &out->reduce[g].id))
+            return -1;
+        out->reduce[g].comm = dsc_bind_comm(state, comm);
+        if (!out->reduce[g].comm)
+            return -1;
+        PyTuple_SET_ITEM(self->comms, 1 + (Py_ssize_t)g, Py_NewRef(comm));
+    }
+    return 0;
+}
+
+/* places: per parameter (parameter group, reduce group, whether it counts in the norm here). */
+static int describe_params(EngineObject *self, PyObject *places, size_t n_reduce) {
     for (Py_ssize_t i = 0; i < self->n_params; i++) {
         struct dsc_borrowed t;
         const char *name = dsc_bind_engine_name(self, i);
-        long group = PyLong_AsLong(PyList_GET_ITEM(groups, i));
-        if (group == -1 && PyErr_Occurred())
+        int group, reduce, counted;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(places, i), "iip:places", &group, &reduce, &counted))
             return -1;
-        if (group < 0 || group >= self->n_groups) {
-            PyErr_Format(PyExc_ValueError, "parameter %s is in group %ld of %d", name, group,
-                         self->n_groups);
+        if (group < 0 || group >= self->n_groups || reduce < 0 || reduce >= (int)n_reduce) {
+            PyErr_Format(PyExc_ValueError,
+                         "parameter %s is in group %d of %d, reduce group %d of %zu", name, group,
+                         self->n_groups, reduce, n_reduce);
             return -1;
         }
         if (dsc_bind_borrow(dsc_bind_engine_state(self), PyList_GET_ITEM(self->params, i), name,
@@ -50,7 +87,7 @@ static int describe_params(EngineObject *self, PyObject *groups) {
                          dsc_dtype_name(t.dtype));
             return -1;
         }
-        self->shapes[i] = (struct dsc_param){t.n_elems, t.dtype, (int)group};
+        self->shapes[i] = (struct dsc_param){t.n_elems, t.dtype, group, reduce, !counted};
         self->layouts[i] = dsc_bind_layout_of(&t);
     }
     return 0;
@@ -73,38 +110,34 @@ static int allocate(EngineObject *self) {
     return status == DSC_OK ? 0 : -1;
 }
 
-/* Engine(comm, config, params, names, groups, n_groups, optimizer, whole, n_threads, names_hash,
- * conform, increment) */
+/* Engine(ranks, config, params, names, places, n_groups, optimizer, whole, n_threads, names_hash,
+ * conform, increment); ranks: see read_ranks, places: see describe_params. */
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *keys[] = {"comm",     "config",    "params", "names",     "groups",
+    static char *keys[] = {"ranks",    "config",    "params", "names",     "places",
                            "n_groups", "optimizer", "whole",  "n_threads", "names_hash",
                            "conform",  "increment", NULL};
-    PyObject *comm, *config, *params, *names, *groups, *conform, *increment;
+    PyObject *ranks, *config, *params, *names, *places, *conform, *increment;
     const char *optimizer;
     int n_groups, n_threads, whole;
     unsigned long long names_hash;
     enum dsc_optim_kind kind;
     struct dsc_bind_state *state = dsc_bind_state_of(type);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOO!O!O!ispiKOO:Engine", keys, &comm, &config,
-                                     &PyList_Type, &params, &PyList_Type, &names, &PyList_Type,
-                                     &groups, &n_groups, &optimizer, &whole, &n_threads,
-                                     &names_hash, &conform, &increment))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!O!O!ispiKOO:Engine", keys, &PyTuple_Type,
+                                     &ranks, &config, &PyList_Type, &params, &PyList_Type, &names,
+                                     &PyList_Type, &places, &n_groups, &optimizer, &whole,
+                                     &n_threads, &names_hash, &conform, &increment))
         return NULL;
     if (dsc_optim_find(optimizer, &kind) != DSC_OK)
         return dsc_bind_raise(state, DSC_EINVAL);
     if (PyList_GET_SIZE(names) != PyList_GET_SIZE(params) ||
-        PyList_GET_SIZE(groups) != PyList_GET_SIZE(params) || n_groups < 1) {
-        PyErr_SetString(PyExc_ValueError, "params, names and groups must be parallel lists");
+        PyList_GET_SIZE(places) != PyList_GET_SIZE(params) || n_groups < 1) {
+        PyErr_SetString(PyExc_ValueError, "params, names and places must be parallel lists");
         return NULL;
     }
-    struct dsc_comm *core_comm = dsc_bind_comm(state, comm);
     const struct dsc_config *core_config = dsc_bind_config(state, config);
-    if (!core_comm || !core_config)
-        return NULL;
-    EngineObject *self = (EngineObject *)type->tp_alloc(type, 0);
+    EngineObject *self = core_config ? (EngineObject *)type->tp_alloc(type, 0) : NULL;
     if (!self)
         return NULL;
-    self->comm = Py_NewRef(comm);
     self->params = Py_NewRef(params);
     self->names = Py_NewRef(names);
     self->conform = Py_NewRef(conform);
@@ -113,12 +146,14 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->n_groups = n_groups;
     self->optimizer = kind;
     self->all_used = !core_config->zero_ignore_unused_parameters;
-    if (allocate(self) < 0 || describe_params(self, groups) < 0)
+    struct dsc_engine_ranks core_ranks = {0};
+    if (read_ranks(self, ranks, &core_ranks) < 0 || allocate(self) < 0 ||
+        describe_params(self, places, core_ranks.n_reduce) < 0)
         goto error;
-    struct dsc_engine_options options = dsc_bind_engine_options(
-        core_config, kind, whole, n_threads, names_hash, dsc_comm_size(core_comm));
+    struct dsc_engine_options options = dsc_bind_engine_options(core_config, kind, whole, n_threads,
+                                                                names_hash, core_ranks.n_averaged);
     enum dsc_status status;
-    DSC_BIND_WITHOUT_GIL(status, dsc_engine_open(core_comm, &options, self->shapes,
+    DSC_BIND_WITHOUT_GIL(status, dsc_engine_open(&core_ranks, &options, self->shapes,
                                                  (size_t)self->n_params, n_groups, &self->core));
     if (status == DSC_OK)
         return (PyObject *)self;
@@ -130,7 +165,7 @@ error:
 
 static int engine_traverse(EngineObject *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
-    Py_VISIT(self->comm);
+    Py_VISIT(self->comms);
     Py_VISIT(self->params);
     Py_VISIT(self->names);
     Py_VISIT(self->conform);
@@ -139,10 +174,10 @@ static int engine_traverse(EngineObject *self, visitproc visit, void *arg) {
 }
 
 static int engine_clear(EngineObject *self) {
-    /* The core refers to the communicator's memory, so it goes first. */
+    /* The core refers to the communicators' memory, so it goes first. */
     dsc_engine_close(self->core);
     self->core = NULL;
-    Py_CLEAR(self->comm);
+    Py_CLEAR(self->comms);
     Py_CLEAR(self->params);
     Py_CLEAR(self->names);
     Py_CLEAR(self->conform);

@@ -35,8 +35,8 @@ static int satisfy(EngineObject *self, int need) {
             failed = -1;
         }
     }
-    if (!failed && need & (DSC_NEED_FOLD | DSC_NEED_HAND_OVER))
-        failed = dsc_bind_engine_forget_grads(self, !(need & DSC_NEED_HAND_OVER));
+    if (!failed)
+        failed = dsc_bind_engine_forget_grads(self, false);
     dsc_bind_engine_drop_grads(self);
     return failed;
 }
@@ -179,23 +179,22 @@ PyObject *dsc_bind_engine_begin_deferring(EngineObject *self, PyObject *unused) 
 }
 
 /* Raises a status; where the core has taken what lay in the gradients, they go. */
-static int after_views(EngineObject *self, enum dsc_status status, bool taken) {
+static int after_views(EngineObject *self, enum dsc_status status) {
     if (status == DSC_OK)
-        return taken ? dsc_bind_engine_forget_grads(self, false) : 0;
+        return dsc_bind_engine_forget_grads(self, false);
     dsc_bind_raise(dsc_bind_engine_state(self), status);
     return -1;
 }
 
 PyObject *dsc_bind_engine_end_deferring(EngineObject *self, PyObject *unused) {
     enum dsc_status status;
-    bool taken = false;
     (void)unused;
     if (dsc_bind_engine_enter(self, "coalesce_grad_reduction") < 0)
         return NULL;
     int failed = dsc_bind_engine_view_all(self);
     if (!failed) {
-        DSC_BIND_WITHOUT_GIL(status, dsc_engine_end_deferring(self->core, self->views, &taken));
-        failed = after_views(self, status, taken);
+        DSC_BIND_WITHOUT_GIL(status, dsc_engine_end_deferring(self->core, self->views));
+        failed = after_views(self, status);
     }
     dsc_bind_engine_drop_grads(self);
     self->busy = false;
@@ -226,7 +225,6 @@ static PyObject *full_grad(EngineObject *self, PyObject *args, bool get) {
     PyObject *tensor;
     Py_ssize_t i;
     struct dsc_borrowed t;
-    bool taken = false;
     double into_grad = 0;
     enum dsc_status status;
     if (!PyArg_ParseTuple(args, "nO:full_grad", &i, &tensor) ||
@@ -236,12 +234,12 @@ static PyObject *full_grad(EngineObject *self, PyObject *args, bool get) {
     int failed = dsc_bind_engine_view_all(self);
     if (!failed) {
         if (get)
-            DSC_BIND_WITHOUT_GIL(
-                status, dsc_engine_get_grad(self->core, (size_t)i, self->views, t.data, &taken));
+            DSC_BIND_WITHOUT_GIL(status,
+                                 dsc_engine_get_grad(self->core, (size_t)i, self->views, t.data));
         else
             DSC_BIND_WITHOUT_GIL(status, dsc_engine_set_grad(self->core, (size_t)i, self->views,
-                                                             t.data, &taken, &into_grad));
-        failed = after_views(self, status, taken);
+                                                             t.data, &into_grad));
+        failed = after_views(self, status);
     }
     dsc_bind_engine_drop_grads(self);
     self->busy = false;

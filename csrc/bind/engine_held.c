@@ -49,15 +49,19 @@ PyObject *dsc_bind_engine_held(EngineObject *self, PyObject *args) {
     return result;
 }
 
-/* part(index, rank) -> (begin, n) of the elements that `rank` steps. */
+/* part(index, rank) -> (begin, n) of the elements that `rank` steps, a number in the parameter's
+ * reduce group; without one those that this rank steps. */
 PyObject *dsc_bind_engine_part(EngineObject *self, PyObject *args) {
     Py_ssize_t index;
-    int rank;
-    if (!PyArg_ParseTuple(args, "ni:part", &index, &rank) ||
+    int rank = -1, own = 0, n_ranks = 0;
+    if (!PyArg_ParseTuple(args, "n|i:part", &index, &rank) ||
         dsc_bind_engine_enter(self, "part") < 0)
         return NULL;
     self->busy = false;
-    int n_ranks = dsc_engine_size(self->core);
+    if (index >= 0 && index < self->n_params)
+        dsc_engine_place(self->core, (size_t)index, &own, &n_ranks);
+    if (PyTuple_GET_SIZE(args) == 1)
+        rank = own;
     if (index < 0 || index >= self->n_params || rank < 0 || rank >= n_ranks) {
         PyErr_Format(PyExc_IndexError, "part(%zd, %d): allowed: 0 to %zd, 0 to %d", index, rank,
                      self->n_params - 1, n_ranks - 1);

@@ -11,7 +11,7 @@
 
 typedef struct {
     PyObject_HEAD struct dsc_engine *core;
-    PyObject *comm;      /* keeps the communicator open */
+    PyObject *comms;     /* tuple of the control Comm and those of the reduce groups: stay open */
     PyObject *params;    /* list of Parameter */
     PyObject *names;     /* list of str, parallel to params */
     PyObject *conform;   /* (param, grad) -> grad in the parameter's layout */
@@ -58,15 +58,16 @@ int dsc_bind_engine_borrow_grad(EngineObject *self, Py_ssize_t i, PyObject **hel
 /* Fills self->views with parameters and gradients; gradients are held until drop_grads. */
 int dsc_bind_engine_view_all(EngineObject *self);
 void dsc_bind_engine_drop_grads(EngineObject *self);
-/* Sets .grad to None where it is set; `only_16bit` leaves fp32 ones. */
-int dsc_bind_engine_forget_grads(EngineObject *self, bool only_16bit);
+/* Sets .grad to None where the core has taken the gradient out of its view; or everywhere. */
+int dsc_bind_engine_forget_grads(EngineObject *self, bool all);
 
 /* ---- engine_options.c ---- */
 struct dsc_config;
 /* What the configuration means for the core. */
 struct dsc_engine_options dsc_bind_engine_options(const struct dsc_config *config,
                                                   enum dsc_optim_kind optimizer, bool whole,
-                                                  int n_threads, uint64_t names_hash, int n_ranks);
+                                                  int n_threads, uint64_t names_hash,
+                                                  int n_averaged);
 
 /* ---- methods: engine_backward.c, engine_step.c, engine_held.c, engine.c ---- */
 /* Name, calling convention, documentation. */
@@ -87,7 +88,8 @@ struct dsc_engine_options dsc_bind_engine_options(const struct dsc_config *confi
       "set_grad(i, values) -> factor: replaces it, the same on all ranks. Where the factor is\n"   \
       "not 0, the caller stores values * factor in .grad. Collective.")                            \
     X(part, METH_VARARGS,                                                                          \
-      "part(i, rank) -> (begin, n): the elements of parameter i that a rank steps.")               \
+      "part(i, rank=own) -> (begin, n): the elements of parameter i that a rank of its reduce\n"   \
+      "group steps.")                                                                              \
     X(step, METH_VARARGS,                                                                          \
       "step(param_groups, run=None): the boundary; returns a report as a dict. run: called\n"      \
       "between gradients and values, where the optimizer is foreign.")                             \

@@ -31,13 +31,13 @@ static enum dsc_dtype dtype_of(const char *name) {
 }
 
 /* Sums of gradients are fp32, so only a type with 16 bits changes what travels. */
-static struct dsc_wire wire_of(const struct dsc_config *config, int n_ranks) {
+static struct dsc_wire wire_of(const struct dsc_config *config, int n_averaged) {
     struct dsc_wire wire = {.dtype = dtype_of(config->communication_data_type)};
     wire.narrow = wire.dtype != DSC_F32;
     if (strcmp(config->gradient_allreduce_op, "sum") == 0)
         return wire;
     if (config->prescale_gradients)
-        wire.divisor = (float)n_ranks;
+        wire.divisor = (float)n_averaged;
     else if (config->gradient_predivide_factor != 1.0)
         wire.divisor = (float)config->gradient_predivide_factor;
     return wire;
@@ -45,7 +45,8 @@ static struct dsc_wire wire_of(const struct dsc_config *config, int n_ranks) {
 
 struct dsc_engine_options dsc_bind_engine_options(const struct dsc_config *config,
                                                   enum dsc_optim_kind optimizer, bool whole,
-                                                  int n_threads, uint64_t names_hash, int n_ranks) {
+                                                  int n_threads, uint64_t names_hash,
+                                                  int n_averaged) {
     bool no_masters =
         config->fp16_master_weights_and_grads || config->bf16_master_weights_and_grads;
     struct dsc_engine_options options = {
@@ -58,7 +59,7 @@ struct dsc_engine_options dsc_bind_engine_options(const struct dsc_config *confi
         .narrow_sums = no_masters || dtype_of(config->grad_accum_dtype) != DSC_F32,
         .no_masters = no_masters,
         .sum_only = strcmp(config->gradient_allreduce_op, "sum") == 0,
-        .wire = wire_of(config, n_ranks),
+        .wire = wire_of(config, n_averaged),
         .optim = optimizer,
         .whole = whole,
         .n_threads = n_threads,

@@ -31,7 +31,7 @@ static PyObject *report_to_dict(const struct dsc_step_report *r) {
 }
 
 static int after_step(EngineObject *self, bool stepped) {
-    if (dsc_bind_engine_forget_grads(self, false) < 0)
+    if (dsc_bind_engine_forget_grads(self, true) < 0)
         return -1;
     if (!stepped)
         return 0;

@@ -109,10 +109,10 @@ int dsc_bind_engine_view_all(EngineObject *self) {
 }
 
 /* Sets .grad to None where it is set; `only_16bit` leaves fp32 ones. */
-int dsc_bind_engine_forget_grads(EngineObject *self, bool only_16bit) {
+int dsc_bind_engine_forget_grads(EngineObject *self, bool all) {
     struct dsc_bind_state *state = dsc_bind_engine_state(self);
     for (Py_ssize_t i = 0; i < self->n_params; i++) {
-        if (!self->grads[i] || (only_16bit && self->shapes[i].dtype == DSC_F32))
+        if (!self->grads[i] || (!all && self->views[i].grad))
             continue;
         if (PyObject_SetAttr(PyList_GET_ITEM(self->params, i), state->str_grad, Py_None) < 0)
             return -1;

@@ -6,6 +6,7 @@ in. Expert gradients are reduced over fewer ranks, so an optimizer group holds e
 import torch
 
 from deepspeed_c.moe.layer import MoE
+from deepspeed_c.reduction import is_expert as is_moe_param
 
 __all__ = ["configure_moe_param_groups", "has_moe_layers", "is_moe_param", "is_moe_param_group",
            "split_params_grads_into_shared_and_expert_params",
@@ -18,11 +19,6 @@ def has_moe_layers(m):
         if isinstance(module, MoE):
             return True, module.num_experts
     return False, 0
-
-
-def is_moe_param(param):
-    """Whether a parameter is an expert's."""
-    return getattr(param, "allreduce", True) is False
 
 
 def is_moe_param_group(param_group):

@@ -1,8 +1,8 @@
 """safe_get_* and safe_set_*: masters, gradients and optimizer states by parameter, whatever the ZeRO stage.
 
-"full" is the whole parameter in its own shape, the same on all ranks; those that read are collective, because ranks
-hold parts. "local" is the part that this rank steps, one dimension, None where it has none. fp32 always. A parameter
-that no engine trains gives None, or ValueError where something is to be set.
+"full" is the whole parameter in its own shape, the same on all ranks that hold it (an expert's are fewer); those that
+read are collective, because ranks hold parts. "local" is the part that this rank steps, one dimension, None where it
+has none. fp32 always. A parameter that no engine trains gives None, or ValueError where something is to be set.
 """
 import weakref
 
@@ -76,7 +76,7 @@ def _flat(param, value, call, shape=None):
 def _state(engine, index, key, call):
     """This rank's fragment of a state, None where it has none of this parameter's elements."""
     fragment = engine._run.states_of(index).get(key)
-    if fragment is None and engine._core.part(index, engine.global_rank)[1]:
+    if fragment is None and engine._core.part(index)[1]:
         have = ", ".join(engine.optimizer.state_names or engine._run.states_of(index)) or "none"
         raise ValueError(f"{call}: optim_state_key is {key!r}; allowed: {have} (a state that the first step makes is "
                          "not there before)")
@@ -86,7 +86,7 @@ def _state(engine, index, key, call):
 def _part(engine, index, key, call):
     """This rank's part of the master (key None) or of a state, flat, over the memory itself; None where it has none.
     An fp32 parameter is its own master."""
-    begin, n = engine._core.part(index, engine.global_rank)
+    begin, n = engine._core.part(index)
     held = engine._run.master_of(index) if key is None else _state(engine, index, key, call)
     if n == 0:
         return None
@@ -96,8 +96,9 @@ def _part(engine, index, key, call):
 
 
 def _share(engine, index, whole, call):
-    """Each rank's part of a flat parameter goes to all ranks, in place. Collective; at stage 0 all have all."""
-    comm = engine._comm
+    """Each rank's part of a flat parameter goes to all ranks that hold it, in place. Collective; at stage 0 all have
+    all."""
+    comm = engine._comms[index]
     if comm.size == 1 or engine.zero_optimization_stage() == 0:
         return
     for rank in range(comm.size):
@@ -109,7 +110,7 @@ def _share(engine, index, whole, call):
 def _get_full(param, key, call):
     """All ranks' parts together. Collective."""
     engine, index = _place(param)
-    core, comm = engine._core, engine._comm
+    core, comm = engine._core, engine._comms[index]
     whole = torch.zeros(param.numel(), dtype=torch.float32)
     mine = problem = None
     try:
@@ -122,7 +123,7 @@ def _get_full(param, key, call):
         if not fine:
             raise problem or ValueError(f"{call}: optim_state_key is {key!r}, which another rank does not have")
     if mine is not None:
-        begin, n = core.part(index, engine.global_rank)
+        begin, n = core.part(index)
         whole[begin:begin + n] = mine
     _share(engine, index, whole, call)
     return _shaped(param, whole)
@@ -134,14 +135,14 @@ def _put(engine, index, key, values, call):
     with torch.no_grad():
         part.copy_(values)
         if key is None:
-            begin, n = engine._core.part(index, engine.global_rank)
+            begin, n = engine._core.part(index)
             flat(engine._params[index])[begin:begin + n].copy_(values)
 
 
 def _set_full(param, key, value, call):
     engine, index = _must(param, call)
     values = _flat(param, value, call)
-    begin, n = engine._core.part(index, engine.global_rank)
+    begin, n = engine._core.part(index)
     if n:
         _put(engine, index, key, values[begin:begin + n], call)
     if key is None:
@@ -157,7 +158,7 @@ def _get_local(param, key, call):
 
 def _set_local(param, key, value, call):
     engine, index = _must(param, call)
-    n = engine._core.part(index, engine.global_rank)[1]
+    n = engine._core.part(index)[1]
     if n == 0:
         raise ValueError(f"{call}: this rank steps no element of this parameter")
     _put(engine, index, key, _flat(param, value, call, (n,)), call)
@@ -238,7 +239,7 @@ def safe_get_local_grad(param):
     if place is None:
         return None
     engine, index = place
-    begin, n = engine._core.part(index, engine.global_rank)
+    begin, n = engine._core.part(index)
     full = _flat(param, safe_get_full_grad(param), "safe_get_local_grad")
     return full[begin:begin + n].clone() if n else None
 
@@ -247,7 +248,7 @@ def safe_set_local_grad(param, value):
     """Replaces this rank's part of the gradient; the others keep theirs. Collective: a rank without a part passes
     None."""
     engine, index = _must(param, "safe_set_local_grad")
-    begin, n = engine._core.part(index, engine.global_rank)
+    begin, n = engine._core.part(index)
     if n:
         value = _flat(param, value, "safe_set_local_grad", (n,))
     whole = _flat(param, safe_get_full_grad(param), "safe_set_local_grad").contiguous()

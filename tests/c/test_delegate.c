@@ -558,8 +558,9 @@ static void train_body(struct dsc_comm *comm, int rank, void *arg) {
     float *wide = calloc(2 * 9001 * N_PARAMS, sizeof *wide);
     CHECK(narrow && wide);
     for (int i = 0; i < N_PARAMS; i++)
-        params[i] = (struct dsc_param){param_elems[i], t->dtype, 0};
-    CHECK_OK(dsc_engine_open(comm, &options, params, N_PARAMS, 1, &engine));
+        params[i] = (struct dsc_param){.n_elems = param_elems[i], .dtype = t->dtype};
+    struct dsc_engine_ranks ranks = dsc_engine_ranks_of(comm);
+    CHECK_OK(dsc_engine_open(&ranks, &options, params, N_PARAMS, 1, &engine));
     for (int step = 0; step < N_STEPS; step++) {
         int need;
         for (int i = 0; i < N_PARAMS; i++) {

@@ -14,6 +14,8 @@
 enum { N_PARAMS = 7, MAX_RANKS = 4, N_STEPS = 4 };
 static const size_t sizes[N_PARAMS] = {1000, 17, 0, 5000, 33, 2048, 12345};
 enum { TOTAL = 1000 + 17 + 5000 + 33 + 2048 + 12345 };
+/* Among four ranks: on all of them, experts of pairs, experts of one rank. */
+static const int reduce_of[N_PARAMS] = {0, 1, 0, 2, 0, 1, 0};
 
 struct setup {
     int size, stage, n_micro;
@@ -25,10 +27,12 @@ struct setup {
     double scale;
     int poison_step;  /* rank 1 makes one element infinite in this step; -1: never */
     int unused_param; /* gets no gradient on rank 0; -1: none */
+    bool experts;     /* four ranks, see reduce_of */
 };
 
 struct outcome {
     float master[TOTAL];
+    float of_all[MAX_RANKS]; /* each rank's experts, as a sum that other bits change */
     double norm[N_STEPS];
     bool stepped[N_STEPS];
     struct dsc_step_report last;
@@ -171,6 +175,26 @@ static void step_foreign(struct dsc_engine *engine, struct model *model, enum ds
     }
 }
 
+/* The pairs are {0, 2} and {1, 3}. */
+static void open_ranks(struct rank_job *job, struct dsc_engine_ranks *ranks) {
+    static const struct dsc_comm_options none = {0};
+    *ranks = dsc_engine_ranks_of(job->comm);
+    if (!job->setup->experts)
+        return;
+    int first = job->rank % 2, pair[2] = {first, first + 2};
+    CHECK_OK(dsc_comm_open_group(job->comm, NULL, pair, 2, first ? "odd" : "even",
+                                 &ranks->reduce[1].comm));
+    CHECK_OK(dsc_comm_open_self(&none, &ranks->reduce[2].comm));
+    ranks->reduce[1].id = first;
+    ranks->reduce[2].id = job->rank;
+    ranks->n_reduce = 3;
+}
+
+static void close_ranks(struct dsc_engine_ranks *ranks) {
+    for (size_t g = 1; g < ranks->n_reduce; g++)
+        dsc_comm_close(ranks->reduce[g].comm);
+}
+
 static void *run_rank(void *context) {
     struct rank_job *job = context;
     const struct setup *s = job->setup;
@@ -186,7 +210,10 @@ static void *run_rank(void *context) {
     dsc_scaler_init_static(&options.scaler, s->scale);
     struct dsc_param params[N_PARAMS];
     for (int p = 0; p < N_PARAMS; p++)
-        params[p] = (struct dsc_param){sizes[p], s->dtype, p % 2};
+        params[p] = (struct dsc_param){.n_elems = sizes[p],
+                                       .dtype = s->dtype,
+                                       .group = p % 2,
+                                       .reduce = s->experts ? reduce_of[p] : 0};
     struct dsc_hyper groups[2] = {{.lr = 1e-2,
                                    .weight_decay = 0.1,
                                    .beta1 = 0.9,
@@ -209,7 +236,9 @@ static void *run_rank(void *context) {
     struct dsc_engine *engine;
     uint32_t seed = (uint32_t)job->rank * 77 + 5;
     model_open(&model, s->dtype);
-    CHECK_OK(dsc_engine_open(job->comm, &options, params, N_PARAMS, 2, &engine));
+    struct dsc_engine_ranks ranks;
+    open_ranks(job, &ranks);
+    CHECK_OK(dsc_engine_open(&ranks, &options, params, N_PARAMS, 2, &engine));
     dsc_engine_load_masters(engine, view(&model, s->dtype));
     for (int step = 0; step < N_STEPS; step++) {
         uint64_t before = dsc_alloc_counters().n_calls;
@@ -233,8 +262,23 @@ static void *run_rank(void *context) {
     }
     job->out.counters = dsc_engine_counters(engine);
     dsc_engine_close(engine);
+    close_ranks(&ranks);
     model_close(&model);
     return NULL;
+}
+
+/* A parameter is the same on all ranks that reduce it together. */
+static void check_masters(const struct rank_job *jobs, int r) {
+    size_t at = 0;
+    for (int p = 0; p < N_PARAMS; at += sizes[p++]) {
+        int kind = jobs[r].setup->experts ? reduce_of[p] : 0;
+        int other = kind == 0 ? 0 : kind == 1 ? r % 2 : r;
+        CHECK(memcmp(jobs[r].out.master + at, jobs[other].out.master + at,
+                     sizes[p] * sizeof(float)) == 0);
+        if (kind == 1 && jobs[r].setup->poison_step < 0)
+            CHECK(memcmp(jobs[r].out.master + at, jobs[!(r % 2)].out.master + at,
+                         sizes[p] * sizeof(float)) != 0);
+    }
 }
 
 static struct outcome *run(const struct setup *setup) {
@@ -256,8 +300,12 @@ static struct outcome *run(const struct setup *setup) {
         pthread_join(threads[r], NULL);
     struct outcome *first = calloc(1, sizeof *first);
     *first = jobs[0].out;
+    for (int r = 0; r < setup->size; r++) {
+        check_masters(jobs, r);
+        for (size_t i = 0; i < TOTAL; i++)
+            first->of_all[r] += jobs[r].out.master[i];
+    }
     for (int r = 1; r < setup->size; r++) {
-        CHECK(memcmp(jobs[r].out.master, first->master, sizeof first->master) == 0);
         CHECK(memcmp(jobs[r].out.norm, first->norm, sizeof first->norm) == 0);
         first->counters.n_settled += jobs[r].out.counters.n_settled;
         first->counters.n_bytes_settled += jobs[r].out.counters.n_bytes_settled;
@@ -314,6 +362,7 @@ static void check_pairs(const struct setup *even, const struct setup *odd) {
 
 static void check_same(const struct setup *a, const struct setup *b) {
     struct outcome *x = run(a), *y = run(b);
+    CHECK(memcmp(x->of_all, y->of_all, sizeof x->of_all) == 0);
     if (memcmp(x->master, y->master, sizeof x->master) != 0 ||
         memcmp(x->norm, y->norm, sizeof x->norm) != 0) {
         size_t i = 0;
@@ -339,14 +388,9 @@ static const struct setup plain = {.size = 2,
                                    .poison_step = -1,
                                    .unused_param = -1};
 
-static void sweep(int size, int n_micro, bool delays, enum dsc_optim_kind optim, bool whole) {
+static void sweep_from(struct setup base, bool delays) {
     for (int dtype = 0; dtype < DSC_TRAIN_DTYPE_COUNT; dtype++) {
-        struct setup base = plain;
-        base.size = size;
-        base.n_micro = n_micro;
         base.dtype = (enum dsc_dtype)dtype;
-        base.optim = optim;
-        base.whole = whole;
         base.unused_param = 5;
         struct setup other = base;
         other.delays = delays;
@@ -357,10 +401,29 @@ static void sweep(int size, int n_micro, bool delays, enum dsc_optim_kind optim,
                     other.bucket = small ? 1000 : 500000000;
                     /* Several micro-steps: 0 equals 1; 2 sums in another order and is its own base.
                      */
-                    base.stage = n_micro > 1 && other.stage == 2 ? 2 : 0;
+                    base.stage = base.n_micro > 1 && other.stage == 2 ? 2 : 0;
                     check_same(&base, &other);
                 }
     }
+}
+
+static void sweep(int size, int n_micro, bool delays, enum dsc_optim_kind optim, bool whole) {
+    struct setup base = plain;
+    base.size = size;
+    base.n_micro = n_micro;
+    base.optim = optim;
+    base.whole = whole;
+    sweep_from(base, delays);
+}
+
+static void experts_sweep(int n_micro, enum dsc_optim_kind optim, bool whole) {
+    struct setup base = plain;
+    base.size = 4;
+    base.n_micro = n_micro;
+    base.optim = optim;
+    base.whole = whole;
+    base.experts = true;
+    sweep_from(base, true);
 }
 
 static void pairs_of_ranks_run_engines_of_their_own(void) {
@@ -412,6 +475,38 @@ static void a_foreign_optimizer_of_whole_parameters_agrees_over_stages_on_4_rank
     sweep(4, 1, false, DSC_OPTIM_FOREIGN, true);
 }
 
+static void experts_over_fewer_ranks_agree_over_stages(void) {
+    experts_sweep(1, DSC_OPTIM_ADAM, false);
+}
+static void three_micro_steps_of_experts_agree_over_stages(void) {
+    experts_sweep(3, DSC_OPTIM_SGD, false);
+}
+static void whole_experts_agree_over_stages(void) {
+    experts_sweep(1, DSC_OPTIM_FOREIGN, true);
+}
+
+/* One step of SGD without clipping: gradients of four ranks, or of two, or of one, over four. */
+static void experts_are_averaged_over_all_data_ranks_and_counted_once(void) {
+    for (int stage = 0; stage <= 2; stage++) {
+        struct setup s = plain;
+        s.size = 4;
+        s.stage = stage;
+        s.experts = true;
+        struct outcome *o = run(&s);
+        double squares = 0;
+        for (int p = 0; p < N_PARAMS; p++)
+            for (int first = 0; first < (int[]){1, 2, 4}[reduce_of[p]]; first++)
+                for (size_t i = 0; i < sizes[p]; i++) {
+                    double sum = 0;
+                    for (int r = first; r < 4; r += (int[]){1, 2, 4}[reduce_of[p]])
+                        sum += (double)value_of(p, r, 0, i);
+                    squares += sum * sum / 16;
+                }
+        CHECK(fabs(o->norm[0] - sqrt(squares)) < 1e-6 * o->norm[0]);
+        free(o);
+    }
+}
+
 static void lamb_does_not_depend_on_threads(void) {
     struct setup a = plain;
     a.size = 1;
@@ -431,8 +526,9 @@ static void cuts_between_parameters_stand_nearest_to_equal_shares(void) {
     size_t segment_of[11], n_spaces;
     struct dsc_space *spaces;
     for (int i = 0; i < 11; i++)
-        params[i] = (struct dsc_param){i == 5 ? 40000 : 1000, DSC_F32, 0};
-    CHECK_OK(dsc_space_build(params, 11, 3, true, &spaces, &n_spaces, space_of, segment_of));
+        params[i] = (struct dsc_param){.n_elems = i == 5 ? 40000 : 1000, .dtype = DSC_F32};
+    struct dsc_cutting cutting = {(int[]){3}, 1, true};
+    CHECK_OK(dsc_space_build(params, 11, &cutting, &spaces, &n_spaces, space_of, segment_of));
     CHECK(n_spaces == 1 && spaces->cuts[0] == 0 && spaces->cuts[3] == spaces->n_elems);
     for (int r = 0; r < 3; r++) {
         struct dsc_range owned = dsc_space_owned(spaces, r);
@@ -485,6 +581,8 @@ static void an_infinite_gradient_is_skipped_and_its_place_is_named(void) {
         for (int stage = 0; stage <= 2; stage++)
             for (int n_micro = 1; n_micro <= 2; n_micro++) {
                 struct setup s = plain;
+                s.experts = n_micro == 1; /* then it is in the experts of one rank */
+                s.size = s.experts ? 4 : 2;
                 s.dtype = (enum dsc_dtype)dtype;
                 s.stage = stage;
                 s.n_micro = n_micro;
@@ -508,10 +606,11 @@ static void a_power_of_two_loss_scale_changes_no_bit(void) {
 }
 
 static void a_step_in_the_steady_state_allocates_nothing(void) {
-    for (int stage = 0; stage <= 2; stage++) {
+    for (int k = 0; k < 6; k++) {
         struct setup s = plain;
-        s.stage = stage;
-        s.size = 2;
+        s.stage = k / 2;
+        s.experts = k % 2;
+        s.size = s.experts ? 4 : 2;
         struct outcome *o = run(&s);
         CHECK_EQ_INT(o->allocs_in_last_step, 0);
         free(o);
@@ -523,10 +622,11 @@ static void a_stage_that_is_not_there_says_so(void) {
     struct dsc_comm *comm;
     struct dsc_comm_options comm_options = {.timeout_s = 5};
     struct dsc_engine_options options = {.stage = 3, .bucket_elems = 1000};
-    struct dsc_param param = {10, DSC_F32, 0};
+    struct dsc_param param = {.n_elems = 10, .dtype = DSC_F32};
     struct dsc_engine *engine;
     CHECK_OK(dsc_comm_open_self(&comm_options, &comm));
-    CHECK(dsc_engine_open(comm, &options, &param, 1, 1, &engine) == DSC_ENOTYET);
+    struct dsc_engine_ranks ranks = dsc_engine_ranks_of(comm);
+    CHECK(dsc_engine_open(&ranks, &options, &param, 1, 1, &engine) == DSC_ENOTYET);
     CHECK(strstr(dsc_last_error(), "not yet") &&
           strstr(dsc_last_error(), "zero_optimization.stage"));
     dsc_comm_close(comm);
@@ -534,6 +634,10 @@ static void a_stage_that_is_not_there_says_so(void) {
 
 static const struct test_case cases[] = {
     CASE(a_stage_that_is_not_there_says_so),
+    CASE(experts_over_fewer_ranks_agree_over_stages),
+    CASE(three_micro_steps_of_experts_agree_over_stages),
+    CASE(whole_experts_agree_over_stages),
+    CASE(experts_are_averaged_over_all_data_ranks_and_counted_once),
     CASE(lamb_agrees_over_stages_on_2_ranks),
     CASE(lamb_agrees_over_stages_on_4_ranks),
     CASE(lion_and_adagrad_agree_over_stages_on_3_ranks),

@@ -33,8 +33,8 @@ class Reduction:
 
     layout: the MpuLayout of this rank. parameters: {name: Parameter}, all that may be asked for.
     Attributes: control (the Comm of all ranks), comms (of each reduce group: the data-parallel ranks, then one for
-    each name of expert groups). ValueError for an expert whose group does not exist, and where data-parallel ranks have
-    different parameters; nothing has changed then.
+    each kind of experts that fewer ranks hold). ValueError for an expert whose group does not exist, and where
+    data-parallel ranks have different parameters; nothing has changed then.
     """
 
     def __init__(self, layout, parameters):
@@ -47,12 +47,15 @@ class Reduction:
         for name, p in parameters.items():
             group_name = getattr(p, "group_name", None) if is_expert(p) else None
             if is_expert(p) and group_name not in self._index:
-                self._index[group_name] = len(self.comms)
-                self._add(self._ranks_of(name, group_name))
+                self._index[group_name] = self._add(self._ranks_of(name, group_name))
 
     def _add(self, ranks):
+        """The place of these ranks in comms; experts that all data-parallel ranks hold are nothing special."""
+        if self.comms and tuple(ranks) == self._layout.data_ranks:
+            return 0
         self.comms.append(engine_comm(ranks))
         self._first.append(ranks[0])
+        return len(self.comms) - 1
 
     def _compare(self, parameters):
         """Before ranks go different ways over them."""

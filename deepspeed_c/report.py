@@ -68,7 +68,7 @@ class StepReport:
     def _log_communication(self, log, report):
         """Rows of the comms log, with sizes as of the collective that would do the same."""
         engine = self._engine
-        n_ranks, stage = engine.world_size, engine.zero_optimization_stage()
+        n_ranks, stage = len(engine._layout.data_ranks), engine.zero_optimization_stage()
         size = sum(p.numel() * p.element_size() for p in engine._params)
         rows = [("engine.reduce_gradients", "all_reduce" if stage == 0 else "reduce_scatter", report["reduce_s"])]
         if stage > 0 and report["stepped"]:

@@ -15,6 +15,7 @@ from torch import nn
 import deepspeed_c as deepspeed
 from deepspeed_c import comm, utils
 from deepspeed_c.utils import groups
+from deepspeed_c.utils.parallel_state_deepspeed import initialize_parallel_state_from_config
 
 WIDTH, TOKENS = 12, 8  # TOKENS of a rank, shared out evenly over a layer's experts
 SKIPPED = 1  # the step in which no expert gets a token
@@ -173,8 +174,9 @@ def over_delegate(rank, world):
     found = [train(rank, config(stage)) for stage in (0, 1, 2)]
     assert found[0][:2] == found[1][:2] == found[2][:2]
     same_as_whole(found[2], world, 1, rank)
-    for stage in (1, 2):  # sums of several micro-steps in two forms
-        train(rank, config(stage, "bf16", 2), "bf16", 2)
+    # Sums of several micro-steps in two forms; at stage 2 those of experts of one rank stay with it all the same.
+    one, two = (train(rank, config(stage, "bf16", 2), "bf16", 2)[1] for stage in (1, 2))
+    torch.testing.assert_close(one, two, rtol=1e-2, atol=0)
 
 
 def test_experts_train_over_delegate_with_the_same_bits(ranks):
@@ -276,6 +278,10 @@ def data_first(rank, world):
     engine, *_ = deepspeed.initialize(model=module, config=config(1, use_data_before_expert_parallelism=True))
     assert all((p == rank - rank % 2).all() for p in engine.module.parameters())
     engine.destroy()
+    # Experts that all ranks hold are reduced as the rest.
+    engine, *_ = deepspeed.initialize(model=Experts(1, 0), config=config(1))
+    assert engine._comms == [engine._comm] * 2
+    engine.destroy()
     comm.barrier()
 
 
@@ -363,14 +369,12 @@ def test_the_death_of_an_expert_s_rank_is_an_error_on_all_others(ranks):
 # ---- an mpu ----
 
 
-class Mpu:
-    """Two tensor-parallel ranks or two stages next to each other, and two data-parallel ones."""
+class Stages:
+    """Two stages of a pipeline next to each other, each on two data-parallel ranks."""
 
-    def __init__(self, stages=False):
-        rank = dist.get_rank()
-        self.stages = stages
+    def __init__(self):
         self.data, self.model = groups._create_model_parallel(2)
-        self.rank = rank
+        self.rank = dist.get_rank()
 
     def get_data_parallel_group(self):
         return self.data
@@ -385,16 +389,16 @@ class Mpu:
         return self.model
 
     def get_tensor_model_parallel_world_size(self):
-        return 1 if self.stages else 2
+        return 1
 
     def get_tensor_model_parallel_rank(self):
-        return 0 if self.stages else self.rank % 2
+        return 0
 
     def get_pipeline_model_parallel_world_size(self):
-        return 2 if self.stages else 1
+        return 2
 
     def get_pipeline_model_parallel_rank(self):
-        return self.rank % 2 if self.stages else 0
+        return self.rank % 2
 
 
 class Added(torch.autograd.Function):
@@ -429,7 +433,8 @@ class Split(nn.Module):
 
 
 def tensor_parallel(rank, world):
-    mpu = Mpu()
+    layout = {"tensor_parallel": {"autotp_size": 2}}
+    mpu = initialize_parallel_state_from_config(layout, "tensor")
     reference = Split(None)
     optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.1)
     norms = []
@@ -440,8 +445,9 @@ def tensor_parallel(rank, world):
         optimizer.step()
     cut, bits = slice(4 * (rank % 2), 4 * (rank % 2) + 4), []
     for stage in (0, 1, 2):
-        engine, _, loader, _ = deepspeed.initialize(model=Split(rank % 2, mpu.model), config=config(stage), mpu=mpu,
-                                                    training_data=list(torch.arange(32.0)))
+        engine, _, loader, _ = deepspeed.initialize(
+            model=Split(rank % 2, mpu.get_tensor_model_parallel_group()), config=config(stage, **layout), mpu=mpu,
+            training_data=list(torch.arange(32.0)))
         assert (engine.world_size, engine.dp_world_size, engine.mp_world_size) == (4, 2, 2)
         assert engine.train_batch_size() == 2 * TOKENS and len(loader) == 2
         assert (engine.get_data_parallel_rank(), engine.get_model_parallel_rank()) == (rank // 2, rank % 2)
@@ -458,7 +464,7 @@ def tensor_parallel(rank, world):
         bits.append((models.bits(module), found))
         engine.destroy()
         # An infinite gradient in what one rank has skips the step on all four.
-        engine, *_ = deepspeed.initialize(model=module, config=config(stage, "fp16"), mpu=mpu)
+        engine, *_ = deepspeed.initialize(model=module, config=config(stage, "fp16", **layout), mpu=mpu)
         before = models.bits(module)
         engine.backward(engine(batch(rank // 2, 0).half()).float() * (float("inf") if rank == 3 else 1.0))
         engine.step()
@@ -469,7 +475,7 @@ def tensor_parallel(rank, world):
 
 def stages_of_a_pipeline(rank, world):
     """Two models of different parameters, which agree on norm, clipping and skipping; a tied weight counts once."""
-    mpu = Mpu(stages=True)
+    mpu = Stages()
     norms = []
     for stage in (0, 1, 2):
         torch.manual_seed(rank % 2)
@@ -489,12 +495,30 @@ def stages_of_a_pipeline(rank, world):
     assert norms[0] == norms[1] == norms[2]
 
 
+def sequence_parallel(rank, world):
+    """Two ranks that share a sequence bring two terms of one loss; the mean is over the two sequences."""
+    mpu = initialize_parallel_state_from_config({"sequence_parallel_size": 2}, "sequence")
+    for stage in (0, 1, 2):
+        torch.manual_seed(1)
+        module = nn.Linear(WIDTH, 3)
+        loss = sum(module(batch(r, 0)).square().sum() for r in range(world)) / 2
+        wanted, = torch.autograd.grad(loss, module.weight)
+        engine, *_ = deepspeed.initialize(model=module, mpu=mpu, config=config(
+            stage, sequence_parallel_size=2, gradient_clipping=0, optimizer={"type": "SGD", "params": {"lr": 1.0}}))
+        assert engine.dp_world_size == 2 and engine.train_batch_size() == 2 * TOKENS
+        before = module.weight.detach().clone()
+        engine.backward(engine(batch(rank, 0)).square().sum())
+        engine.step()
+        torch.testing.assert_close(before - module.weight.detach(), wanted, rtol=1e-4, atol=1e-5)
+        engine.destroy()
+
+
 def with_an_mpu(rank, world):
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     tensor_parallel(rank, world)
+    sequence_parallel(rank, world)
     stages_of_a_pipeline(rank, world)
-    groups.mpu = None
 
 
 def test_zero_shards_over_an_mpus_data_ranks_and_all_ranks_agree_on_the_step(ranks):

@@ -278,8 +278,4 @@ def test_experts_are_known_by_their_attribute():
     grads = moe.split_params_grads_into_shared_and_expert_params([shared, expert])
     assert grads[0] == [] and grads[1][0].tolist() == [1, 1, 1]
     assert moe.has_moe_layers(torch.nn.Linear(2, 2)) == (False, 0)
-
-
-def test_building_a_moe_layer_says_not_yet():
-    with pytest.raises(NotImplementedError, match="MoE is not there yet"):
-        MoE(8, torch.nn.Linear(8, 8))
+    assert moe.has_moe_layers(torch.nn.ModuleList([MoE(2, torch.nn.Linear(2, 2), num_experts=3)])) == (True, 3)

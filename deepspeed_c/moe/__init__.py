@@ -1,4 +1,4 @@
-"""Mixture of experts: parameter groups in `utils`; the layer itself is not there yet."""
+"""Mixture of experts: the layer in `layer`, what it is made of beside, optimizer groups in `utils`."""
 from deepspeed_c import _paths
 
 __getattr__, __dir__ = _paths.attributes(__name__)

@@ -1,0 +1,342 @@
+"""MoE layers whose experts are shared out over ranks: ep_size changes no result, and nobody waits for ever."""
+import hashlib
+
+import moe_cases
+import pytest
+import torch
+import torch.distributed as dist
+from moe_cases import E, M, formula
+from torch import nn
+
+import deepspeed_c as deepspeed
+from deepspeed_c.moe.layer import MoE
+from deepspeed_c.utils import groups
+
+SIZES = (1, 2, 4)
+LAYERS = {
+    "top1": {}, "top2": {"k": 2, "top2_2nd_expert_sampling": False}, "top3": {"k": 3},
+    "residual": {"use_residual": True},
+}
+
+
+class Net(nn.Module):
+    """Linear, experts, linear; weights by formula, an expert's by its number among all, wherever it is."""
+
+    def __init__(self, ep_size, **options):
+        super().__init__()
+        self.first, self.last = nn.Linear(M, M), nn.Linear(M, 2)
+        self.moe = MoE(M, moe_cases.expert(), num_experts=E, ep_size=ep_size, **{"drop_tokens": False, **options})
+        self.moe.set_deepspeed_parallelism()
+        for i, p in enumerate(p for p in self.parameters() if getattr(p, "allreduce", True)):
+            p.data.copy_(formula(p.shape, i))
+        for number, expert in self.experts():
+            for i, p in enumerate(expert.parameters()):
+                p.data.copy_(formula(p.shape, 10 * number + i))
+
+    def experts(self):
+        """(number among all, module) of this rank's experts."""
+        first = groups._get_expert_parallel_rank(self.moe.expert_group_name) * self.moe.num_local_experts
+        return enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts, first)
+
+    def forward(self, x):
+        h, self.aux, self.counts = self.moe(torch.tanh(self.first(x)))
+        return self.last(h).float().square().sum() + 0.1 * self.aux
+
+    def whole(self, of):
+        """{name: of(parameter)} of all experts of the job and of what is shared, added over the ranks that hold it."""
+        found = {f"expert {n} {i}": torch.zeros_like(p, dtype=torch.float32)
+                 for n in range(E) for i, p in enumerate(moe_cases.expert().parameters())}
+        for number, expert in self.experts():
+            for i, p in enumerate(expert.parameters()):
+                found[f"expert {number} {i}"] = of(p).float()
+        found.update((name, of(p).float()) for name, p in self.named_parameters() if getattr(p, "allreduce", True))
+        for value in found.values():
+            dist.all_reduce(value)
+        return found
+
+
+def grad(p):
+    return torch.zeros_like(p) if p.grad is None else p.grad.clone()
+
+
+def tokens(rank, n):
+    return formula((n, M), 100 + 7 * rank)
+
+
+def forward_backward(rank, ep_size, n_tokens, **options):
+    """(loss, counts, {name: gradient of the job's loss})."""
+    torch.manual_seed(1)
+    net = Net(ep_size, **options)
+    loss = net(tokens(rank, n_tokens))
+    loss.backward()
+    return loss.item(), net.counts.tolist(), net.whole(grad)
+
+
+def digest(value):
+    """What is equal where all bits are."""
+    if isinstance(value, dict):
+        value = b"".join(v.contiguous().view(torch.uint8).numpy().tobytes() for v in value.values())
+    return hashlib.sha256(value if isinstance(value, bytes) else str(value).encode()).hexdigest()
+
+
+def furthest(one, other):
+    """The largest relative difference of any of two dicts' tensors."""
+    return max(((one[name] - other[name]).abs().max() / one[name].abs().max().clamp(min=1e-3)).item() for name in one)
+
+
+# ---- the layer, without an engine ----
+
+
+def layers_on_ranks(rank, world):
+    """{what: result}; ranks have different tokens, and different numbers of them."""
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    found = {}
+    for name, options in LAYERS.items():
+        reference = forward_backward(rank, 1, 3 + rank, **options)
+        for size in SIZES[1:]:
+            loss, counts, grads = forward_backward(rank, size, 3 + rank, **options)
+            again = forward_backward(rank, size, 3 + rank, **options)
+            found[name, size] = {"loss": abs(loss - reference[0]) / abs(reference[0]), "counts": counts == reference[1],
+                                 "grads": furthest(reference[2], grads), "again": digest(grads) == digest(again[2])}
+    found["empty"] = empty_handed(rank)
+    found["tensor"] = over_tensor_ranks(rank)
+    with pytest.raises(ValueError) as error:
+        MoE(M, nn.Linear(M, M), num_experts=8, ep_size=8)
+    found["error"] = str(error.value)
+    return found
+
+
+def empty_handed(rank):
+    """Losses and whether gradients are finite: a rank without tokens; all tokens to one expert;
+    capacities that differ between ranks; capacity 0."""
+    found = {}
+    for size in SIZES:
+        cases = {
+            "no tokens on rank 1": (Net(size), tokens(rank, 0 if rank == 1 else 4)),
+            "one expert": (Net(size, k=2, top2_2nd_expert_sampling=False), tokens(rank, 4)),
+            "other batch sizes": (Net(size, drop_tokens=True, capacity_factor=4.0), tokens(rank, 3 + rank)),
+            "capacity 0": (Net(size, drop_tokens=True, capacity_factor=0.0, min_capacity=0), tokens(rank, 4)),
+        }
+        cases["one expert"][0].moe.deepspeed_moe.gate.wg.weight.data[2] = 50.0
+        for name, (net, x) in cases.items():
+            loss = net(x)
+            loss.backward()
+            grads = net.whole(grad)
+            found[name, size] = loss.item(), all(g.isfinite().all() for g in grads.values()), net.counts.tolist()
+    return found
+
+
+class Mpu:
+    """Two tensor-parallel pairs, 0 1 and 2 3, each with data of its own."""
+
+    def __init__(self):
+        tensor = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        data = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+        rank = dist.get_rank()
+        self.tensor, self.data = tensor[rank // 2], data[rank % 2]
+
+    def get_tensor_model_parallel_group(self):
+        return self.tensor
+
+    get_model_parallel_group = get_tensor_model_parallel_group
+
+    def get_tensor_model_parallel_rank(self):
+        return dist.get_rank(self.tensor)
+
+    def get_tensor_model_parallel_world_size(self):
+        return 2
+
+    def get_data_parallel_group(self):
+        return self.data
+
+    def get_data_parallel_rank(self):
+        return dist.get_rank(self.data)
+
+    def get_data_parallel_world_size(self):
+        return 2
+
+
+class OverTensorRanks(torch.autograd.Function):
+    """Sums over the tensor-parallel ranks, in the forward pass or in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, is_forward):
+        ctx.is_forward = is_forward
+        return OverTensorRanks.summed(x) if is_forward else x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone() if ctx.is_forward else OverTensorRanks.summed(grad), None
+
+    @staticmethod
+    def summed(x):
+        x = x.contiguous().clone()
+        deepspeed.comm.all_reduce(x, group=groups.get_tensor_model_parallel_group())
+        return x
+
+
+class CutExpert(nn.Module):
+    """tanh(x up) down, with this tensor rank's half of the 6 features in between."""
+
+    def __init__(self):
+        super().__init__()
+        half = slice(3 * groups.get_tensor_model_parallel_rank(), 3 * groups.get_tensor_model_parallel_rank() + 3)
+        self.up = nn.Parameter(formula((6, M), 1)[half].clone())
+        self.down = nn.Parameter(formula((M, 6), 2)[:, half].clone())
+
+    def forward(self, x):
+        x = OverTensorRanks.apply(x, False)
+        return OverTensorRanks.apply(torch.tanh(x @ self.up.T) @ self.down.T, True)
+
+
+class WholeExpert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Parameter(formula((6, M), 1)), nn.Parameter(formula((M, 6), 2))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.up.T) @ self.down.T
+
+
+def over_tensor_ranks(rank):
+    """{(k, ep_size, cut): largest differences of output, input's and gate's gradient, experts' gradients summed over
+    the ranks that hold them} from a layer on one rank, where pairs of ranks hold the same tokens."""
+    found = {}
+    for k in (1, 2):
+        expected = tensor_case(rank, k, MoE(M, WholeExpert(), num_experts=2, k=k, min_capacity=4, **CHOSEN), None)
+        groups.mpu = Mpu()
+        for ep_size, cut in ((1, False), (2, False), (1, True), (2, True)):
+            groups._made().experts.clear()  # one name, several layouts
+            moe = MoE(M, CutExpert() if cut else WholeExpert(), num_experts=2, ep_size=ep_size, k=k, min_capacity=3,
+                      enable_expert_tensor_parallelism=cut, **CHOSEN)
+            moe.set_deepspeed_parallelism()
+            got = tensor_case(rank, k, moe, cut)
+            found[k, ep_size, cut] = [(a - b).abs().max().item() for a, b in zip(expected, got, strict=True)]
+        groups.mpu = None
+        groups._made().experts.clear()
+        groups._made().expert_tensor_size = 1
+    return found
+
+
+# Three places at least: four, where two ranks share them out.
+CHOSEN = {"capacity_factor": 0.5, "use_rts": False, "top2_2nd_expert_sampling": False}
+
+
+def tensor_case(rank, k, moe, cut):
+    """cut: None where each pair of ranks computes the same, alone."""
+    moe.deepspeed_moe.gate.wg.weight.data.copy_(formula((2, M), 3))
+    x = formula((7, M), 100 + rank // 2).requires_grad_()
+    out, aux, _ = moe(x)
+    (out * formula(out.shape, 5)).sum().add(aux).backward()
+    n_local = moe.num_local_experts
+    first = groups._get_expert_parallel_rank(moe.expert_group_name) * n_local if moe.ep_size > 1 else 0
+    up = torch.zeros(2, 6, M)
+    for i, expert in enumerate(moe.deepspeed_moe.experts.deepspeed_experts, first):
+        rows = slice(3 * (rank % 2), 3 * (rank % 2) + 3) if cut else slice(6)
+        up[i, rows] = grad(expert.up) * (0.5 if cut is None else 1)
+    dist.all_reduce(up)
+    return out.detach(), x.grad, grad(moe.deepspeed_moe.gate.wg.weight), up
+
+
+@pytest.fixture(scope="module")
+def layers(ranks):
+    return ranks(4, layers_on_ranks, timeout=120)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_the_number_of_ranks_that_share_experts_changes_nothing_but_rounding(layers, name, size):
+    for found in layers:
+        assert found[name, size]["loss"] < 1e-6 and found[name, size]["counts"]
+        assert found[name, size]["grads"] < 1e-5
+        assert found[name, size]["again"], "a second run gave other bits"
+
+
+def test_ranks_without_tokens_experts_without_tokens_and_capacity_zero_neither_hang_nor_give_nan(layers):
+    for found in layers:
+        for (name, size), (loss, finite, counts) in found["empty"].items():
+            assert finite and loss == loss, (name, size)
+            assert loss == pytest.approx(found["empty"][name, 1][0], rel=1e-5)
+            assert counts == found["empty"][name, 1][2]
+    assert layers[1]["empty"]["no tokens on rank 1", 2][2] == [0] * E
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("cut", [False, True])
+def test_tensor_ranks_share_tokens_or_experts_and_change_nothing(layers, k, ep_size, cut):
+    for found in layers:
+        assert max(found["tensor"][k, ep_size, cut]) < 1e-5
+
+
+def test_more_expert_ranks_than_ranks_is_an_error_with_the_numbers(layers):
+    assert all("ep_size is 8 and there are 4 ranks" in found["error"] for found in layers)
+
+
+# ---- with an engine ----
+
+
+def trained(rank, ep_size, stage, dtype="fp32", optimizer="SGD", n_steps=3, **options):
+    """{name: value} of all parameters after some steps, and the losses."""
+    torch.manual_seed(1)
+    net = Net(ep_size, **options)
+    config = {
+        "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}, "gradient_clipping": 1.0,
+        "optimizer": {"type": optimizer, "params": {"lr": 0.05}}, "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": dtype == "fp16", "initial_scale_power": 8},
+    }
+    engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+    losses = []
+    for step in range(n_steps):
+        loss = engine(tokens(rank + 10 * step, 4).to(low))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    n_holders = net.whole(torch.ones_like)
+    values = {name: value / n_holders[name] for name, value in net.whole(lambda p: p.detach().clone()).items()}
+    result = values, losses, engine.get_global_grad_norm()
+    engine.destroy()
+    return result
+
+
+RUNS = [("fp32", 2), ("fp32", 1), ("fp32", 4), ("bf16", 2), ("fp16", 2)]
+
+
+def engines_on_ranks(rank, world):
+    """{what: result} of training with ZeRO 0, 1, 2 over expert groups."""
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    found = {}
+    for name in ("top2", "residual"):
+        base = trained(rank, 1, 0, **LAYERS[name])
+        for size in SIZES[1:]:
+            values, losses, norm = trained(rank, size, 1, **LAYERS[name])
+            found[name, size] = {"values": furthest(base[0], values), "norm": abs(norm - base[2]) / base[2],
+                                 "loss": max(abs(a - b) / abs(a) for a, b in zip(base[1], losses))}
+    for dtype, size in RUNS:
+        stages = (0, 1, 2, 2) if (dtype, size) == RUNS[0] else (0, 1, 2)
+        results = [trained(rank, size, stage, dtype, "Adam", 2, use_residual=True) for stage in stages]
+        found[dtype, size] = [(digest(values), losses, norm) for values, losses, norm in results]
+    return found
+
+
+@pytest.fixture(scope="module")
+def engines(ranks):
+    return ranks(4, engines_on_ranks, timeout=240)
+
+
+@pytest.mark.parametrize("name", ["top2", "residual"])
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_training_gives_the_same_parameters_and_norm_for_every_ep_size(engines, name, size):
+    for found in engines:
+        assert found[name, size]["values"] < 1e-4 and found[name, size]["norm"] < 1e-5
+        assert found[name, size]["loss"] < 1e-5
+
+
+@pytest.mark.parametrize("dtype, size", RUNS)
+def test_stages_and_repetition_change_no_bit(engines, dtype, size):
+    for found in engines:
+        assert len(set(map(str, found[dtype, size]))) == 1
+        assert all(loss == loss for loss in found[dtype, size][0][1])

@@ -1,6 +1,7 @@
 """Trains the network of PyTorch's CIFAR-10 tutorial, with deepspeed_c or, without --deepspeed, in plain PyTorch.
 
     deepspeed --num_gpus 2 cifar10_deepspeed.py --deepspeed            # two ranks of this machine
+    deepspeed --num_gpus 2 cifar10_deepspeed.py --deepspeed --moe --ep-world-size 2 --num-experts 2
     python cifar10_deepspeed.py                                        # the baseline, one process
 
 Settings come in layers: the command line over the JSON file (--deepspeed_config) over the defaults below.
@@ -15,9 +16,11 @@ import images
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from network import Net
 from tqdm import tqdm
 
 import deepspeed_c as deepspeed
+from deepspeed_c.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DEFAULTS = {
@@ -49,13 +52,41 @@ def parse_arguments():
     parser.add_argument("--test-samples", type=int, metavar="N", help="test on the first N images at most")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of images")
     parser.add_argument("--out", default=os.path.join(HERE, "out"), metavar="DIR", help="where curve.png goes")
+    add_moe_arguments(parser.add_argument_group("mixture of experts"))
     parser = deepspeed.add_config_arguments(parser)
     args = parser.parse_args()
     for name in ("epochs", "log_interval", "train_samples", "test_samples"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; at least 1 is needed")
+    if args.moe and not args.deepspeed and args.ep_world_size != 1:
+        parser.error(f"--ep-world-size is {args.ep_world_size}; the one process without --deepspeed needs 1")
     return args
+
+
+def add_moe_arguments(group):
+    group.add_argument("--moe", action="store_true", help="layers of experts before the last linear layer")
+    group.add_argument("--ep-world-size", type=int, default=1, metavar="N", help="ranks that share the experts out")
+    group.add_argument("--num-experts", type=int, nargs="+", default=[1], metavar="N",
+                       help="experts of each MoE layer: as many layers as numbers")
+    group.add_argument("--mlp-type", choices=("standard", "residual"), default="standard",
+                       help="residual: PR-MoE, a linear layer for all images beside the experts, and a learned mix")
+    group.add_argument("--top-k", type=int, default=1, metavar="K", help="experts of an image")
+    group.add_argument("--min-capacity", type=int, default=0, metavar="N", help="images that an expert takes at least")
+    group.add_argument("--noisy-gate-policy", choices=("None", "RSample", "Jitter"), default="None",
+                       help="noise in the choice of experts")
+    group.add_argument("--moe-param-group", action="store_true",
+                       help="divide the parameters into optimizer groups here; without, initialize() does")
+    group.add_argument("--balance-loss", type=float, default=0.01, metavar="W",
+                       help="weight of the loss of unequal load")
+
+
+def network(args):
+    """The network that the options ask for."""
+    if not args.moe:
+        return Net()
+    return Net(args.num_experts, ep_size=args.ep_world_size, use_residual=args.mlp_type == "residual", k=args.top_k,
+               min_capacity=args.min_capacity, noisy_gate_policy=args.noisy_gate_policy)
 
 
 def merge(under, over):
@@ -85,33 +116,16 @@ def settings(args):
     return config, dtype
 
 
-class Net(nn.Module):
-    """The tutorial's network: [n, 3, 32, 32] to ten scores."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 5)
-        self.pool = nn.MaxPool2d(2, 2)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, 10)
-
-    def forward(self, x):
-        x = self.pool(F.relu(self.conv1(x)))
-        x = self.pool(F.relu(self.conv2(x)))
-        x = F.relu(self.fc1(torch.flatten(x, 1)))
-        return self.fc3(F.relu(self.fc2(x)))
-
-
 class WithEngine:
     """Training and testing with deepspeed_c."""
 
     def __init__(self, args, config, train_set):
-        net = Net()
-        parameters = filter(lambda p: p.requires_grad, net.parameters())
+        self.net = network(args)
+        parameters = [p for p in self.net.parameters() if p.requires_grad]
+        if args.moe_param_group:
+            parameters = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "all"})
         self.engine, _, self.loader, _ = deepspeed.initialize(
-            args=args, model=net, model_parameters=parameters, training_data=train_set,
+            args=args, model=self.net, model_parameters=parameters, training_data=train_set,
             collate_fn=images.whole_batch, config=config)
         self.rank, self.world = self.engine.global_rank, deepspeed.comm.get_world_size()
         self.device = deepspeed.accelerator.get_accelerator().device_name(self.engine.local_rank)
@@ -145,8 +159,8 @@ class PlainTorch:
 
     rank, world = 0, 1
 
-    def __init__(self, config, dtype, train_set, seed):
-        self.net = Net()
+    def __init__(self, args, config, dtype, train_set):
+        self.net = network(args)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.net.to(self.device)
         adam, warmup = config["optimizer"]["params"], config["scheduler"]["params"]
@@ -159,7 +173,7 @@ class PlainTorch:
         self.n_skipped = 0
         self.loader = torch.utils.data.DataLoader(
             train_set, config["train_batch_size"], shuffle=True, collate_fn=images.whole_batch,
-            generator=torch.Generator().manual_seed(seed))
+            generator=torch.Generator().manual_seed(args.seed))
 
     def forward(self, pixels):
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
@@ -189,8 +203,9 @@ class PlainTorch:
 
 
 def train(trainer, args, test_set):
-    """Returns points (samples, loss), points (samples, accuracy), correct and total per class, samples per second."""
-    losses, accuracies, recent = [], [], []
+    """Returns points (samples, loss), points (samples, accuracy), points (samples, [share of each expert] for each
+    layer), correct and total per class, samples per second."""
+    losses, accuracies, loads, recent = [], [], [], []
     batch = trainer.loader.batch_size * trainer.world
     n_seen, seconds = 0, 0.0
     with tqdm(total=args.epochs * len(trainer.loader), unit="step", disable=trainer.rank != 0) as bar:
@@ -199,7 +214,7 @@ def train(trainer, args, test_set):
             trainer.train(True)
             for pixels, labels in trainer.loader:
                 loss = F.cross_entropy(trainer.forward(pixels), labels.to(trainer.device))
-                trainer.update(loss)
+                trainer.update(loss + args.balance_loss * trainer.net.balance_loss if args.moe else loss)
                 recent.append(float(loss.detach()))
                 n_seen += batch
                 bar.update()
@@ -207,40 +222,68 @@ def train(trainer, args, test_set):
                     losses.append((n_seen, sum(recent) / len(recent)))
                     bar.set_postfix(epoch=epoch + 1, loss=f"{losses[-1][1]:.3f}", refresh=False)
                     recent.clear()
+                    if args.moe:
+                        loads.append((n_seen, shares(trainer)))
+                        bar.write(load_line(*loads[-1]))
             seconds += time.perf_counter() - start
             correct, total = test(trainer, test_set)
             accuracies.append((n_seen, correct.sum().item() / total.sum().item()))
     if recent:
         losses.append((n_seen, sum(recent) / len(recent)))
-    return losses, accuracies, correct, total, n_seen / seconds
+    return losses, accuracies, loads, correct, total, n_seen / seconds
+
+
+def shares(trainer):
+    """For each MoE layer the share of choices that each expert got on all ranks, since the last call."""
+    sizes = [len(counts) for counts in trainer.net.counts]
+    parts = trainer.total(trainer.net.take_counts()).split(sizes)
+    return [(part / part.sum().clamp(min=1)).tolist() for part in parts]
+
+
+def load_line(n_seen, layers):
+    texts = (" ".join(f"{100 * share:.0f} %" for share in layer) for layer in layers)
+    return f"{n_seen} images, load of the experts: " + "; ".join(f"layer {i}: {t}" for i, t in enumerate(texts, 1))
 
 
 @torch.no_grad()
 def test(trainer, test_set):
-    """Correct answers and images per class. Every rank tests its share; the counts are added."""
+    """Correct answers and images per class. Every rank tests its share; the counts are added.
+
+    Ranks that share experts run the same batches: where the images do not divide, some ranks have one again, uncounted.
+    """
     trainer.train(False)
     counts = torch.zeros(2, len(test_set.classes), dtype=torch.int64)
-    mine = torch.arange(trainer.rank, len(test_set), trainer.world)
+    mine = torch.arange(trainer.rank, -(-len(test_set) // trainer.world) * trainer.world, trainer.world)
     for indices in mine.split(100):
-        pixels, labels = test_set.__getitems__(indices)
+        pixels, labels = test_set.__getitems__(indices % len(test_set))
         hit = trainer.forward(pixels).argmax(1).cpu() == labels
-        counts[0] += torch.bincount(labels[hit], minlength=counts.shape[1])
-        counts[1] += torch.bincount(labels, minlength=counts.shape[1])
+        first = indices < len(test_set)
+        counts[0] += torch.bincount(labels[hit & first], minlength=counts.shape[1])
+        counts[1] += torch.bincount(labels[first], minlength=counts.shape[1])
     return trainer.total(counts)
 
 
-def draw(losses, accuracies, title, path):
-    """The loss and accuracy curve as a PNG file."""
+def draw(losses, accuracies, loads, title, path):
+    """The loss and accuracy curve as a PNG file, with a map of expert load beside them for each MoE layer."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.plot(*zip(*losses))
-    left.set(xlabel="images seen", ylabel="training loss (rank 0)", ylim=(0, None))
-    right.plot(*zip(*((n, 100 * a) for n, a in accuracies)), marker="o")
-    right.set(xlabel="images seen", ylabel="test accuracy (%)", ylim=(0, 100))
+    n_layers = len(loads[0][1]) if loads else 0
+    rows = [["loss", "accuracy", i] for i in range(n_layers)] or [["loss", "accuracy"]]
+    figure, axes = plt.subplot_mosaic(rows, figsize=(15 if loads else 10, max(4, 2 * n_layers)), layout="constrained")
+    axes["loss"].plot(*zip(*losses))
+    axes["loss"].set(xlabel="images seen", ylabel="training loss (rank 0)", ylim=(0, None))
+    axes["accuracy"].plot(*zip(*((n, 100 * a) for n, a in accuracies)), marker="o")
+    axes["accuracy"].set(xlabel="images seen", ylabel="test accuracy (%)", ylim=(0, 100))
+    for i in range(n_layers):
+        share = [layers[i] for _, layers in loads]
+        n_experts = len(share[0])
+        picture = axes[i].imshow(list(zip(*share)), aspect="auto", vmin=0, vmax=1, interpolation="nearest",
+                                 extent=(0, loads[-1][0], n_experts - 0.5, -0.5))
+        axes[i].set(xlabel="images seen", ylabel=f"expert, layer {i + 1}", yticks=range(n_experts))
+        figure.colorbar(picture, ax=axes[i], label="share of images")
     figure.suptitle(title)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -271,12 +314,15 @@ def main():
     if args.deepspeed:
         trainer = WithEngine(args, config, train_set)
     else:
-        trainer = PlainTorch(config, dtype, train_set, args.seed)
+        trainer = PlainTorch(args, config, dtype, train_set)
     how = f"deepspeed_c, ZeRO stage {config['zero_optimization']['stage']}" if args.deepspeed else "plain PyTorch"
+    if args.moe:
+        kind = "residual layers" if args.mlp_type == "residual" else "layers"
+        how += f", {kind} of {' and '.join(map(str, args.num_experts))} experts, top-{args.top_k}"
     title = f"{train_set.source}: {how}, {dtype}, {trainer.world} rank{'s' if trainer.world > 1 else ''}"
     say(f"{title}; {len(train_set)} images to train, {len(test_set)} to test")
 
-    losses, accuracies, correct, total, speed = train(trainer, args, test_set)
+    losses, accuracies, loads, correct, total, speed = train(trainer, args, test_set)
     if rank == 0:
         for name, right, n in zip(test_set.classes, correct.tolist(), total.tolist()):
             print(f"Accuracy of {name:>5s}: {100 * right / n:5.1f} %" if n else f"Accuracy of {name:>5s}: no images")
@@ -285,7 +331,7 @@ def main():
               f"{trainer.skipped()} steps skipped for overflow")
         print(f"{speed:.0f} samples per second")
         path = os.path.join(os.path.abspath(args.out), "curve.png")
-        draw(losses, accuracies, title, path)
+        draw(losses, accuracies, loads, title, path)
         print(f"Curve: {os.path.relpath(path)}")
 
 

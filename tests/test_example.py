@@ -291,6 +291,65 @@ def digits_as_cifar(images, folder):
     return folder
 
 
+# ---- mixture of experts ----
+
+
+def moe_run(name, images, folder, *arguments):
+    """A short run on two ranks; 51 test images, so that one rank has one image again."""
+    command = [FOLDER / name, "--data-dir", digits_as_cifar(images, folder), "--train-samples", 320, "--test-samples",
+               51, "-e", 1, "--log-interval", 10, "--out", folder, *arguments]
+    result = run(command)
+    assert result.returncode == 0, result.stdout + result.stderr
+    accuracy, n, _, loss, speed = figures(result.stdout)
+    assert n == 51 and 0 < loss < 3 and (folder / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    loads = re.findall(r"(\d+) images, load of the experts: (.*)", result.stdout)
+    assert len(loads) == 2  # rank 0 alone says them
+    return result.stdout, {int(n_seen): load_of(text) for n_seen, text in loads}
+
+
+def load_of(text):
+    """[[percent of each expert] of each layer] of a line."""
+    return [[int(share) for share in re.findall(r"(\d+) %", layer)] for layer in text.split("; ")]
+
+
+def test_experts_on_two_ranks_train_in_fp16_and_their_load_is_shown(images, tmp_path):
+    said, loads = moe_run("run_ds_moe.sh", images, tmp_path, "--stage", 2)
+    assert "ZeRO stage 2, layers of 2 experts, top-1, fp16, 2 ranks; 320 images" in said
+    assert list(loads) == [160, 320]
+    assert all(len(layer) == 2 and 99 <= sum(layer) <= 101 for load in loads.values() for layer in load)
+
+
+def test_residual_layers_of_two_and_four_experts_train_in_bf16(images, tmp_path):
+    said, loads = moe_run("run_ds_prmoe.sh", images, tmp_path, "--stage", 1, "--dtype", "bf16", "--top-k", 2)
+    assert "residual layers of 2 and 4 experts, top-2, bf16, 2 ranks" in said
+    assert [[len(layer) for layer in load] for load in loads.values()] == [[2, 4], [2, 4]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("script_name", ["run_ds_moe.sh", "run_ds_prmoe.sh"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_every_stage_choice_kind_and_type_of_experts_trains(images, tmp_path, stage, top_k, script_name, dtype):
+    said, loads = moe_run(script_name, images, tmp_path, "--stage", stage, "--top-k", top_k, "--dtype", dtype)
+    assert f"ZeRO stage {stage}, " in said and f"top-{top_k}, {dtype}, 2 ranks" in said and len(loads) == 2
+
+
+def test_experts_on_two_ranks_without_deepspeed_are_refused(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", "--moe", "--num-experts", "4", "--ep-world-size", "2"])
+    with pytest.raises(SystemExit):
+        script.parse_arguments()
+    assert "--ep-world-size is 2; the one process without --deepspeed needs 1" in capsys.readouterr().err
+
+
+def test_experts_without_deepspeed_train_in_one_process(images, tmp_path):
+    data = digits_as_cifar(images, tmp_path)
+    result = run([sys.executable, SCRIPT, "--moe", "--num-experts", 4, "--top-k", 3, "--train-samples", 160, "-e", 1,
+                  "--log-interval", 5, "--dtype", "bf16", "--data-dir", data, "--out", tmp_path], OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert "layers of 4 experts, top-3, bf16, 1 rank" in result.stdout and "80 images, load" in result.stdout
+
+
 def test_stage_3_is_an_error_that_says_not_yet(cifar, tmp_path):
     result = run([FOLDER / "run_ds.sh", "--stage", 3, "--data-dir", cifar, "--out", tmp_path])
     assert result.returncode != 0 and "not yet" in result.stderr.lower() and "stage" in result.stderr

@@ -224,7 +224,8 @@ def train(trainer, args, test_set):
                     recent.clear()
                     if args.moe:
                         loads.append((n_seen, shares(trainer)))
-                        bar.write(load_line(*loads[-1]))
+                        if trainer.rank == 0:
+                            bar.write(load_line(*loads[-1]))
             seconds += time.perf_counter() - start
             correct, total = test(trainer, test_set)
             accuracies.append((n_seen, correct.sum().item() / total.sum().item()))

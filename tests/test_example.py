@@ -342,6 +342,7 @@ def test_experts_on_two_ranks_without_deepspeed_are_refused(script, monkeypatch,
     assert "--ep-world-size is 2; the one process without --deepspeed needs 1" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_experts_without_deepspeed_train_in_one_process(images, tmp_path):
     data = digits_as_cifar(images, tmp_path)
     result = run([sys.executable, SCRIPT, "--moe", "--num-experts", 4, "--top-k", 3, "--train-samples", 160, "-e", 1,

@@ -196,7 +196,14 @@ def test_expert_layouts_are_those_of_deepspeed(sizes):
         assert groups._get_expert_parallel_ranks(*sizes, data_first) == RECORDED[sizes][data_first]
 
 
-def test_before_init_distributed_a_group_is_an_error_and_a_size_is_one():
+@pytest.fixture
+def without_default_group():
+    """Tests that ran in this process before may have left one."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def test_before_init_distributed_a_group_is_an_error_and_a_size_is_one(without_default_group):
     for getter in (groups._get_data_parallel_group, groups._get_data_parallel_world_size,
                    lambda: groups._get_expert_parallel_group("ep_size_2"),
                    lambda: groups._create_expert_and_data_parallel(2)):
@@ -549,7 +556,7 @@ def test_a_topology_says_what_deepspeeds_says():
 
 # ---- interfaces ----
 
-def test_signatures_are_the_documented_ones():
+def test_signatures_are_the_documented_ones(without_default_group):
     documented = (
         "config name tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
         "pipeline_model_parallel_comm_backend context_parallel_size hierarchical_context_parallel_sizes "

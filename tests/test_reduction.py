@@ -3,6 +3,7 @@
 What must come out is that of one process that holds the whole model and sees all ranks' data.
 """
 import logging
+import os
 import time
 
 import models
@@ -14,11 +15,17 @@ from torch import nn
 
 import deepspeed_c as deepspeed
 from deepspeed_c import comm, utils
+from deepspeed_c.distributed import world_comm
 from deepspeed_c.utils import groups
 from deepspeed_c.utils.parallel_state_deepspeed import initialize_parallel_state_from_config
 
 WIDTH, TOKENS = 12, 8  # TOKENS of a rank, shared out evenly over a layer's experts
 SKIPPED = 1  # the step in which no expert gets a token
+
+
+def expert_of(rank, n):
+    """Which of n experts a rank has: copies of one lie n ranks apart, or on neighbouring ranks."""
+    return rank * n // 4 if "DATA_FIRST" in os.environ else rank % n
 
 
 class Exchange(torch.autograd.Function):
@@ -46,7 +53,7 @@ class Experts(nn.Module):
         super().__init__()
         everyone = [nn.Linear(WIDTH, WIDTH) for _ in range(n)]
         self.n, self.here = n, here
-        self.experts = nn.ModuleList(everyone if here is None else [everyone[here % n]])
+        self.experts = nn.ModuleList(everyone if here is None else [everyone[expert_of(here, n)]])
         for p in self.experts.parameters() if here is not None else ():
             p.allreduce, p.group_name = False, f"ep_size_{n}"
 
@@ -95,6 +102,7 @@ CONFIG = {"train_micro_batch_size_per_gpu": TOKENS, "gradient_clipping": 0.3,
 def config(stage, dtype="fp32", gas=1, overlap=False, **more):
     named = {"fp16": {"fp16": {"enabled": True, "loss_scale": 256}}, "bf16": {"bf16": {"enabled": True}}, "fp32": {}}
     return {**CONFIG, "gradient_accumulation_steps": gas, **named[dtype], **more,
+            "use_data_before_expert_parallelism": "DATA_FIRST" in os.environ,
             "zero_optimization": {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 300}}
 
 
@@ -134,7 +142,7 @@ def own(module, here):
         layer, _, rest = name.partition(".experts.")
         if not rest:
             mine[name] = p.detach()
-        elif int(rest[0]) == here % (2 if layer == "pairs" else 4):
+        elif int(rest[0]) == expert_of(here, 2 if layer == "pairs" else 4):
             mine[f"{layer}.experts.0{rest[1:]}"] = p.detach()
     return mine
 
@@ -170,17 +178,21 @@ def test_experts_over_fewer_ranks_train_as_the_whole_model_in_one_process_at_eve
 
 
 def over_delegate(rank, world):
+    """Two pretended machines of two ranks: copies of an expert are on both, or with DATA_FIRST on one of them."""
     torch.set_num_threads(1)
+    os.environ["DSC_COMM_NODE"] = "aabb"[rank]
     found = [train(rank, config(stage)) for stage in (0, 1, 2)]
     assert found[0][:2] == found[1][:2] == found[2][:2]
     same_as_whole(found[2], world, 1, rank)
     # Sums of several micro-steps in two forms; at stage 2 those of experts of one rank stay with it all the same.
     one, two = (train(rank, config(stage, "bf16", 2), "bf16", 2)[1] for stage in (1, 2))
     torch.testing.assert_close(one, two, rtol=1e-2, atol=0)
+    return world_comm().backend
 
 
-def test_experts_train_over_delegate_with_the_same_bits(ranks):
-    ranks(4, over_delegate, timeout=120, env={"DSC_COMM_BACKEND": "delegate"})
+@pytest.mark.parametrize("env", [{}, {"DATA_FIRST": "1"}])
+def test_experts_train_over_delegate_with_the_same_bits(ranks, env):
+    assert ranks(4, over_delegate, timeout=120, env=env) == ["delegate"] * 4
 
 
 # ---- what users do with experts ----
@@ -270,12 +282,12 @@ def own_grads(world, rank):
 
 
 def data_first(rank, world):
-    """The other layout: copies of an expert on neighbouring ranks, on whom the values of the first are."""
-    module = Experts(2, rank // 2)
+    """Copies of an expert on neighbouring ranks: they take the values of the first."""
+    module = Experts(2, rank)
     with torch.no_grad():
         for p in module.parameters():
             p.fill_(rank)
-    engine, *_ = deepspeed.initialize(model=module, config=config(1, use_data_before_expert_parallelism=True))
+    engine, *_ = deepspeed.initialize(model=module, config=config(1))
     assert all((p == rank - rank % 2).all() for p in engine.module.parameters())
     engine.destroy()
     # Experts that all ranks hold are reduced as the rest.
@@ -337,7 +349,7 @@ def test_what_users_do_with_experts(ranks):
 
 
 def test_expert_data_ranks_may_be_neighbours(ranks):
-    ranks(4, data_first)
+    ranks(4, data_first, env={"DATA_FIRST": "1"})
 
 
 # ---- a death ----

@@ -77,7 +77,8 @@ struct dsc_comm_backend {
     enum dsc_status (*all_to_all)(void *state, const struct dsc_coll *coll);
     enum dsc_status (*all_to_all_v)(void *state, const struct dsc_coll *coll,
                                     const struct dsc__parts *parts);
-    /* See dsc_comm_part_sums. n_parts NULL: a part is a rank's. part_sums NULL: there is none. */
+    /* See dsc_comm_part_sums. n_parts NULL: a part is a rank's. part_sums NULL: all_to_all_v
+     * moves them. */
     int (*n_parts)(void *state);
     enum dsc_status (*part_sums)(void *state, const struct dsc_coll *coll, const size_t *n_send,
                                  size_t n_mine);

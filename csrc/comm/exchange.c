@@ -91,13 +91,24 @@ enum dsc_dtype dsc_comm_part_dtype(const struct dsc_comm *comm, enum dsc_dtype d
     return dsc_comm_n_parts(comm) < comm->size ? dsc__sum_dtype(dtype) : dtype;
 }
 
+/* Every rank's contribution is a part. */
+static enum dsc_status exchange_parts(struct dsc_comm *comm, const struct dsc_coll *coll,
+                                      const size_t *n_send, size_t n_mine) {
+    size_t *n_recv = NULL;
+    DSC_TRY(dsc_alloc((size_t)comm->size * sizeof *n_recv, (void **)&n_recv));
+    for (int r = 0; r < comm->size; r++)
+        n_recv[r] = n_mine;
+    struct dsc__parts parts = {.n_send = n_send, .n_recv = n_recv, .n_max = coll->n_elems};
+    enum dsc_status status = comm->backend->all_to_all_v(comm->state, coll, &parts);
+    dsc_free(n_recv);
+    return status;
+}
+
 enum dsc_status dsc_comm_part_sums(struct dsc_comm *comm, const struct dsc_coll *coll,
                                    const size_t *n_send, size_t n_mine) {
     size_t n_src = 0, n_parts = (size_t)dsc_comm_n_parts(comm);
     size_t width = dsc_dtype_size(dsc_comm_part_dtype(comm, coll->dtype));
     struct dsc__print print = dsc__print_of(comm, DSC_COMM_PART_SUMS, coll->label);
-    if (!comm->backend->part_sums)
-        return DSC_FAIL(DSC_ENOTYET, "part_sums: \"%s\" has none", comm->backend->name);
     for (int r = 0; r < comm->size; r++)
         n_src += n_send[r];
     DSC_TRY(dsc__check_pair(comm, "part_sums", coll, n_src,
@@ -107,6 +118,8 @@ enum dsc_status dsc_comm_part_sums(struct dsc_comm *comm, const struct dsc_coll 
     DSC_TRY(dsc__enter(comm));
     enum dsc_status status = dsc__agree(comm, &print, NULL, 0);
     if (status == DSC_OK && coll->n_elems > 0)
-        status = comm->backend->part_sums(comm->state, coll, n_send, n_mine);
+        status = comm->backend->part_sums
+                     ? comm->backend->part_sums(comm->state, coll, n_send, n_mine)
+                     : exchange_parts(comm, coll, n_send, n_mine);
     return dsc__leave(comm, status);
 }

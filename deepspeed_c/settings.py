@@ -6,6 +6,7 @@ import torch
 
 from . import _core
 from .runtime.fp16 import loss_scaler
+from .utils import groups
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
            "bfp16": torch.bfloat16}  # the last is upstream's other spelling
@@ -78,6 +79,10 @@ class EngineSettings:
 
     get_tensor_parallel_rank = get_model_parallel_rank
 
+    def get_sequence_parallel_group(self):
+        """The torch group of ranks that share a sequence; RuntimeError without an mpu that has one."""
+        return groups._get_sequence_parallel_group()
+
     @property
     def is_compiled(self):
         """False: compile() is not there yet."""
@@ -113,7 +118,7 @@ autotuning_profile_model_info buffered_allreduce_fallback checkpoint_serializati
 checkpoint_tag_validation_enabled checkpoint_tag_validation_fail checkpoint_writer_enabled clip_fp32_gradients
 collect_python_gc compile compile_autosp compile_autotp compile_zero_optimization_stage empty_partition_cache
 get_autosp_backend get_autotp_backend get_compile_time get_deepcompile_backend get_deepspeed_compile_backend
-get_optimizer_configuration get_sequence_parallel_group is_first_weights_partition_group load_checkpoint
+get_optimizer_configuration is_first_weights_partition_group load_checkpoint
 load_module_state_dict module_state_dict offload_states print_forward_breakdown random_ltd_initialize
 register_compile_pass reload_states save_16bit_model save_checkpoint save_fp16_model
 set_custom_curriculum_learning_schedule set_data_post_process_func sparse_all_gather sparse_allreduce

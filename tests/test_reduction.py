@@ -518,6 +518,7 @@ def sequence_parallel(rank, world):
         engine, *_ = deepspeed.initialize(model=module, mpu=mpu, config=config(
             stage, sequence_parallel_size=2, gradient_clipping=0, optimizer={"type": "SGD", "params": {"lr": 1.0}}))
         assert engine.dp_world_size == 2 and engine.train_batch_size() == 2 * TOKENS
+        assert dist.get_world_size(engine.get_sequence_parallel_group()) == 2
         before = module.weight.detach().clone()
         engine.backward(engine(batch(rank, 0)).square().sum())
         engine.step()

@@ -143,6 +143,17 @@ def test_wrong_arguments_are_named():
         top2gating(logits[:, 0], 1.0, 4)
     with pytest.raises(NotImplementedError, match="use_tutel"):
         top1gating(logits, 1.0, 4, use_tutel=True)
+    with pytest.raises(ValueError, match="k = -1 of 5 experts"):
+        topkgating(logits, -1, 1.0, 4)
+    for factor, least in ((math.nan, 4), (math.inf, 4), (-1.0, -1)):
+        with pytest.raises(ValueError, match=f"capacity factor {factor}, min_capacity {least}; allowed: finite, and"):
+            top2gating(logits, factor, least)
+    with pytest.raises(ValueError, match="x has 7 columns and weight 24"):
+        TopKGate(M, 4)(torch.zeros(8, 7))
+    with pytest.raises(ValueError, match="chooses among 5 experts, and there are 4: 4 on each of 1 ranks"):
+        MOELayer(TopKGate(M, 5), Parts([nn.Identity()] * 4), "ep_size_1", 1, 4)(torch.zeros(8, M))
+    with pytest.raises(ValueError, match="5 experts gave 4 outputs"):
+        MOELayer(TopKGate(M, 5), Parts([nn.Identity()] * 4), "ep_size_1", 1, 5)(torch.zeros(8, M))
     with pytest.raises(ValueError, match="k = 9 of num_experts = 4"):
         TopKGate(M, 4, 9)
     with pytest.raises(TypeError, match=r"float64|fp64"):
@@ -406,6 +417,20 @@ def test_autocast_leaves_logits_in_float32_and_the_input_dtype_comes_back():
     torch.testing.assert_close(y, plain, rtol=0.05, atol=0.02)
     y.sum().backward()
     assert torch.isfinite(x.grad).all()
+
+
+def test_gates_are_float32_with_any_default_dtype():
+    layer, x = make_layer(k=1, noisy_gate_policy="RSample"), torch.randn(S, M)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        torch.manual_seed(8)
+        try:
+            found.append((layer(x), layer.l_aux, layer.exp_counts))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for result in found[1:]:
+        assert all(map(torch.equal, result, found[0]))
 
 
 def test_jitter_touches_the_gate_only_and_in_training_only():

@@ -108,6 +108,11 @@ static int take_linear(RouterObject *self, PyObject *x, PyObject *weight,
     struct dsc_borrowed t, w;
     if (take_rows(self, x, "x", &t) < 0 || take_rows(self, weight, "weight", &w) < 0)
         return -1;
+    if (t.shape[1] != w.shape[1]) {
+        PyErr_Format(PyExc_ValueError, "x has %zd columns and weight %zd; allowed: as many",
+                     (Py_ssize_t)t.shape[1], (Py_ssize_t)w.shape[1]);
+        return -1;
+    }
     *out = (struct dsc_moe_linear){
         (size_t)t.shape[0], (size_t)t.shape[1], (size_t)w.shape[0], t.data, t.dtype, NULL};
     return take(self, weight, "weight", DSC_F32, out->n_experts * out->n_columns, &out->weight);

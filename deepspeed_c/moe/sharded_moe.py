@@ -3,6 +3,7 @@
 Shapes: S tokens, E experts, k choices of a token, C places of an expert (the capacity), M features. The arithmetic is
 csrc/moe.h; here stand autograd, randomness and the exchange between ranks. docs/moe.md has the rules.
 """
+import math
 from functools import lru_cache, partial
 
 import torch
@@ -35,11 +36,16 @@ def _router():
 # ---- randomness, drawn as DeepSpeed draws it: the same seed chooses the same tokens ----
 
 
+def _uniform(logits):
+    """Uniform numbers in [0, 1) of the logits' shape."""
+    return torch.rand(logits.shape, dtype=torch.float32)
+
+
 def _gumbel(logits):
     """Gumbel(0, 1) noise of the logits' shape from torch's generator, as torch.distributions.Gumbel draws it."""
     limits = torch.finfo(torch.float32)
-    low, high = torch.tensor(limits.tiny), torch.tensor(1 - limits.eps)
-    uniform = torch.rand(logits.shape).mul_(high - low).add_(low)
+    low, high = torch.tensor([limits.tiny, 1 - limits.eps], dtype=torch.float32)
+    uniform = _uniform(logits).mul_(high - low).add_(low)
     return uniform.log_().neg_().log_().neg_()
 
 
@@ -97,7 +103,7 @@ class _Logits(Function):
 
     @staticmethod
     def forward(ctx, tokens, weight):
-        logits = torch.empty(tokens.shape[0], weight.shape[0])
+        logits = weight.new_empty(tokens.shape[0], weight.shape[0])
         _router().logits(tokens, weight, logits)
         ctx.save_for_backward(tokens, weight)
         ctx.set_materialize_grads(False)
@@ -162,10 +168,12 @@ def _routes(logits, rule, capacity_of, noise=None, used=None, priority_of=_no_pr
     return Routes(l_aux, weights, slots, entries, counts, entries.numel() // counts.numel())
 
 
-def _capacity(logits, factor, min_capacity, group):
-    """max(ceil(S / E * factor), min_capacity); the product is rounded to float32, as DeepSpeed's is."""
+def _capacity(logits, k, factor, min_capacity, group):
+    """max(ceil(S / E * k * factor), min_capacity); the product is rounded to float32, as DeepSpeed's is."""
+    if not (math.isfinite(factor) and min_capacity >= 0):
+        raise ValueError(f"capacity factor {factor!r}, min_capacity {min_capacity!r}; allowed: finite, and >= 0")
     n_tokens, n_experts = logits.shape
-    each = torch.tensor(float(factor), dtype=torch.float32) * (n_tokens / n_experts)
+    each = torch.tensor(float(factor * k), dtype=torch.float32) * (n_tokens / n_experts)
     return _agreed(max(int(torch.ceil(each)), int(min_capacity)), group)
 
 
@@ -195,11 +203,11 @@ def _top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, 
     noise = _gumbel(logits) if noisy_gate_policy == "RSample" else None
     used = None if used_token is None else (used_token.reshape(-1) != 0).to(torch.int32)
     # Drawn wherever DeepSpeed draws it, so that what is drawn next is the same.
-    uniform = torch.rand(logits.shape) if use_rts else None
+    uniform = _uniform(logits) if use_rts else None
 
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(logits, capacity_factor, min_capacity, ep_group)
+            return _capacity(logits, 1, capacity_factor, min_capacity, ep_group)
         return _agreed(int(counts.max()), ep_group)
 
     return _routes(logits, ("top1", 1), capacity_of, noise, used, lambda gates: uniform)
@@ -208,7 +216,7 @@ def _top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, 
 def _top2(logits, capacity_factor, min_capacity, drop_tokens, ep_group, top2_2nd_expert_sampling):
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(logits, capacity_factor * 2, min_capacity, ep_group)
+            return _capacity(logits, 2, capacity_factor, min_capacity, ep_group)
         return _agreed(int(counts.max()), ep_group)
 
     return _routes(logits, ("top2", 2), capacity_of, _gumbel(logits) if top2_2nd_expert_sampling else None)
@@ -217,10 +225,12 @@ def _top2(logits, capacity_factor, min_capacity, drop_tokens, ep_group, top2_2nd
 def _topk(logits, k, capacity_factor, min_capacity, drop_tokens, ep_group, drop_policy):
     if drop_policy not in DROPS:
         raise ValueError(f"Invalid drop_policy: {drop_policy!r}; allowed: {', '.join(map(repr, DROPS))}")
+    if k < 1:
+        raise ValueError(f"a token goes to k = {k} of {logits.shape[-1]} experts; allowed: 1 to {logits.shape[-1]}")
 
     def capacity_of(counts):
         if drop_tokens:
-            return _capacity(logits, capacity_factor * k, min_capacity, ep_group)
+            return _capacity(logits, k, capacity_factor, min_capacity, ep_group)
         return _agreed(int(counts.max()), ep_group)
 
     by_gate = (lambda gates: gates) if drop_policy == "probs" else _no_priority
@@ -404,7 +414,7 @@ class MOELayer(nn.Module):
         self.gate, self.experts = gate, experts
         self.ep_group_name, self.ep_size, self.num_local_experts = ep_group_name, ep_size, num_local_experts
         self.ep_group = None
-        self.l_aux, self.exp_counts = torch.tensor(0.0), None
+        self.l_aux, self.exp_counts = torch.tensor(0.0, dtype=torch.float32), None
 
     def _set_ep_group(self, ep_group):
         """The process group of ep_size ranks, each with num_local_experts of the experts."""
@@ -420,6 +430,10 @@ class MOELayer(nn.Module):
         if self.ep_size > 1 and self.ep_group is None:
             self._set_ep_group(groups._get_expert_parallel_group(self.ep_group_name))
         routes = self.gate(input.reshape(-1, input.shape[-1]), used_token, as_routes=True)
+        n_experts = self.ep_size * self.num_local_experts
+        if routes.counts.numel() != n_experts:
+            raise ValueError(f"the gate chooses among {routes.counts.numel()} experts, and there are {n_experts}: "
+                             f"{self.num_local_experts} on each of {self.ep_size} ranks")
         self.l_aux, self.exp_counts = routes.l_aux, routes.counts
         parts = _Dispatch.apply(routes.tokens, routes.slots, routes.entries, self.ep_size, self.num_local_experts)
         outputs = self._share_tokens(parts) if groups.get_tensor_model_parallel_world_size() > 1 else self._visit(parts)
@@ -446,6 +460,8 @@ class MOELayer(nn.Module):
             outputs = self.experts(list(parts))
         else:
             outputs = self.experts(torch.cat(parts, dim=1)).chunk(self.num_local_experts, dim=1)
+        if len(outputs) != self.num_local_experts:
+            raise ValueError(f"{self.num_local_experts} experts gave {len(outputs)} outputs; expected: one of each")
         if after is not None:
             outputs = [after(output) for output in outputs]
         return self._exchange(outputs)

@@ -58,7 +58,7 @@ def run_checks(rank, world):
     for name, check in CHECKS.items():
         try:
             check(rank)
-        except Exception:
+        except (Exception, pytest.fail.Exception):
             said[name] = traceback.format_exc()
     return said
 
@@ -291,6 +291,11 @@ def named_instances_have_layouts_of_their_own(rank):
         ps.set_virtual_pipeline_model_parallel_rank(2)
         assert critic.get_virtual_pipeline_model_parallel_rank() == 2
     assert ps.get_data_parallel_world_size() == 2 and ps.get_data_parallel_world_size("actor") == 4
+    again = ps.set_current_parallel_state("actor")
+    for _ in range(2):
+        with again as current:
+            assert current is actor is ps.get_current_parallel_state()
+        assert ps.get_current_parallel_state() is ps.get_parallel_state_instance()
     ps.set_current_parallel_state("actor")
     assert ps.get_current_parallel_state() is actor
     ps.set_current_parallel_state()
@@ -362,6 +367,7 @@ def layouts_that_cannot_be_are_errors_with_the_numbers(rank):
             (ValueError, "allowed: tp, ep, dp", {"order": "tp-np"}, {}),
             (ValueError, "lacks 'pp', whose size is 2", {"pipeline_model_parallel_size": 2, "order": "tp-dp"}, {}),
             (ValueError, "tensor_model_parallel_size is 0", {}, {"tensor_model_parallel_size": 0}),
+            (ValueError, "expert_tensor_parallel_size is 0", {}, {"expert_tensor_parallel_size": 0}),
             (TypeError, "context_parallel_size is 'two'", {}, {"context_parallel_size": "two"}),
             (ValueError, "interleaved stages need", {"virtual_pipeline_model_parallel_size": 2}, {}),
             (ValueError, r"\[2, 3\], whose product is 6", {"context_parallel_size": 4},
@@ -419,6 +425,9 @@ def experts_of_an_mpu_stay_among_its_data_ranks(rank):
         foreign = SimpleNamespace(**{name: getattr(far, name) for name in dir(far) if name.startswith("get_")})
         with pytest.raises(ValueError, match="would leave the mpu's data ranks"):
             groups._create_expert_data_and_model_parallel(2, foreign)
+        stages = PipelineParallelGrid(ProcessTopology(["data", "pipe"], [2, 2]))  # stages next to each other
+        with pytest.raises(ValueError, match=rf"copies on \[{rank // 2 * 2}, {rank // 2 * 2 + 1}\] would leave the"):
+            groups._create_expert_data_and_model_parallel(1, stages)
     finally:
         groups._made().experts.clear()
         groups._made().experts.update(saved)

@@ -205,12 +205,13 @@ def _create_expert_data_and_model_parallel(expert_parallel_size_, mpu, use_data_
     else:
         world = dist.get_world_size()
         experts, data = _expert_partitions(world, n, layout.tensor_size, layout.pipe_size, data_first)
-        own = next(ranks for ranks in experts if dist.get_rank() in ranks)
-        if not set(own) <= set(layout.data_ranks):
-            raise ValueError(f"experts over ranks {own} would leave the mpu's data ranks {list(layout.data_ranks)}: an "
-                             "mpu must have its tensor ranks next to each other and its pipeline stages farthest apart")
-    _made().expert_tensor_size = layout.tensor_size
+        own = [next(ranks for ranks in partition if dist.get_rank() in ranks) for partition in (experts, data)]
+        if not set().union(*own) <= set(layout.data_ranks):
+            raise ValueError(f"experts over ranks {own[0]} with copies on {own[1]} would leave the mpu's data ranks "
+                             f"{list(layout.data_ranks)}: an mpu must have its tensor ranks next to each other and its "
+                             "pipeline stages farthest apart")
     _make_experts(n, experts, data)
+    _made().expert_tensor_size = layout.tensor_size
 
 
 def _expert_partitions(world, size, tensor, pipe, data_first):

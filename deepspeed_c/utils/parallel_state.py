@@ -87,7 +87,8 @@ class ParallelState:
             context=_size("context_parallel_size", context_parallel_size),
             sequence=_size("sequence_parallel_size", sequence_parallel_size),
             expert=_size("expert_model_parallel_size", expert_model_parallel_size),
-            expert_tensor=_size("expert_tensor_parallel_size", expert_tensor_parallel_size or tensor),
+            expert_tensor=_size("expert_tensor_parallel_size",
+                                tensor if expert_tensor_parallel_size is None else expert_tensor_parallel_size),
             n_instances=_size("num_distributed_optimizer_instances", num_distributed_optimizer_instances))
         _check_data(grid, data_parallel_size)
         virtual = _virtual_stages(virtual_pipeline_model_parallel_size, grid)

@@ -37,9 +37,11 @@ class set_current_parallel_state:
 
     def __init__(self, name=None):
         global _current
-        self._before, _current = _current, name
+        self._name, self._before, _current = name, _current, name
 
     def __enter__(self):
+        global _current
+        _current = self._name
         return get_current_parallel_state()
 
     def __exit__(self, *exception):

@@ -24,9 +24,10 @@ struct dsc_reduce {
     int id; /* the same on its ranks, another one on the others: what must agree is compared by it
              */
 };
-/* Who steps together. Ranks of the first reduce group train the same parameters (of the same names
- * and shapes); the ranks of the others are some of its ranks: experts over fewer ranks than the
- * rest. Control ranks outside it have other parameters, and step, skip and clip with it. */
+/* Who steps together. Ranks of the first reduce group, equally many on all control ranks, train the
+ * same parameters (of the same names and shapes); those of the others hold the same experts: fewer
+ * ranks than the first group's, or with ranks of other first groups. Control ranks outside it have
+ * other parameters, and step, skip and clip with it. */
 enum { DSC_REDUCE_MAX = 16 };
 struct dsc_engine_ranks {
     struct dsc_comm *control;

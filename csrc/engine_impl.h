@@ -4,9 +4,11 @@
  * gradients when they stay with this rank until the boundary (stages 0 and 1, or alone) and is
  * `early` when they are handed over inside backward (stage 2, or overlap). Where ranks share no
  * memory none is early: at stage 2 a round is exchanged when a backward pass ends
- * (engine_remote.c). What the engine's flags say holds for all spaces that are not alone, and is
- * equal on all control ranks. Invariant: an early engine at stage 0 or 1 hands over in the
- * boundary's backward only, so that micro-steps add up as without overlap. */
+ * (engine_remote.c). The engine's flags follow from the first reduce group, so that they are equal
+ * on all control ranks, and hold for all spaces that are not alone: where it is one rank, experts
+ * over several keep theirs until the boundary at every stage. Invariant: an early engine at stage 0
+ * or 1 hands over in the boundary's backward only, so that micro-steps add up as without overlap.
+ */
 #ifndef DSC_ENGINE_IMPL_H
 #define DSC_ENGINE_IMPL_H
 

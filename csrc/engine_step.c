@@ -52,15 +52,18 @@ static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *g
     return hash;
 }
 
-/* hash: DSC_REDUCE_MAX of them. */
+/* hash: DSC_REDUCE_MAX of them. Parameters go by their numbers in the group: its ranks may have
+ * different other ones. */
 static void frozen_hashes(const struct dsc_engine *e, const struct dsc_view *views,
                           uint64_t *hash) {
+    size_t n_seen[DSC_REDUCE_MAX] = {0};
     for (size_t g = 0; g < DSC_REDUCE_MAX; g++)
         hash[g] = DSC__HASH_START;
     for (size_t i = 0; i < e->n_params; i++) {
         int g = e->params[i].reduce;
         if (views[i].frozen)
-            hash[g] = dsc__engine_hash(hash[g], &i, sizeof i);
+            hash[g] = dsc__engine_hash(hash[g], &n_seen[g], sizeof n_seen[g]);
+        n_seen[g]++;
     }
 }
 
@@ -88,7 +91,7 @@ enum dsc_status dsc__engine_make_sources(struct dsc_engine *e, struct dsc_view *
 /* What must agree between two ranks of one reduce group, g; r is the first rank of it. */
 static enum dsc_status compare_plans(size_t g, int r, const struct dsc__plan *first, int q,
                                      const struct dsc__plan *other) {
-    if (g == 0 && other->hyper_hash != first->hyper_hash)
+    if (other->hyper_hash != first->hyper_hash)
         return DSC_FAIL(DSC_EINVAL,
                         "optimizer settings differ between ranks: group 0 has lr %.9g on rank %d "
                         "and %.9g on rank %d%s; every rank must use the same param_groups",

@@ -101,6 +101,7 @@ def layers_on_ranks(rank, world):
                                  "grads": furthest(reference[2], grads), "again": digest(grads) == digest(again[2])}
     found["empty"] = empty_handed(rank)
     found["tensor"] = over_tensor_ranks(rank)
+    found["tensor engines"] = engines_over_tensor_ranks(rank)
     with pytest.raises(ValueError) as error:
         MoE(M, nn.Linear(M, M), num_experts=8, ep_size=8)
     found["error"] = str(error.value)
@@ -239,6 +240,75 @@ def tensor_case(rank, k, moe, cut):
     return out.detach(), x.grad, grad(moe.deepspeed_moe.gate.wg.weight), up
 
 
+class Shared(nn.Module):
+    """A layer of two experts by formula; `cut` over tensor ranks, or whole."""
+
+    def __init__(self, ep_size, cut):
+        super().__init__()
+        self.moe = MoE(M, CutExpert() if cut else WholeExpert(), num_experts=2, ep_size=ep_size, k=2,
+                       enable_expert_tensor_parallelism=cut, **CHOSEN)
+        layer = self.moe.deepspeed_moe
+        layer.gate.wg.weight.data.copy_(formula((2, M), 3))
+        first = 0
+        if ep_size > 1:
+            self.moe.set_deepspeed_parallelism()
+            first = groups._get_expert_parallel_rank(self.moe.expert_group_name)
+        half = slice(3 * groups.get_tensor_model_parallel_rank(), 3 * groups.get_tensor_model_parallel_rank() + 3)
+        for i, expert in enumerate(layer.experts.deepspeed_experts, first):
+            expert.up.data.copy_(formula((6, M), 20 + i)[half if cut else slice(6)])
+            expert.down.data.copy_(formula((M, 6), 30 + i)[:, half if cut else slice(6)])
+            expert.up.tensor_model_parallel = expert.down.tensor_model_parallel = cut
+
+    def forward(self, x):
+        out, aux, _ = self.moe(x)
+        return out.square().sum() + aux
+
+    def values(self, cut):
+        """[gate, expert's down matrix, ...], of all experts and of whole matrices."""
+        layer = self.moe.deepspeed_moe
+        down, n = torch.zeros(2, M, 6), torch.zeros(2, M, 6)
+        first = groups._get_expert_parallel_rank(self.moe.expert_group_name) if self.moe.ep_size > 1 else 0
+        for i, expert in enumerate(layer.experts.deepspeed_experts, first):
+            place = slice(3 * (dist.get_rank() % 2), 3 * (dist.get_rank() % 2) + 3) if cut else slice(6)
+            down[i, :, place] = expert.down.detach()
+            n[i, :, place] = 1
+        dist.all_reduce(down)
+        dist.all_reduce(n)
+        return layer.gate.wg.weight.detach(), down / n
+
+
+def engines_over_tensor_ranks(rank):
+    """{(ep_size, cut, stage): differences of values and norms from a process that has both pairs' tokens}."""
+    whole, norms, found = Shared(1, False), [], {}
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.05)
+    for step in range(2):
+        optimizer.zero_grad()
+        sum(whole(tokens(2 * step + pair, 4)) / 2 for pair in range(2)).backward()
+        norms.append(nn.utils.clip_grad_norm_(whole.parameters(), 1.0).item())
+        optimizer.step()
+    expected = *whole.values(False), torch.tensor(norms)
+    mpu = Mpu()
+    for ep_size, cut in ((1, False), (2, False), (1, True), (2, True)):
+        groups._made().experts.clear()
+        for stage in (0, 1, 2):
+            groups.mpu = mpu
+            engine, *_ = deepspeed.initialize(model=Shared(ep_size, cut), mpu=mpu, config={
+                "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}, "gradient_clipping": 1.0,
+                "optimizer": {"type": "SGD", "params": {"lr": 0.05}}})
+            norms = []
+            for step in range(2):
+                engine.backward(engine(tokens(2 * step + rank // 2, 4)))
+                engine.step()
+                norms.append(engine.get_global_grad_norm())
+            got = *engine.module.values(cut), torch.tensor(norms)
+            found[ep_size, cut, stage] = [(a - b).abs().max().item() for a, b in zip(expected, got, strict=True)]
+            engine.destroy()
+    groups.mpu = None
+    groups._made().experts.clear()
+    groups._made().expert_tensor_size = 1
+    return found
+
+
 @pytest.fixture(scope="module")
 def layers(ranks):
     return ranks(4, layers_on_ranks, timeout=120)
@@ -268,6 +338,14 @@ def test_ranks_without_tokens_experts_without_tokens_and_capacity_zero_neither_h
 def test_tensor_ranks_share_tokens_or_experts_and_change_nothing(layers, k, ep_size, cut):
     for found in layers:
         assert max(found["tensor"][k, ep_size, cut]) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_engine_over_tensor_ranks_that_share_tokens_or_experts_steps_as_one_process(layers, stage, ep_size, cut):
+    for found in layers:
+        assert max(found["tensor engines"][ep_size, cut, stage]) < 1e-5
 
 
 def test_more_expert_ranks_than_ranks_is_an_error_with_the_numbers(layers):

@@ -1,9 +1,13 @@
 /* The only caller of malloc. A 64-byte header holds the size, so that free can count bytes. */
 #include "alloc.h"
 
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 enum { HEADER = 64 };
 
@@ -56,4 +60,16 @@ void dsc_free(void *block) {
     char *header = (char *)block - HEADER;
     dsc__alloc_count(-1, -(int64_t)(*(size_t *)header));
     free(header);
+}
+
+void dsc_alloc_keep_freed(void) {
+#ifdef __GLIBC__
+    if (getenv("MALLOC_TRIM_THRESHOLD_") || getenv("MALLOC_MMAP_THRESHOLD_") ||
+        getenv("GLIBC_TUNABLES"))
+        return;
+    /* Some versions take no more than 32 MiB here. */
+    if (!mallopt(M_MMAP_THRESHOLD, 128 << 20))
+        (void)mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    (void)mallopt(M_TRIM_THRESHOLD, INT_MAX);
+#endif
 }

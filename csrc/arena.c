@@ -32,13 +32,6 @@ void dsc_arena_populate(void *begin, size_t n_bytes) {
     (void)madvise((void *)first, last - first, MADV_POPULATE_WRITE);
 }
 
-void dsc_arena_expect(void *begin, size_t n_bytes) {
-    uintptr_t first = ((uintptr_t)begin + 4095) / 4096 * 4096;
-    uintptr_t last = ((uintptr_t)begin + n_bytes) / 4096 * 4096;
-    if (n_bytes >= 2 * (size_t)HUGE)
-        (void)madvise((void *)first, last - first, MADV_HUGEPAGE);
-}
-
 enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
     if (n_bytes == 0) {
         *out = NULL;

@@ -16,9 +16,6 @@ enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out);
  * window too, in this rank's mapping. Advice: where the kernel cannot, pages come on first touch.
  */
 void dsc_arena_populate(void *begin, size_t n_bytes);
-/* Advice for memory of somebody else's that is about to be written for the first time: huge pages,
- * where it is large. A fresh 32 MiB block costs a third then (4.6 instead of 13.4 ms). */
-void dsc_arena_expect(void *begin, size_t n_bytes);
 /* One owner more; each ends with dsc_arena_free, from any thread. For tensors that are lent out and
  * may outlive the engine. */
 void dsc_arena_retain(void *block, size_t n_bytes);

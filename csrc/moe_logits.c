@@ -1,7 +1,6 @@
 /* The gate's linear map, M features to few experts, forward and backward: a matrix product so
  * narrow that it is memory traffic. x is read once each way; the gradient of the weight is summed
  * in blocks of tokens, each in registers, one thread to a range of columns. */
-#include "arena.h"
 #include "kernels/kernels.h"
 #include "moe.h"
 
@@ -116,8 +115,6 @@ enum dsc_status dsc_moe_logits_backward(struct dsc_pool *pool, const struct dsc_
                                         float *d_weight) {
     struct job job = {.l = l, .d_logits = d_logits, .d_x = d_x, .add = add, .d_weight = d_weight};
     DSC_TRY(check(l));
-    if (d_x && !add)
-        dsc_arena_expect(d_x, l->n_tokens * l->n_columns * dsc_dtype_size(l->dtype));
     if (d_x)
         dsc_pool_run(pool, l->n_tokens, PIECE_ROWS, d_x_of_rows, &job);
     if (d_weight && l->n_tokens == 0)

@@ -1,6 +1,5 @@
 /* Rows of tokens to places and back. Every loop gathers: who runs a piece writes whole rows of its
  * own, reads others', and needs no lock and no row zeroed before. */
-#include "arena.h"
 #include "kernels/kernels.h"
 #include "moe.h"
 
@@ -35,13 +34,6 @@ static enum dsc_status check(const struct dsc_moe_rows *r) {
     return DSC_OK;
 }
 
-/* All parts are about to be written. */
-static void expect_parts(const struct dsc_moe_rows *r, void *const *data) {
-    size_t n_rows = r->parts.n_ranks * r->size.capacity;
-    for (size_t j = 0; j < r->parts.n_parts; j++)
-        dsc_arena_expect(data[j], n_rows * r->n_columns * dsc_dtype_size(r->parts.dtype));
-}
-
 /* ---- to the experts ---- */
 
 struct dispatching {
@@ -72,7 +64,6 @@ enum dsc_status dsc_moe_dispatch(struct dsc_pool *pool, const struct dsc_moe_row
     if (rows->dtype != rows->parts.dtype)
         return DSC_FAIL(DSC_ETYPE, "rows of %s go to places of %s; allowed: the same type",
                         dsc_dtype_name(rows->dtype), dsc_dtype_name(rows->parts.dtype));
-    expect_parts(rows, rows->parts.data);
     dsc_pool_run(pool, rows->size.n_experts * rows->size.capacity, rows_per_piece(rows),
                  dispatch_places, &d);
     return DSC_OK;
@@ -129,7 +120,6 @@ enum dsc_status dsc_moe_combine(struct dsc_pool *pool, const struct dsc_moe_rows
                                 const float *weights, void *out) {
     struct combining c = {rows, weights, out};
     DSC_TRY(check(rows));
-    dsc_arena_expect(out, rows->size.n_tokens * rows->n_columns * dsc_dtype_size(rows->dtype));
     dsc_pool_run(pool, rows->size.n_tokens, rows_per_piece(rows), combine_tokens, &c);
     return DSC_OK;
 }
@@ -187,8 +177,6 @@ enum dsc_status dsc_moe_combine_backward(struct dsc_pool *pool, const struct dsc
                                          void *const *d_parts, float *d_weights) {
     struct parting p = {rows, weights, d_out, d_parts, d_weights};
     DSC_TRY(check(rows));
-    if (d_parts)
-        expect_parts(rows, d_parts);
     for (size_t i = 0; d_weights && i < rows->size.n_tokens * rows->size.k; i++)
         if (rows->slots[i] < 0)
             d_weights[i] = 0.0f;

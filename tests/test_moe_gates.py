@@ -1,7 +1,9 @@
 """Routing of tokens to experts against a plain PyTorch reading of the published formulas, dense, with its autograd."""
 import copy
 import math
+import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -501,6 +503,18 @@ def test_memory_is_linear_in_tokens(k):
     small, large = bytes_for(512), bytes_for(4096)
     assert large[0] < 8.2 * small[0]
     assert large[1] <= 4096 * 64 * 4  # the logits; a dense S x E x C would be 64 k times as much
+
+
+@pytest.mark.skipif("DSC_EXPECT_CORE" in os.environ, reason="an instrumented build has an allocator of its own")
+@pytest.mark.skipif(any(n.startswith(("MALLOC_", "GLIBC_TUNABLES")) for n in os.environ), reason="malloc has orders")
+def test_a_warm_layer_faults_no_pages_in():
+    layer, x = make_layer(use_rts=False), torch.randn(40000, M, requires_grad=True)
+    faults = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        layer(x).square().mean().backward()
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults[2:]) < 1000, faults  # ten tensors of 4 MB and more, a thousand pages each
 
 
 # ---- several ranks ----

@@ -23,6 +23,7 @@ static PyObject *router_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!self)
         return NULL;
     enum dsc_status status = dsc_pool_open(n_threads, &self->pool);
+    dsc_alloc_keep_freed();
     if (status == DSC_OK)
         return (PyObject *)self;
     dsc_bind_raise(dsc_bind_state_of(type), status);

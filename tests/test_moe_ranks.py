@@ -208,16 +208,20 @@ def over_tensor_ranks(rank):
         expected = tensor_case(rank, k, MoE(M, WholeExpert(), num_experts=2, k=k, min_capacity=4, **CHOSEN), None)
         groups.mpu = Mpu()
         for ep_size, cut in ((1, False), (2, False), (1, True), (2, True)):
-            groups._made().experts.clear()  # one name, several layouts
+            forget_groups()  # one name, several layouts
             moe = MoE(M, CutExpert() if cut else WholeExpert(), num_experts=2, ep_size=ep_size, k=k, min_capacity=3,
                       enable_expert_tensor_parallelism=cut, **CHOSEN)
             moe.set_deepspeed_parallelism()
             got = tensor_case(rank, k, moe, cut)
             found[k, ep_size, cut] = [(a - b).abs().max().item() for a, b in zip(expected, got, strict=True)]
         groups.mpu = None
-        groups._made().experts.clear()
-        groups._made().expert_tensor_size = 1
+        forget_groups()
     return found
+
+
+def forget_groups():
+    groups._made().experts.clear()
+    groups._made().cut.clear()
 
 
 # Three places at least: four, where two ranks share them out.
@@ -289,7 +293,7 @@ def engines_over_tensor_ranks(rank):
     expected = *whole.values(False), torch.tensor(norms)
     mpu = Mpu()
     for ep_size, cut in ((1, False), (2, False), (1, True), (2, True)):
-        groups._made().experts.clear()
+        forget_groups()
         for stage in (0, 1, 2):
             groups.mpu = mpu
             engine, *_ = deepspeed.initialize(model=Shared(ep_size, cut), mpu=mpu, config={
@@ -303,10 +307,39 @@ def engines_over_tensor_ranks(rank):
             got = *engine.module.values(cut), torch.tensor(norms)
             found[ep_size, cut, stage] = [(a - b).abs().max().item() for a, b in zip(expected, got, strict=True)]
             engine.destroy()
+    found["both"] = both_kinds(rank, mpu)
     groups.mpu = None
-    groups._made().experts.clear()
-    groups._made().expert_tensor_size = 1
+    forget_groups()
     return found
+
+
+class Both(nn.Module):
+    """A layer whose experts are cut over tensor ranks, and one whose tokens are shared out over them; whole: neither."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.first, self.second = Shared(1, not whole), Shared(1 if whole else 2, False)
+
+    def forward(self, x):
+        y, aux, _ = self.first.moe(x)
+        out, more, _ = self.second.moe(torch.tanh(x + y))
+        return out.square().sum() + aux + more
+
+
+def both_kinds(rank, mpu):
+    """Relative difference of the norm."""
+    groups.mpu = None
+    whole = Both(True)
+    sum(whole(tokens(pair, 4)) / 2 for pair in range(2)).backward()
+    expected = nn.utils.clip_grad_norm_(whole.parameters(), 1.0).item()
+    forget_groups()
+    groups.mpu = mpu
+    engine, *_ = deepspeed.initialize(model=Both(False), mpu=mpu, config={
+        "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.05}}})
+    engine.backward(engine(tokens(rank // 2, 4)))
+    engine.step()
+    engine.destroy()
+    return abs(engine.get_global_grad_norm() - expected) / expected
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +379,10 @@ def test_tensor_ranks_share_tokens_or_experts_and_change_nothing(layers, k, ep_s
 def test_an_engine_over_tensor_ranks_that_share_tokens_or_experts_steps_as_one_process(layers, stage, ep_size, cut):
     for found in layers:
         assert max(found["tensor engines"][ep_size, cut, stage]) < 1e-5
+
+
+def test_one_model_may_have_layers_that_are_cut_over_tensor_ranks_and_others(layers):
+    assert all(found["tensor engines"]["both"] < 1e-5 for found in layers)
 
 
 def test_more_expert_ranks_than_ranks_is_an_error_with_the_numbers(layers):

@@ -445,7 +445,7 @@ class MOELayer(nn.Module):
         these ranks need all places again, and give their share of the answers."""
         from .mappings import drop_tokens, gather_tokens
 
-        cut = groups._get_expert_model_parallel_world_size() > 1
+        cut = groups._are_cut(self.ep_group_name)
         parts = [drop_tokens(part, 2) for part in parts]
         outputs = self._visit(parts, *((partial(gather_tokens, dim=2), partial(drop_tokens, dim=2)) if cut else ()))
         return [gather_tokens(output, 2) for output in outputs]

@@ -34,7 +34,8 @@ class _Made:
     """What was made over one default group."""
 
     experts: dict = field(default_factory=dict)  # name -> (expert-parallel group, expert-data group), held
-    expert_tensor_size: int = 1
+    expert_tensor_size: int = 1  # of the groups made last
+    cut: set = field(default_factory=set)  # names of groups of experts that are cut over tensor-parallel ranks
     zero_param: tuple = None  # the group of _create_zero_param_parallel_group, alone
     tensor_size: int = None  # set_tensor_model_parallel_world_size
     tensor_rank: int = None
@@ -211,7 +212,10 @@ def _create_expert_data_and_model_parallel(expert_parallel_size_, mpu, use_data_
                              f"{list(layout.data_ranks)}: an mpu must have its tensor ranks next to each other and its "
                              "pipeline stages farthest apart")
     _make_experts(n, experts, data)
-    _made().expert_tensor_size = layout.tensor_size
+    made = _made()
+    made.expert_tensor_size = layout.tensor_size
+    if layout.tensor_size > 1:
+        made.cut.add(f"ep_size_{n}")
 
 
 def _expert_partitions(world, size, tensor, pipe, data_first):
@@ -318,8 +322,13 @@ def _get_max_expert_parallel_group():
 
 
 def _get_expert_model_parallel_world_size():
-    """The tensor-parallel ranks that experts were made for."""
+    """The tensor-parallel ranks that experts were last made for."""
     return _made().expert_tensor_size if dist.is_initialized() else 1
+
+
+def _are_cut(group_name):
+    """Whether experts of these groups are cut over tensor-parallel ranks: made with an mpu that has such ranks."""
+    return dist.is_initialized() and group_name in _made().cut
 
 
 # ---- ZeRO ----

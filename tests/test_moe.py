@@ -27,11 +27,21 @@ WHOLE = {"capacity_factor": 4.0, "eval_capacity_factor": 4.0}
     ({"num_experts": 2.0}, "num_experts is 2.0"),
     ({"num_experts": 2, "ep_size": 0}, "ep_size is 0; allowed"),
     ({"num_experts": 2, "k": 3}, "k is 3 and num_experts 2"),
+    ({"min_capacity": -1}, "min_capacity is -1; allowed: a number >= 0"),
+    ({"capacity_factor": float("inf")}, "capacity_factor is inf; allowed"),
+    ({"eval_capacity_factor": None}, "eval_capacity_factor is None; allowed"),
     ({"noisy_gate_policy": "rsample"}, "noisy_gate_policy is 'rsample'; allowed: None, 'None', 'Jitter', 'RSample'"),
 ])
 def test_a_wrong_argument_is_an_error_with_the_numbers(wrong, text):
     with pytest.raises(ValueError, match=text):
         MoE(M, nn.Linear(M, M), **wrong)
+
+
+def test_tokens_of_another_width_or_dtype_are_an_error():
+    with pytest.raises(ValueError, match=rf"tokens have shape \(6, 5\); expected: \(tokens, {M}\)"):
+        MoE(M, nn.Linear(M, M))(torch.zeros(2, 3, 5))
+    with pytest.raises(TypeError, match="fp64; allowed: fp32, bf16, fp16"):
+        MoE(M, nn.Linear(M, M)).double()(torch.zeros(2, M, dtype=torch.float64))
 
 
 def test_tutel_changes_nothing_and_says_so(caplog):

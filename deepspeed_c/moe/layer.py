@@ -2,6 +2,8 @@
 
 What goes where is decided in sharded_moe.py. Here: the arguments, the groups of ranks, and the residual mix.
 """
+from numbers import Integral, Real
+
 import torch.distributed as dist
 from torch import nn
 
@@ -15,10 +17,13 @@ __all__ = ["MoE"]
 NOISE_POLICIES = (None, "None", "Jitter", "RSample")
 
 
-def _check(num_experts, ep_size, k, noisy_gate_policy):
+def _check(num_experts, ep_size, k, noisy_gate_policy, **sizes):
     for name, value in (("num_experts", num_experts), ("ep_size", ep_size), ("k", k)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"MoE: {name} is {value!r}; allowed: an integer >= 1")
+    for name, value in sizes.items():
+        if not (isinstance(value, Real) and 0 <= value < float("inf")):
+            raise ValueError(f"MoE: {name} is {value!r}; allowed: a number >= 0")
     if num_experts % ep_size:
         raise ValueError(f"MoE: num_experts is {num_experts}, which ep_size, {ep_size}, does not divide: each of "
                          f"{ep_size} ranks holds equally many experts")
@@ -53,7 +58,8 @@ class MoE(nn.Module):
                  use_rts=True, use_tutel=False, enable_expert_tensor_parallelism=False,
                  top2_2nd_expert_sampling=True):
         super().__init__()
-        _check(num_experts, ep_size, k, noisy_gate_policy)
+        _check(num_experts, ep_size, k, noisy_gate_policy, capacity_factor=capacity_factor,
+               eval_capacity_factor=eval_capacity_factor, min_capacity=min_capacity)
         self.use_residual = use_residual
         self.enable_expert_tensor_parallelism = enable_expert_tensor_parallelism
         self.ep_size, self.num_experts, self.num_local_experts = ep_size, num_experts, num_experts // ep_size

@@ -295,6 +295,8 @@ class TopKGate(nn.Module):
         return {**self.__dict__, "ep_group": None}  # a process group is neither copied nor pickled
 
     def _routes(self, input, used_token):
+        if input.dim() != 2 or input.shape[1] != self.wg.in_features:
+            raise ValueError(f"tokens have shape {tuple(input.shape)}; expected: (tokens, {self.wg.in_features})")
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         input = input.contiguous()
         if self.noisy_gate_policy == "Jitter" and self.training:

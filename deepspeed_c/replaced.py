@@ -33,9 +33,9 @@ class Places:
         return any(slots.get(key) is not item for slots, key, item in self._slots)
 
     def take_over(self):
-        """Puts the new Parameters into params; [(index, old, new)]. A gradient of the old one that the new one lacks
-        goes with it, and a new one in another memory order than the old gets a storage in that order. ValueError
-        where what stands in a place cannot be trained in it."""
+        """Puts the new Parameters into params; [(index, old, new)]. A gradient and attributes (an expert's marks) of
+        the old one that the new one lacks go with it, and a new one in another memory order than the old gets a
+        storage in that order. ValueError where what stands in a place cannot be trained in it."""
         now = self._now()
         found = self._successors(now)
         for i, new in found:
@@ -44,6 +44,8 @@ class Places:
                 new.data = torch.empty_like(old, requires_grad=False).copy_(new.data)
             if new.grad is None and old.grad is not None:
                 new.grad = old.grad
+            for key, value in vars(old).items():
+                vars(new).setdefault(key, value)
         taken = [(i, self._params[i], new) for i, new in found]
         for i, new in found:
             self._params[i] = new

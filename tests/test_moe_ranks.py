@@ -314,7 +314,7 @@ def engines_over_tensor_ranks(rank):
 
 
 class Both(nn.Module):
-    """A layer whose experts are cut over tensor ranks, and one whose tokens are shared out over them; whole: neither."""
+    """A layer whose experts are cut over tensor ranks, one whose tokens are shared out over them; whole: neither."""
 
     def __init__(self, whole):
         super().__init__()

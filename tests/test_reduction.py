@@ -16,6 +16,7 @@ from torch import nn
 import deepspeed_c as deepspeed
 from deepspeed_c import comm, utils
 from deepspeed_c.distributed import world_comm
+from deepspeed_c.moe.utils import is_moe_param
 from deepspeed_c.utils import groups
 from deepspeed_c.utils.parallel_state_deepspeed import initialize_parallel_state_from_config
 
@@ -320,6 +321,20 @@ def unequal(rank, world):
     torch.testing.assert_close(found[0][1], found[2][1], rtol=1e-5, atol=0)
 
 
+def assigned(rank, world):
+    """Other Parameters in the places of experts are experts, for a later engine too."""
+    plain = train(rank, config(2))[:2]
+    engine, *_ = deepspeed.initialize(model=Net(rank), config=config(2))
+    marks = [(is_moe_param(p), getattr(p, "group_name", None)) for p in engine.module.parameters()]
+    for step in range(3):
+        engine.module.load_state_dict({k: v.clone() for k, v in engine.module.state_dict().items()}, assign=True)
+        engine.backward(engine(batch(rank, step), rank, step != SKIPPED))
+        engine.step()
+    assert [(is_moe_param(p), getattr(p, "group_name", None)) for p in engine.module.parameters()] == marks
+    assert (models.bits(engine.module), engine.get_global_grad_norm()) == (plain[0], plain[1][-1])
+    engine.destroy()
+
+
 def wrong(rank, world):
     module = nn.Linear(3, 3)
     module.weight.allreduce, module.weight.group_name = False, "ep_size_3"
@@ -340,7 +355,7 @@ def wrong(rank, world):
 
 def everything(rank, world):
     torch.set_num_threads(1)
-    for part in (options, overflow, groups_and_parts, unequal, wrong):
+    for part in (options, overflow, groups_and_parts, unequal, assigned, wrong):
         part(rank, world)
 
 

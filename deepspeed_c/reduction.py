@@ -51,7 +51,7 @@ class Reduction:
         self._over_tensor = set()  # group names whose experts lie over tensor-parallel ranks
         self.comms, self._first = [], []
         self._add(layout.data_ranks)
-        self._compare(0, layout.data_ranks, [
+        self._compare(0, layout.data_ranks, "names, shapes, dtypes or group_name", [
             f"{name} {tuple(p.shape)} {p.dtype} {_group_of(p)}" for name, p in parameters.items()])
         found = {}
         for name, p in parameters.items():
@@ -74,10 +74,11 @@ class Reduction:
             self._over_tensor.add(group_name)
         place = self._index[group_name] = self._add(holders)
         if not set(holders) <= set(self._layout.data_ranks):
-            self._compare(place, holders, [f"{place} {name} {tuple(p.shape)} {p.dtype} {p.requires_grad}"
-                                           for name, p in parameters.items() if _group_of(p) == group_name])
+            self._compare(place, holders, f"names, shapes, dtypes or requires_grad of {group_name}", [
+                f"{place} {name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in parameters.items()
+                if is_expert(p) and _group_of(p) == group_name])
 
-    def _compare(self, place, ranks, rows):
+    def _compare(self, place, ranks, what, rows):
         """Before ranks go different ways over them."""
         comm = self.comms[place]
         digest = hashlib.blake2b("\n".join(rows).encode(), digest_size=8).digest()
@@ -87,7 +88,7 @@ class Reduction:
         for rank, other in zip(ranks, found, strict=True):
             if other != found[0]:
                 raise ValueError(f"ranks initialise different engines: the module's parameters on rank {rank} and on "
-                                 f"rank {ranks[0]} differ in names, shapes, dtypes or group_name")
+                                 f"rank {ranks[0]} differ in {what}")
 
     def _ranks_of(self, name, group_name):
         """(the ranks that hold these experts, those that share all experts out); of one pipeline stage."""

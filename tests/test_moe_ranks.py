@@ -10,6 +10,7 @@ from torch import nn
 
 import deepspeed_c as deepspeed
 from deepspeed_c.moe.layer import MoE
+from deepspeed_c.moe.mappings import gather_tokens
 from deepspeed_c.utils import groups
 
 SIZES = (1, 2, 4)
@@ -214,9 +215,18 @@ def over_tensor_ranks(rank):
             moe.set_deepspeed_parallelism()
             got = tensor_case(rank, k, moe, cut)
             found[k, ep_size, cut] = [(a - b).abs().max().item() for a, b in zip(expected, got, strict=True)]
+        once_only()
         groups.mpu = None
         forget_groups()
     return found
+
+
+def once_only():
+    """A gradient's gradient would lack what lies on the other ranks."""
+    x = torch.ones(2, requires_grad=True)
+    found, = torch.autograd.grad(gather_tokens(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        found.sum().backward()
 
 
 def forget_groups():

@@ -4,6 +4,7 @@ Where experts are not cut over tensor ranks, each of these ranks takes its part 
 (`drop_tokens`), and all get every answer back (`gather_tokens`). One is the other's backward.
 """
 import torch
+from torch.autograd.function import once_differentiable
 
 from .. import comm
 from ..utils import groups
@@ -37,6 +38,7 @@ class _Drop(torch.autograd.Function):
         return _drop(x, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _gather(grad, ctx.dim), None
 
@@ -48,6 +50,7 @@ class _Gather(torch.autograd.Function):
         return _gather(x, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return _drop(grad, ctx.dim), None
 

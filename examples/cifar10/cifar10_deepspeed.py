@@ -231,6 +231,10 @@ def train(trainer, args, test_set):
             accuracies.append((n_seen, correct.sum().item() / total.sum().item()))
     if recent:
         losses.append((n_seen, sum(recent) / len(recent)))
+        if args.moe and not loads:  # a run of less than an interval
+            loads.append((n_seen, shares(trainer)))
+            if trainer.rank == 0:
+                tqdm.write(load_line(*loads[-1]))
     return losses, accuracies, loads, correct, total, n_seen / seconds
 
 

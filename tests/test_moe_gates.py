@@ -150,8 +150,6 @@ def test_wrong_arguments_are_named():
     for factor, least in ((math.nan, 4), (math.inf, 4), (-1.0, -1)):
         with pytest.raises(ValueError, match=f"capacity factor {factor}, min_capacity {least}; allowed: finite, and"):
             top2gating(logits, factor, least)
-    with pytest.raises(ValueError, match="x has 7 columns and weight 24"):
-        TopKGate(M, 4)(torch.zeros(8, 7))
     with pytest.raises(ValueError, match="chooses among 5 experts, and there are 4: 4 on each of 1 ranks"):
         MOELayer(TopKGate(M, 5), Parts([nn.Identity()] * 4), "ep_size_1", 1, 4)(torch.zeros(8, M))
     with pytest.raises(ValueError, match="5 experts gave 4 outputs"):
@@ -166,6 +164,8 @@ def test_the_core_refuses_tensors_that_do_not_fit():
     router, x, weight = Router(1), torch.zeros(4, M), torch.zeros(3, M)
     with pytest.raises(ValueError, match="logits has 8 elements of fp32, expected: 12 of fp32"):
         router.logits(x, weight, torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="x has 7 columns and weight 24"):
+        router.logits(torch.zeros(4, 7), weight, torch.zeros(4, 3))
     with pytest.raises(ValueError, match="x is not contiguous"):
         router.logits(torch.zeros(M, 4).t(), weight, torch.zeros(4, 3))
     with pytest.raises(TypeError, match="weight must be a tensor"):

@@ -101,12 +101,26 @@ def layers_on_ranks(rank, world):
             found[name, size] = {"loss": abs(loss - reference[0]) / abs(reference[0]), "counts": counts == reference[1],
                                  "grads": furthest(reference[2], grads), "again": digest(grads) == digest(again[2])}
     found["empty"] = empty_handed(rank)
+    found["some"] = with_gradients_on_some(rank)
     found["tensor"] = over_tensor_ranks(rank)
     found["tensor engines"] = engines_over_tensor_ranks(rank)
     with pytest.raises(ValueError) as error:
         MoE(M, nn.Linear(M, M), num_experts=8, ep_size=8)
     found["error"] = str(error.value)
     return found
+
+
+def with_gradients_on_some(rank):
+    """[largest difference of gradients from a layer on one rank] where the gate is frozen and only rank 0's tokens
+    want a gradient: the others' come back to it all the same."""
+    found = []
+    for size in SIZES:
+        net = Net(size)
+        net.moe.deepspeed_moe.gate.requires_grad_(False)
+        net.first.requires_grad_(rank == 0)
+        net(tokens(rank, 4)).backward()
+        found.append(net.whole(grad))
+    return [furthest(found[0], other) for other in found[1:]]
 
 
 def empty_handed(rank):
@@ -373,6 +387,10 @@ def test_ranks_without_tokens_experts_without_tokens_and_capacity_zero_neither_h
             assert loss == pytest.approx(found["empty"][name, 1][0], rel=1e-5)
             assert counts == found["empty"][name, 1][2]
     assert layers[1]["empty"]["no tokens on rank 1", 2][2] == [0] * E
+
+
+def test_all_ranks_exchange_gradients_where_one_wants_them(layers):
+    assert max(max(found["some"]) for found in layers) < 1e-5
 
 
 @pytest.mark.parametrize("k", [1, 2])

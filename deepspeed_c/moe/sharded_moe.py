@@ -455,6 +455,9 @@ class MOELayer(nn.Module):
     def _visit(self, parts, before=None, after=None):
         """What this layer's experts, wherever they are, make of the parts; before and after, where given, change what
         goes into and comes from this rank's."""
+        if self.ep_size > 1 and torch.is_grad_enabled():
+            # Gradients go back to all ranks if to one, whatever each of them has frozen.
+            parts = [part if part.requires_grad else part.requires_grad_() for part in parts]
         parts = self._exchange(parts)
         if before is not None:
             parts = [before(part) for part in parts]

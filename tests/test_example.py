@@ -347,7 +347,8 @@ def test_experts_on_two_ranks_without_deepspeed_are_refused(script, monkeypatch,
 def test_experts_without_deepspeed_train_in_one_process(images, tmp_path, interval, n_seen):
     data = digits_as_cifar(images, tmp_path)
     result = run([sys.executable, SCRIPT, "--moe", "--num-experts", 4, "--top-k", 3, "--train-samples", 160, "-e", 1,
-                  "--log-interval", interval, "--dtype", "bf16", "--data-dir", data, "--out", tmp_path], OMP_NUM_THREADS="1")
+                  "--log-interval", interval, "--dtype", "bf16", "--data-dir", data, "--out", tmp_path],
+                 OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert "layers of 4 experts, top-3, bf16, 1 rank" in result.stdout and f"{n_seen} images, load" in result.stdout
 

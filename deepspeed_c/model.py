@@ -95,6 +95,14 @@ def broadcast(reduction, parameters):
             reduction.comms[reduction.index(p)].broadcast(flat(p), 0)
 
 
+def _check_marks(module, params):
+    nameless = [p for p in params if is_expert(p) and getattr(p, "group_name", None) is None]
+    if nameless:
+        names = {id(p): name for name, p in module.named_parameters()}
+        raise ValueError(f"parameter {names.get(id(nameless[0]), '(not in the model)')} is an expert's (allreduce is "
+                         "False) and has no group_name; allowed: the name of its expert groups, such as 'ep_size_2'")
+
+
 def make_groups(module, model_parameters):
     """[{"params": [...], ...}] of parameters that require a gradient; empty groups are dropped.
 
@@ -116,6 +124,7 @@ def make_groups(module, model_parameters):
             if not isinstance(p, torch.Tensor):
                 raise TypeError(f"model_parameters holds a {type(p).__name__}; allowed: parameters, or group dicts")
         params = [p for p in params if p.requires_grad]
+        _check_marks(module, params)
         if params:
             groups.append({**item, "params": params})
     if any(is_expert(p) for group in groups for p in group["params"]):

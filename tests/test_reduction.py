@@ -340,6 +340,9 @@ def wrong(rank, world):
     module.weight.allreduce, module.weight.group_name = False, "ep_size_3"
     with pytest.raises(ValueError, match="parameter weight is an expert's.*'ep_size_3'.*ep_size_2"):
         deepspeed.initialize(model=module, config=config(1))
+    del module.weight.group_name
+    with pytest.raises(ValueError, match="parameter weight is an expert's.*has no group_name; allowed"):
+        deepspeed.initialize(model=module, config=config(1))
     module = Net(rank)
     module.outer = nn.Linear(WIDTH, 3 + rank // 2)
     before = models.bits(module)

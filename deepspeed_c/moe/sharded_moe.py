@@ -16,6 +16,7 @@ from .. import _core
 from ..comm import all_reduce, all_to_all_single
 from ..utils import groups
 from ..utils.logging import logger
+from .mappings import drop_tokens, gather_tokens
 
 __all__ = ["MOELayer", "TopKGate", "top1gating", "top2gating", "topkgating"]
 
@@ -445,8 +446,6 @@ class MOELayer(nn.Module):
     def _share_tokens(self, parts):
         """Tensor-parallel ranks hold the same tokens: each sends its share of the places. Experts that are cut over
         these ranks need all places again, and give their share of the answers."""
-        from .mappings import drop_tokens, gather_tokens
-
         cut = groups._are_cut(self.ep_group_name)
         parts = [drop_tokens(part, 2) for part in parts]
         outputs = self._visit(parts, *((partial(gather_tokens, dim=2), partial(drop_tokens, dim=2)) if cut else ()))

@@ -189,7 +189,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
     def _take_module(self, parameters):
         """Gives the module its dtype and rank 0's values, and opens the core over what is trained."""
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
-        prepare_experts(self.module, self._config.get("use_data_before_expert_parallelism"))
+        prepare_experts(self.module, self._config.get("use_data_before_expert_parallelism"), self.mp_world_size)
         everything = model_setup.every(self.module, self._params)
         reduction = Reduction(self._layout, everything)
         model_setup.cast(self.module, dtype)

@@ -26,13 +26,19 @@ def _group_of(p):
     return getattr(p, "group_name", None) if is_expert(p) else None
 
 
-def prepare_experts(module, data_first):
+def prepare_experts(module, data_first, tensor_size):
     """Layers that share experts out make their groups of ranks, unless they have. Collective over all ranks.
 
-    data_first: ``use_data_before_expert_parallelism`` of the configuration."""
-    for child in module.modules():
-        if hasattr(child, "set_deepspeed_parallelism"):
-            child.set_deepspeed_parallelism(data_first)
+    data_first: ``use_data_before_expert_parallelism`` of the configuration. tensor_size: the engine's tensor-parallel
+    ranks; ValueError where the layers, which ask utils.groups, would find others."""
+    layers = [child for child in module.modules() if hasattr(child, "set_deepspeed_parallelism")]
+    seen = groups.get_tensor_model_parallel_world_size()
+    if layers and seen != tensor_size:
+        raise ValueError(f"layers with experts see {seen} tensor-parallel ranks in utils.groups (its mpu is that of "
+                         f"another engine?) and this engine has {tensor_size}; pass initialize the same mpu, or set "
+                         "deepspeed_c.utils.groups.mpu to None first")
+    for layer in layers:
+        layer.set_deepspeed_parallelism(data_first)
 
 
 class Reduction:

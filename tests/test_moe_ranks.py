@@ -332,6 +332,9 @@ def engines_over_tensor_ranks(rank):
             found[ep_size, cut, stage] = [(a - b).abs().max().item() for a, b in zip(expected, got, strict=True)]
             engine.destroy()
     found["both"] = both_kinds(rank, mpu)
+    with pytest.raises(ValueError, match="see 2 tensor-parallel ranks.*this engine has 1"):  # without the mpu
+        deepspeed.initialize(model=Shared(1, False), config={
+            "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.05}}})
     groups.mpu = None
     forget_groups()
     return found

@@ -332,12 +332,29 @@ def engines_over_tensor_ranks(rank):
             found[ep_size, cut, stage] = [(a - b).abs().max().item() for a, b in zip(expected, got, strict=True)]
             engine.destroy()
     found["both"] = both_kinds(rank, mpu)
+    uneven(rank, mpu)
     with pytest.raises(ValueError, match="see 2 tensor-parallel ranks.*this engine has 1"):  # without the mpu
         deepspeed.initialize(model=Shared(1, False), config={
             "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.05}}})
     groups.mpu = None
     forget_groups()
     return found
+
+
+def uneven(rank, mpu):
+    """Tensor ranks with different numbers of parameters that both freeze the same one of their experts."""
+    forget_groups()
+    extra = {"extra": nn.Linear(2, 2)} if rank % 2 else {}
+    engine, *_ = deepspeed.initialize(model=nn.ModuleDict({**extra, "layer": Shared(1, False)}), mpu=mpu, config={
+        "train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "SGD", "params": {"lr": 0.05}}})
+    layer = engine.module["layer"]
+    expert = layer.moe.deepspeed_moe.experts.deepspeed_experts[0]
+    expert.up.requires_grad_(False)
+    before = expert.up.clone(), expert.down.clone()
+    engine.backward(layer(tokens(rank // 2, 4)))
+    engine.step()
+    assert torch.equal(expert.up, before[0]) and not torch.equal(expert.down, before[1])
+    engine.destroy()
 
 
 class Both(nn.Module):

@@ -15,9 +15,10 @@ from deepspeed_c._core import Comm
 from ranks import die
 
 import deepspeed_c as deepspeed
-from deepspeed_c import CommError, comm
+from deepspeed_c import CommError, comm, reduction
 from deepspeed_c import engine as engine_module
 from deepspeed_c.distributed import engine_comm, group_comm, world_comm
+from deepspeed_c.mpu import MpuLayout
 
 WITHIN = 5.0  # seconds in which a lost rank is an error elsewhere
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.int8, torch.int16]
@@ -573,7 +574,8 @@ def trains_in_pairs(rank, world, victim):
     odd = rank % 2
     members = [3, 1] if odd else [0, 2]
     pair = world_comm().group(members, f"pair {odd}", 20.0)
-    engine_module.engine_comm = lambda: pair
+    engine_module.engine_comm = reduction.engine_comm = lambda ranks=None: pair
+    engine_module.mpu_layout = lambda mpu: MpuLayout(tuple(members), 2, pair.rank, (rank,))
     torch.set_num_threads(1)
     module = models.make()
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(),

@@ -85,6 +85,14 @@ enum { DSC_PARAM_ALIGN = 16 };
 /* Elements of one norm block; every rank's range is a whole number of blocks (contract N2). */
 enum { DSC_BLOCK = 1024 };
 
+/* FNV-1a: `hash` goes on over these bytes; DSC_HASH_START begins one. */
+#define DSC_HASH_START ((uint64_t)0xcbf29ce484222325u)
+static inline uint64_t dsc_hash(uint64_t hash, const void *data, size_t n_bytes) {
+    const unsigned char *bytes = (const unsigned char *)data;
+    for (size_t i = 0; i < n_bytes; i++)
+        hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
+}
 static inline size_t dsc_round_up(size_t n, size_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }

@@ -12,13 +12,6 @@
 
 /* ---- opening ---- */
 
-uint64_t dsc__engine_hash(uint64_t hash, const void *data, size_t n) {
-    const unsigned char *bytes = data;
-    for (size_t i = 0; i < n; i++)
-        hash = (hash ^ bytes[i]) * 0x100000001b3u; /* FNV-1a */
-    return hash;
-}
-
 /* What all control ranks must have alike, and what those of one data-parallel group must. */
 struct settings {
     int32_t stage, overlap, optim, whole, skip_nonfinite, many_micro_steps;
@@ -43,7 +36,7 @@ static struct identity identity_of(const struct dsc_engine *e) {
     id.settings.skip_nonfinite = e->options.skip_nonfinite;
     id.settings.many_micro_steps = e->options.many_micro_steps;
     id.settings.scale = e->options.scaler.scale;
-    id.hash = e->options.names_hash ^ DSC__HASH_START;
+    id.hash = e->options.names_hash ^ DSC_HASH_START;
     id.n_params = e->n_params;
     id.n_groups = e->n_groups;
     for (size_t g = 0; g < DSC_REDUCE_MAX; g++)
@@ -51,7 +44,7 @@ static struct identity identity_of(const struct dsc_engine *e) {
     for (size_t i = 0; i < e->n_params; i++) {
         uint64_t row[4] = {e->params[i].n_elems, (uint64_t)e->params[i].dtype,
                            (uint64_t)e->params[i].group, (uint64_t)e->params[i].reduce};
-        id.hash = dsc__engine_hash(id.hash, row, sizeof row);
+        id.hash = dsc_hash(id.hash, row, sizeof row);
         id.n_elems += e->params[i].n_elems;
     }
     return id;

@@ -20,9 +20,6 @@
 
 #include <sys/types.h>
 
-/* FNV-1a starts here. */
-#define DSC__HASH_START ((uint64_t)0xcbf29ce484222325u)
-
 enum { DSC__ENGINE_RUN = 4 * DSC_BLOCK };
 
 /* Where the first non-finite element of a step was seen on this rank. */
@@ -81,7 +78,6 @@ struct dsc_engine {
     char label[64];
 };
 
-uint64_t dsc__engine_hash(uint64_t hash, const void *data, size_t n_bytes);
 const struct dsc_segment *dsc__engine_segment(const struct dsc_engine *e, size_t param);
 bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param);
 /* Of a space, -1: of no space, which is neither. */

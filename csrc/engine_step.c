@@ -40,14 +40,14 @@ struct dsc__plan {
 };
 
 static uint64_t hyper_hash(const struct dsc_engine *e, const struct dsc_hyper *groups) {
-    uint64_t hash = DSC__HASH_START;
+    uint64_t hash = DSC_HASH_START;
     for (int g = 0; g < e->n_groups; g++) {
         const struct dsc_hyper *h = &groups[g];
         double row[] = {h->lr,        h->weight_decay,  h->beta1,      h->beta2,
                         h->eps,       h->momentum,      h->dampening,  h->lr_decay,
                         h->min_coeff, h->max_coeff,     h->decoupled,  h->bias_correction,
                         h->nesterov,  h->raw_numerator, h->eps_inside, e->steps[g]};
-        hash = dsc__engine_hash(hash, row, sizeof row);
+        hash = dsc_hash(hash, row, sizeof row);
     }
     return hash;
 }
@@ -58,11 +58,11 @@ static void frozen_hashes(const struct dsc_engine *e, const struct dsc_view *vie
                           uint64_t *hash) {
     size_t n_seen[DSC_REDUCE_MAX] = {0};
     for (size_t g = 0; g < DSC_REDUCE_MAX; g++)
-        hash[g] = DSC__HASH_START;
+        hash[g] = DSC_HASH_START;
     for (size_t i = 0; i < e->n_params; i++) {
         int g = e->params[i].reduce;
         if (views[i].frozen)
-            hash[g] = dsc__engine_hash(hash[g], &n_seen[g], sizeof n_seen[g]);
+            hash[g] = dsc_hash(hash[g], &n_seen[g], sizeof n_seen[g]);
         n_seen[g]++;
     }
 }

@@ -445,14 +445,6 @@ static enum dsc_status check_group(const struct dsc_comm *parent, const int *ran
     return DSC_OK;
 }
 
-/* FNV-1a. */
-static uint64_t hash_of(const void *data, size_t n_bytes) {
-    uint64_t hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n_bytes; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * 0x100000001b3u;
-    return hash;
-}
-
 /* A group ends its opening with an agreement on who belongs. */
 enum dsc_status dsc_comm_open_group(struct dsc_comm *parent, const struct dsc_comm_options *options,
                                     const int *ranks, int n_ranks, const char *name,
@@ -464,7 +456,7 @@ enum dsc_status dsc_comm_open_group(struct dsc_comm *parent, const struct dsc_co
     struct dsc_comm *comm = NULL;
     DSC_TRY(dsc__check_usable(parent));
     DSC_TRY(check_group(parent, ranks, n_ranks, name, &group));
-    group.key = hash_of(name, strlen(name)) | 1;
+    group.key = dsc_hash(DSC_HASH_START, name, strlen(name)) | 1;
     if (n_ranks == 1)
         return dsc_comm_open_self(group.options, out);
     if (!parent->backend->open_group)
@@ -472,7 +464,8 @@ enum dsc_status dsc_comm_open_group(struct dsc_comm *parent, const struct dsc_co
                         parent->backend->name);
     DSC_TRY(parent->backend->open_group(parent->state, &group, &comm));
     enum dsc_status status =
-        dsc_comm_meet(comm, name, hash_of(ranks, (size_t)n_ranks * sizeof *ranks), NULL, 0, NULL);
+        dsc_comm_meet(comm, name, dsc_hash(DSC_HASH_START, ranks, (size_t)n_ranks * sizeof *ranks),
+                      NULL, 0, NULL);
     if (status != DSC_OK) {
         dsc_comm_close(comm);
         return status;

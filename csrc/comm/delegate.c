@@ -46,14 +46,6 @@ static enum dsc_status run_move(struct dsc__delegate *d, const struct dsc_move *
 
 /* ---- agreement ---- */
 
-static uint64_t hash_bytes(const void *data, size_t n_bytes) {
-    const unsigned char *bytes = data;
-    uint64_t hash = 0xcbf29ce484222325u; /* FNV-1a */
-    for (size_t i = 0; i < n_bytes; i++)
-        hash = (hash ^ bytes[i]) * 0x100000001b3u;
-    return hash;
-}
-
 static enum dsc_status gather(struct dsc__delegate *d, const void *mine, size_t n_bytes,
                               void *all) {
     struct dsc_move move = {
@@ -69,7 +61,7 @@ static enum dsc_status gather(struct dsc__delegate *d, const void *mine, size_t 
 static enum dsc_status agree(void *state, const struct dsc__print *mine, const void *payload,
                              size_t n_payload) {
     struct dsc__delegate *d = state;
-    int64_t hash = (int64_t)hash_bytes(mine, sizeof *mine), least[2] = {hash, ~hash};
+    int64_t hash = (int64_t)dsc_hash(DSC_HASH_START, mine, sizeof *mine), least[2] = {hash, ~hash};
     struct dsc_move move = {
         .kind = DSC_MOVE_MINIMUM, .dst = fill_area(d, 0), .n_bytes = sizeof least};
     d->current = *mine;
@@ -470,7 +462,7 @@ static void name_channel(struct dsc__delegate *d, const char *name) {
         snprintf(d->channel, sizeof d->channel, "%s", name);
     else
         snprintf(d->channel, sizeof d->channel, "%.28s~%016llx", name,
-                 (unsigned long long)hash_bytes(name, strlen(name)));
+                 (unsigned long long)dsc_hash(DSC_HASH_START, name, strlen(name)));
 }
 
 static enum dsc_status allocate(struct dsc__delegate *d, size_t size) {

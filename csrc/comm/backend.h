@@ -13,7 +13,12 @@
 #include <stdatomic.h>
 #include <sys/types.h>
 
-enum { DSC__LABEL_MAX = 64, DSC__CALL_TEXT_MAX = 192, DSC__REASON_MAX = 1024 };
+enum {
+    DSC__TOKEN_CHARS = 32,
+    DSC__LABEL_MAX = 64,
+    DSC__CALL_TEXT_MAX = 192,
+    DSC__REASON_MAX = 1024
+};
 
 /* The fingerprint of one operation. Every byte is set (padding included), so memcmp compares it. */
 struct dsc__print {
@@ -23,6 +28,15 @@ struct dsc__print {
     uint32_t op, dtype, reduce, root, size, zero;
     char label[DSC__LABEL_MAX];
 };
+
+/* Whether two tokens, what a connection shows to be of this job, are equal; in a time that does not
+ * depend on where they differ. */
+static inline bool dsc__same_token(const char *a, const char *b) {
+    unsigned difference = 0;
+    for (int i = 0; i < DSC__TOKEN_CHARS; i++)
+        difference |= (unsigned char)a[i] ^ (unsigned char)b[i];
+    return difference == 0;
+}
 
 /* Lengths of an all_to_all with uneven parts, checked against all other ranks'. */
 struct dsc__parts {

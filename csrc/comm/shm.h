@@ -27,7 +27,7 @@ enum {
     DSC__SHM_LANES = 8, /* messages on their way between two ranks, per direction */
     DSC__SHM_LANE_BYTES = 1 << 20,
     DSC__SHM_BLOCKED_TEXT = 320,
-    DSC__SHM_TOKEN = 33, /* 16 random bytes as text */
+    DSC__SHM_TOKEN = DSC__TOKEN_CHARS + 1, /* 16 random bytes as text */
     DSC__SHM_PRINT_WORDS = sizeof(struct dsc__print) / sizeof(uint64_t),
 };
 _Static_assert(DSC__SHM_PRINT_WORDS == 14, "a fingerprint fills a slot of 16 words");

@@ -40,14 +40,6 @@ static enum dsc_status random_text(char text[DSC__SHM_TOKEN]) {
     return DSC_OK;
 }
 
-/* In time that does not depend on where two tokens differ. */
-static bool same_token(const char *a, const char *b) {
-    unsigned difference = 0;
-    for (int i = 0; i < DSC__SHM_TOKEN - 1; i++)
-        difference |= (unsigned char)a[i] ^ (unsigned char)b[i];
-    return difference == 0;
-}
-
 /* An abstract name: a NUL and the text; gone with the socket, never in the file system. */
 static socklen_t abstract_name(const char *address, struct sockaddr_un *out) {
     size_t n = strnlen(address, sizeof out->sun_path - 1);
@@ -177,7 +169,7 @@ static enum dsc_status hear_guest(struct hall *hall, int i) {
     if (got == DSC__SHM_NOTHING)
         return DSC_OK;
     if (got != DSC__SHM_GOT || !belongs(hall->gathering, &hello) ||
-        !same_token(hello.text, hall->listener->token)) {
+        !dsc__same_token(hello.text, hall->listener->token)) {
         if (got == DSC__SHM_GOT)
             dsc__shm_close_fds(&hello);
         drop_guest(hall, i);

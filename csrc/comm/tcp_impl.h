@@ -13,7 +13,7 @@ enum { DSC__MAIL_STRANGERS = 16, DSC__MAIL_SMALL = 1024 };
 /* On the wire, in the order of the machines' bytes; all ranks are of one kind (the hello tells). */
 struct dsc__hello {
     uint64_t magic;
-    char token[DSC__MAIL_TOKEN];
+    char token[DSC__TOKEN_CHARS];
     int32_t from, to;
 };
 enum dsc__letter_kind { DSC__LETTER = 1, DSC__BODY }; /* a short LETTER's bytes follow at once */
@@ -76,7 +76,7 @@ struct dsc__link {
 
 struct dsc__mail {
     int rank, size, listener, wake;
-    char token[DSC__MAIL_TOKEN];
+    char token[DSC__TOKEN_CHARS];
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -87,7 +87,7 @@ struct dsc__mail {
     struct dsc__mail_place {
         struct sockaddr_storage address;
         socklen_t n_address; /* 0: not known yet */
-        char token[DSC__MAIL_TOKEN];
+        char token[DSC__TOKEN_CHARS];
     } * places;
     struct dsc__link *links; /* 2 * size: to each rank, then from each */
     struct dsc__link strangers[DSC__MAIL_STRANGERS];

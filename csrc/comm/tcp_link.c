@@ -133,11 +133,9 @@ static void read_hello(struct dsc__mail *mail, struct dsc__link *link) {
     if (!read_head(link, sizeof link->in.hello))
         return;
     const struct dsc__hello *hello = &link->in.hello;
-    unsigned char differs = 0;
-    for (int i = 0; i < DSC__MAIL_TOKEN; i++) /* in a time that tells nothing */
-        differs |= (unsigned char)(hello->token[i] ^ mail->token[i]);
-    bool known = hello->magic == MAGIC && !differs && hello->to == mail->rank && hello->from >= 0 &&
-                 hello->from < mail->size && hello->from != mail->rank;
+    bool known = hello->magic == MAGIC && dsc__same_token(hello->token, mail->token) &&
+                 hello->to == mail->rank && hello->from >= 0 && hello->from < mail->size &&
+                 hello->from != mail->rank;
     struct dsc__link *place = known ? dsc__link_from(mail, hello->from) : NULL;
     if (!place || place->state != DSC__LINK_NONE) {
         link->failed = true;

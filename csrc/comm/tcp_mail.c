@@ -350,11 +350,11 @@ bool dsc__mail_knows(struct dsc__mail *mail, int peer) {
 }
 
 enum dsc_status dsc__mail_introduce(struct dsc__mail *mail, int peer, const char *where) {
-    char host[256], port[8], token[DSC__MAIL_TOKEN + 1];
+    char host[256], port[8], token[DSC__TOKEN_CHARS + 1];
     const char *second = strchr(where, ' '), *third = second ? strchr(second + 1, ' ') : NULL;
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *found = NULL;
     if (!third || (size_t)(second - where) >= sizeof host ||
-        (size_t)(third - second) > sizeof port || strlen(third + 1) != DSC__MAIL_TOKEN)
+        (size_t)(third - second) > sizeof port || strlen(third + 1) != DSC__TOKEN_CHARS)
         return DSC_FAIL(DSC_EDEAD, "rank %d has left no address for messages (\"%.60s\")", peer,
                         where);
     snprintf(host, sizeof host, "%.*s", (int)(second - where), where);
@@ -447,9 +447,9 @@ enum dsc_status dsc__mail_open(int listener, const char *token, int rank, int si
                                struct dsc__mail **out) {
     struct dsc__mail *mail = NULL;
     enum dsc_status status = DSC_OK;
-    if (strlen(token) != DSC__MAIL_TOKEN)
+    if (strlen(token) != DSC__TOKEN_CHARS)
         status = DSC_FAIL(DSC_EINVAL, "messages: a token of %d characters is expected",
-                          (int)DSC__MAIL_TOKEN);
+                          (int)DSC__TOKEN_CHARS);
     if (status == DSC_OK)
         status = dsc_alloc(sizeof *mail, (void **)&mail);
     if (status != DSC_OK) {
@@ -460,7 +460,7 @@ enum dsc_status dsc__mail_open(int listener, const char *token, int rank, int si
     mail->size = size;
     mail->listener = listener;
     mail->wake = -1;
-    memcpy(mail->token, token, DSC__MAIL_TOKEN);
+    memcpy(mail->token, token, DSC__TOKEN_CHARS);
     if ((status = allocate(mail, size)) == DSC_OK)
         status = start(mail);
     if (status != DSC_OK) {

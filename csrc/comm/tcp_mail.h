@@ -12,11 +12,11 @@
 
 #include "backend.h"
 
-enum { DSC__MAIL_EAGER = 1 << 20, DSC__MAIL_UNTAKEN_MAX = 8, DSC__MAIL_TOKEN = 32 };
+enum { DSC__MAIL_EAGER = 1 << 20, DSC__MAIL_UNTAKEN_MAX = 8 };
 struct dsc__mail;
 
-/* `listener`: a listening TCP socket, taken over also on failure. token: DSC__MAIL_TOKEN characters
- * that a connection to it has to show. */
+/* `listener`: a listening TCP socket, taken over also on failure. token: DSC__TOKEN_CHARS
+ * characters that a connection to it has to show. */
 enum dsc_status dsc__mail_open(int listener, const char *token, int rank, int size,
                                struct dsc__mail **out);
 /* Ends the thread; later calls fail. Other ranks see no end before close. */

@@ -5,18 +5,10 @@
 
 #include "case.h"
 #include "fpenv.h"
+#include "random.h"
 
 #include <float.h>
 #include <math.h>
-
-static uint64_t random_state = 0x9E3779B97F4A7C15u;
-
-static uint64_t next_random(void) {
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state;
-}
 
 static uint32_t bits_of(float x) {
     uint32_t bits;

@@ -4,19 +4,12 @@
 #include "case.h"
 #include "fpenv.h"
 #include "kernels/kernels.h"
+#include "random.h"
 
 #include <math.h>
 
 enum { S = 700, E = 7, K = 3, M = 515, C = 90 };
 
-static uint64_t random_state = 0x9E3779B97F4A7C15u;
-
-static uint64_t next_random(void) {
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return random_state;
-}
 /* Few different values, so that ties abound. */
 static float next_tied(void) {
     return (float)(int)(next_random() >> 40 & 7) * 0.25f - 1.0f;

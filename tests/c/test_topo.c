@@ -1,6 +1,7 @@
 /* Grids of ranks and their groups: against brute force for every factorisation of up to 64 ranks,
  * the documented expert layouts, and errors with the numbers. */
 #include "case.h"
+#include "random.h"
 #include "topo.h"
 
 enum { MOST = 64, N_AXES = 6 };
@@ -86,11 +87,8 @@ static uint32_t mask(const struct dsc_topo *topo, const char *a, const char *b) 
     return b ? dims | UINT32_C(1) << dsc_topo_find(topo, b) : dims;
 }
 
-static uint64_t random_state = 88172645463325252u;
 static int draw(int n) {
-    random_state ^= random_state << 13, random_state ^= random_state >> 7;
-    random_state ^= random_state << 17;
-    return (int)(random_state % (uint64_t)n);
+    return (int)(next_random() % (uint64_t)n);
 }
 
 /* A random order of all six dimensions, or the usual one; pp last, so that every layout is one. */

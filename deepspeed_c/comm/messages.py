@@ -60,15 +60,20 @@ def isend(tensor, dst=None, group=None, tag=0, group_dst=None):
     return Work([work], [])
 
 
+def _source(group, src, group_src):
+    """Whom the core shall hear: -1 for whichever rank sends first."""
+    peer = _peer(group, src, group_src)
+    return -1 if peer is None else peer
+
+
 @timed_op
 def recv(tensor, src=None, group=None, tag=0, group_src=None):
     """Receives into `tensor` from global rank src (None: from whichever sends first); returns the sender."""
     comm = _comm(group, tensor)
     if comm is None:
         return dist.recv(tensor, src, group, tag, group_src)
-    peer = _peer(group, src, group_src)
     whole = tensor.detach().contiguous()
-    sender = comm.recv(whole, -1 if peer is None else peer, _channel(group, tag))
+    sender = comm.recv(whole, _source(group, src, group_src), _channel(group, tag))
     if whole.data_ptr() != tensor.data_ptr():
         _copy(tensor, whole)
     else:
@@ -82,9 +87,8 @@ def irecv(tensor, src=None, group=None, tag=0, group_src=None):
     comm = _comm(group, tensor)
     if comm is None:
         return dist.irecv(tensor, src, group, tag, group_src)
-    peer = _peer(group, src, group_src)
-    return in_place(tensor, True,
-                    lambda t: comm.recv(t, -1 if peer is None else peer, _channel(group, tag), None, True))
+    source = _source(group, src, group_src)
+    return in_place(tensor, True, lambda t: comm.recv(t, source, _channel(group, tag), None, True))
 
 
 class P2POp:

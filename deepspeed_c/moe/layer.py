@@ -10,11 +10,9 @@ from torch import nn
 from ..mpu import ask
 from ..utils import groups
 from .experts import Experts, first_of
-from .sharded_moe import MOELayer, TopKGate
+from .sharded_moe import POLICIES, MOELayer, TopKGate
 
 __all__ = ["MoE"]
-
-NOISE_POLICIES = (None, "None", "Jitter", "RSample")
 
 
 def _check(num_experts, ep_size, k, noisy_gate_policy, **sizes):
@@ -29,7 +27,7 @@ def _check(num_experts, ep_size, k, noisy_gate_policy, **sizes):
                          f"{ep_size} ranks holds equally many experts")
     if k > num_experts:
         raise ValueError(f"MoE: k is {k} and num_experts {num_experts}; a token goes to at most all of them")
-    if noisy_gate_policy not in NOISE_POLICIES:
+    if noisy_gate_policy not in POLICIES:
         raise ValueError(f"MoE: noisy_gate_policy is {noisy_gate_policy!r}; allowed: None, 'None', 'Jitter', 'RSample'")
     if dist.is_initialized() and dist.get_world_size() % ep_size:
         raise ValueError(f"MoE: ep_size is {ep_size} and there are {dist.get_world_size()} ranks; ep_size must divide "

@@ -31,36 +31,30 @@ def _gather(x, dim):
     return torch.cat(parts.unbind(), dim)
 
 
-class _Drop(torch.autograd.Function):
+class _Mapped(torch.autograd.Function):
+    """there(x, dim), with back(gradient, dim) for its gradient."""
+
     @staticmethod
-    def forward(ctx, x, dim):
-        ctx.dim = dim
-        return _drop(x, dim)
+    def forward(ctx, x, dim, there, back):
+        ctx.dim, ctx.back = dim, back
+        return there(x, dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return _gather(grad, ctx.dim), None
+        return ctx.back(grad, ctx.dim), None, None, None
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, dim):
-        ctx.dim = dim
-        return _gather(x, dim)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _drop(grad, ctx.dim), None
+def _mapped(x, dim, there, back):
+    return x if groups.get_tensor_model_parallel_world_size() == 1 else _Mapped.apply(x, dim, there, back)
 
 
 def drop_tokens(input_, dim=0):
     """This rank's of as many equal parts of `input_` along dim as there are tensor-parallel ranks; all of it where
     there is one. ValueError where they do not divide it. Collective in its backward."""
-    return input_ if groups.get_tensor_model_parallel_world_size() == 1 else _Drop.apply(input_, dim)
+    return _mapped(input_, dim, _drop, _gather)
 
 
 def gather_tokens(input_, dim=0):
     """The tensor-parallel ranks' parts, in their order along dim. Collective in its forward."""
-    return input_ if groups.get_tensor_model_parallel_world_size() == 1 else _Gather.apply(input_, dim)
+    return _mapped(input_, dim, _gather, _drop)

@@ -169,13 +169,20 @@ def _routes(logits, rule, capacity_of, noise=None, used=None, priority_of=_no_pr
     return Routes(l_aux, weights, slots, entries, counts, entries.numel() // counts.numel())
 
 
-def _capacity(logits, k, factor, min_capacity, group):
+def _capacity_of(logits, k, factor, min_capacity, drop_tokens, group):
+    """A function from the choices of each expert to the capacity, which the ranks of the expert group agree on."""
+    if drop_tokens:
+        return lambda counts: _agreed(_capacity(logits, k, factor, min_capacity), group)
+    return lambda counts: _agreed(int(counts.max()), group)
+
+
+def _capacity(logits, k, factor, min_capacity):
     """max(ceil(S / E * k * factor), min_capacity); the product is rounded to float32, as DeepSpeed's is."""
     if not (math.isfinite(factor) and min_capacity >= 0):
         raise ValueError(f"capacity factor {factor!r}, min_capacity {min_capacity!r}; allowed: finite, and >= 0")
     n_tokens, n_experts = logits.shape
     each = torch.tensor(float(factor * k), dtype=torch.float32) * (n_tokens / n_experts)
-    return _agreed(max(int(torch.ceil(each)), int(min_capacity)), group)
+    return max(int(torch.ceil(each)), int(min_capacity))
 
 
 def _agreed(capacity, group):
@@ -205,21 +212,12 @@ def _top1(logits, capacity_factor, min_capacity, used_token, noisy_gate_policy, 
     used = None if used_token is None else (used_token.reshape(-1) != 0).to(torch.int32)
     # Drawn wherever DeepSpeed draws it, so that what is drawn next is the same.
     uniform = _uniform(logits) if use_rts else None
-
-    def capacity_of(counts):
-        if drop_tokens:
-            return _capacity(logits, 1, capacity_factor, min_capacity, ep_group)
-        return _agreed(int(counts.max()), ep_group)
-
+    capacity_of = _capacity_of(logits, 1, capacity_factor, min_capacity, drop_tokens, ep_group)
     return _routes(logits, ("top1", 1), capacity_of, noise, used, lambda gates: uniform)
 
 
 def _top2(logits, capacity_factor, min_capacity, drop_tokens, ep_group, top2_2nd_expert_sampling):
-    def capacity_of(counts):
-        if drop_tokens:
-            return _capacity(logits, 2, capacity_factor, min_capacity, ep_group)
-        return _agreed(int(counts.max()), ep_group)
-
+    capacity_of = _capacity_of(logits, 2, capacity_factor, min_capacity, drop_tokens, ep_group)
     return _routes(logits, ("top2", 2), capacity_of, _gumbel(logits) if top2_2nd_expert_sampling else None)
 
 
@@ -228,12 +226,7 @@ def _topk(logits, k, capacity_factor, min_capacity, drop_tokens, ep_group, drop_
         raise ValueError(f"Invalid drop_policy: {drop_policy!r}; allowed: {', '.join(map(repr, DROPS))}")
     if k < 1:
         raise ValueError(f"a token goes to k = {k} of {logits.shape[-1]} experts; allowed: 1 to {logits.shape[-1]}")
-
-    def capacity_of(counts):
-        if drop_tokens:
-            return _capacity(logits, k, capacity_factor, min_capacity, ep_group)
-        return _agreed(int(counts.max()), ep_group)
-
+    capacity_of = _capacity_of(logits, k, capacity_factor, min_capacity, drop_tokens, ep_group)
     by_gate = (lambda gates: gates) if drop_policy == "probs" else _no_priority
     return _routes(logits, ("topk", k), capacity_of, priority_of=by_gate)
 

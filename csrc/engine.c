@@ -160,7 +160,7 @@ static enum dsc_status allocate(struct dsc_engine *e, const struct dsc_param *pa
     DSC_TRY(dsc_arena_alloc(n * sizeof *e->shown_steps, (void **)&e->shown_steps));
     if (e->options.optim == DSC_OPTIM_LAMB)
         DSC_TRY(dsc_alloc(DSC_LAMB_NORMS * sizeof *e->lamb_norms, (void **)&e->lamb_norms));
-    DSC_TRY(dsc_pool_open(e->options.n_threads, &e->pool));
+    DSC_TRY(dsc_pool_open(e->options.n_threads, e->options.team, &e->pool));
     int n_ranks[DSC_REDUCE_MAX];
     for (size_t g = 0; g < e->ranks.n_reduce; g++)
         n_ranks[g] = dsc_comm_size(e->ranks.reduce[g].comm);

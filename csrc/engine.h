@@ -12,6 +12,7 @@
 
 #include "comm/comm.h"
 #include "optim.h"
+#include "pool.h"
 #include "scaler.h"
 #include "space.h"
 #include "wire.h"
@@ -52,7 +53,8 @@ struct dsc_engine_options {
     enum dsc_optim_kind optim;
     bool whole; /* cut between parameters, for a foreign optimizer that needs them whole */
     struct dsc_scaler scaler;
-    int n_threads; /* of this rank */
+    int n_threads;  /* of this rank */
+    dsc_team *team; /* whose threads they are; NULL: the engine's own */
     uint64_t
         names_hash; /* of parameter names, so that ranks with different models are told apart */
 };

@@ -35,7 +35,9 @@ struct dsc_pool {
     pthread_mutex_t lock;
     pthread_cond_t work, done;
     pid_t owner;
-    int n_workers;
+    int n_threads;
+    dsc_team *team;
+    int n_workers; /* none with a team */
     pthread_t workers[];
 };
 
@@ -156,7 +158,13 @@ static void run_inline(size_t n_items, size_t grain, void (*body)(void *, size_t
     }
 }
 
-static void run_on_workers(struct dsc_pool *pool, size_t n_items, size_t grain, uint32_t n_pieces,
+static void take_part(void *argument) {
+    uint64_t saved = dsc_fp_enter();
+    (void)work_off(argument);
+    dsc_fp_leave(saved);
+}
+
+static void run_on_threads(struct dsc_pool *pool, size_t n_items, size_t grain, uint32_t n_pieces,
                            void (*body)(void *, size_t, size_t), void *context) {
     atomic_store_explicit(&pool->body, body, memory_order_relaxed);
     atomic_store_explicit(&pool->context, context, memory_order_relaxed);
@@ -166,6 +174,10 @@ static void run_on_workers(struct dsc_pool *pool, size_t n_items, size_t grain, 
     atomic_store_explicit(&pool->n_done, 0, memory_order_relaxed);
     uint32_t ticket = ticket_of(atomic_load(&pool->claim)) + 1;
     atomic_store(&pool->claim, (uint64_t)ticket << 32 | n_pieces);
+    if (pool->team) {
+        pool->team(take_part, pool, 0, 0);
+        return;
+    }
     wake_workers(pool);
     (void)work_off(pool);
     wait_done(pool);
@@ -173,7 +185,7 @@ static void run_on_workers(struct dsc_pool *pool, size_t n_items, size_t grain, 
 
 int dsc_pool_size(const struct dsc_pool *pool) {
     /* Not cached: a fork leaves the pool's memory behind and takes the threads away. */
-    return pool && pool->n_workers && getpid() == pool->owner ? pool->n_workers + 1 : 1;
+    return pool && pool->n_threads > 1 && getpid() == pool->owner ? pool->n_threads : 1;
 }
 
 void dsc_pool_run(struct dsc_pool *pool, size_t n_items, size_t grain,
@@ -185,7 +197,7 @@ void dsc_pool_run(struct dsc_pool *pool, size_t n_items, size_t grain,
     uint64_t saved = dsc_fp_enter();
     if (n_pieces > 1 && n_pieces <= UINT32_MAX && dsc_pool_size(pool) > 1 &&
         !atomic_exchange(&pool->busy, true)) {
-        run_on_workers(pool, n_items, grain, (uint32_t)n_pieces, body, context);
+        run_on_threads(pool, n_items, grain, (uint32_t)n_pieces, body, context);
         atomic_store(&pool->busy, false);
     } else {
         run_inline(n_items, grain, body, context);
@@ -217,18 +229,21 @@ static int start_workers(struct dsc_pool *pool, int n_workers) {
     return code;
 }
 
-enum dsc_status dsc_pool_open(int n_threads, struct dsc_pool **out) {
+enum dsc_status dsc_pool_open(int n_threads, dsc_team *team, struct dsc_pool **out) {
     struct dsc_pool *pool = NULL;
+    int n_workers = team ? 0 : n_threads - 1;
     if (n_threads < 1 || n_threads > DSC_POOL_MAX_THREADS)
         return DSC_FAIL(DSC_EINVAL, "a pool of %d threads was asked for; allowed are 1 to %d",
                         n_threads, DSC_POOL_MAX_THREADS);
-    size_t n_bytes = sizeof *pool + (size_t)(n_threads - 1) * sizeof *pool->workers;
+    size_t n_bytes = sizeof *pool + (size_t)n_workers * sizeof *pool->workers;
     DSC_TRY(dsc_alloc(n_bytes, (void **)&pool));
     pool->owner = getpid();
+    pool->n_threads = n_threads;
+    pool->team = team;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     pthread_cond_init(&pool->done, NULL);
-    int code = start_workers(pool, n_threads - 1);
+    int code = start_workers(pool, n_workers);
     if (code) {
         int n_started = pool->n_workers;
         dsc_pool_close(pool);

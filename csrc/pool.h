@@ -4,8 +4,11 @@
  * (k + 1) * grain) whatever the number of threads, and every piece runs once, in the floating-point
  * state of fpenv.h; so a body that writes by index gives the same bits on any pool.
  *
- * Threads of its own: n_threads - 1 workers, with asynchronous signals blocked. They spin about 20
- * us for the next loop and then sleep. A forked child has none of them: there, loops run inline. */
+ * The threads are another runtime's where a team is given, so that a process has one set of threads
+ * that wait for work: torch's spin for milliseconds after each operation, and a second set then
+ * shares their cores with them. Else they are the pool's own, n_threads - 1 workers with
+ * asynchronous signals blocked, which spin about 20 us for the next loop and then sleep. A forked
+ * child has neither: there, loops run inline. */
 #ifndef DSC_POOL_H
 #define DSC_POOL_H
 
@@ -13,15 +16,22 @@
 
 struct dsc_pool;
 
+/* Calls body(argument) on each of a runtime's threads, the caller's among them, and returns when
+ * all have returned. n_threads 0: as many as that runtime takes for a loop of its own. flags: 0.
+ * This is the type of libgomp's GOMP_parallel, which other OpenMP runtimes have too. */
+typedef void dsc_team(void (*body)(void *), void *argument, unsigned n_threads, unsigned flags);
+
 enum { DSC_POOL_MAX_THREADS = 1024 };
 
-/* n_threads counts the caller; 1 starts no thread. DSC_EINVAL outside [1, DSC_POOL_MAX_THREADS],
- * DSC_EIO where a thread cannot be started (none is left behind then). */
-enum dsc_status dsc_pool_open(int n_threads, struct dsc_pool **out);
+/* n_threads counts the caller; 1 starts no thread and leaves the team alone. team: NULL for threads
+ * of the pool's own; a team has the number of threads that it has at each loop. DSC_EINVAL outside
+ * [1, DSC_POOL_MAX_THREADS], DSC_EIO where a thread cannot be started (none is left behind then).
+ */
+enum dsc_status dsc_pool_open(int n_threads, dsc_team *team, struct dsc_pool **out);
 /* Ends the workers; NULL is fine. No loop may be running. In a forked child it frees memory only.
  */
 void dsc_pool_close(struct dsc_pool *pool);
-/* Threads that a loop runs on here and now; 1 for NULL and in a forked child. */
+/* Threads that a loop is cut for here and now; 1 for NULL and in a forked child. */
 int dsc_pool_size(const struct dsc_pool *pool);
 
 /* Calls body(context, begin, end) for every piece of [0, n_items) and returns when all are done;

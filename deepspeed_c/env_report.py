@@ -36,7 +36,8 @@ def _machine():
             ("processor", _processor()),
             ("cores of this process", str(len(os.sched_getaffinity(0)))),
             ("memory", f"{total / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of it free"),
-            ("kernels", f"{_core.kernel_tier()}, chosen from {', '.join(_core.kernel_tiers())}")]
+            ("kernels", f"{_core.kernel_tier()}, chosen from {', '.join(_core.kernel_tiers())}"),
+            ("threads of loops", _core.loop_threads())]
 
 
 def _processor():

@@ -1,5 +1,6 @@
 """deepspeed_c.ops: optimizers without an engine, and the same objects given to one."""
 import copy
+import subprocess
 import sys
 
 import models
@@ -150,7 +151,6 @@ def test_the_classes_are_torchs_and_import_no_dynamo():
     code = ("import sys, torch; from deepspeed_c.ops.adam import FusedAdam; p = torch.nn.Parameter(torch.ones(3)); "
             "p.grad = torch.ones(3); o = FusedAdam([p]); o.step(); assert isinstance(o, torch.optim.Optimizer); "
             "print('torch._dynamo' in sys.modules)")
-    import subprocess
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
@@ -244,3 +244,45 @@ def bits_after(optimizer_of, section=None):
 ])
 def test_an_object_given_to_initialize_runs_as_the_configurations(make, section):
     assert bits_after(make) == bits_after(None, section)
+
+
+THREADS = """
+import os, signal, sys
+import torch
+from deepspeed_c import _core
+from deepspeed_c.ops.adam import FusedAdam
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def stepped():
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(1 << 20))
+    p.grad = torch.randn(1 << 20)
+    optimizer = FusedAdam([p])
+    optimizer.step()
+    return optimizer, p
+
+torch.set_num_threads(2)
+assert _core.loop_threads() == "torch's", _core.loop_threads()
+torch.ones(1 << 20).add_(1)
+before = threads()
+optimizer, p = stepped()
+assert threads() == before, (before, threads())
+first = p.detach().clone()
+optimizer.step()
+pid = os.fork()
+if pid == 0:
+    signal.alarm(30)  # a wait for threads that a fork took away ends here
+    torch.set_num_threads(1)
+    ok = _core.loop_threads() == "its own" and torch.equal(stepped()[1], first)
+    optimizer.step()
+    os._exit(0 if ok else 3)
+assert os.waitpid(pid, 0)[1] == 0
+optimizer.step()
+"""
+
+
+def test_loops_run_on_torchs_threads_and_in_a_forked_child_without_them():
+    run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr

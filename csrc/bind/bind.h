@@ -13,6 +13,7 @@
 #include <dlpack/dlpack.h>
 
 #include "../dsc.h"
+#include "../pool.h"
 
 struct dsc_comm;
 
@@ -20,6 +21,7 @@ struct dsc_comm;
 #define DSC_BIND_MAP(X)                                                                            \
     X(errors)                                                                                      \
     X(tensor)                                                                                      \
+    X(team)                                                                                        \
     X(kernels)                                                                                     \
     X(config)                                                                                      \
     X(schedule)                                                                                    \
@@ -42,6 +44,7 @@ struct dsc_bind_state {
     /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */
     PyTypeObject *exchange_type[4];
     const DLPackExchangeAPI *exchange[4];
+    pid_t importer; /* the process that imported the module; another is a forked child */
 };
 
 extern struct PyModuleDef dsc_bind_module;
@@ -55,6 +58,9 @@ PyObject *dsc_bind_raise(struct dsc_bind_state *state, enum dsc_status status);
 
 /* dsc_interrupt_fn for communicators: takes the GIL and runs pending signal handlers. */
 bool dsc_bind_interrupted(void *context);
+
+/* torch's own threads for the loops of the core, or NULL. */
+dsc_team *dsc_bind_team(const struct dsc_bind_state *state);
 
 /* The values of a _core.Config, valid while the object lives; NULL with a TypeError for anything
  * else. */

@@ -152,6 +152,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         goto error;
     struct dsc_engine_options options = dsc_bind_engine_options(core_config, kind, whole, n_threads,
                                                                 names_hash, core_ranks.n_averaged);
+    options.team = dsc_bind_team(state);
     enum dsc_status status;
     DSC_BIND_WITHOUT_GIL(status, dsc_engine_open(&core_ranks, &options, self->shapes,
                                                  (size_t)self->n_params, n_groups, &self->core));

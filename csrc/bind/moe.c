@@ -22,7 +22,8 @@ static PyObject *router_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     RouterObject *self = (RouterObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
-    enum dsc_status status = dsc_pool_open(n_threads, &self->pool);
+    enum dsc_status status =
+        dsc_pool_open(n_threads, dsc_bind_team(dsc_bind_state_of(type)), &self->pool);
     dsc_alloc_keep_freed();
     if (status == DSC_OK)
         return (PyObject *)self;

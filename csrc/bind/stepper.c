@@ -32,7 +32,7 @@ static PyObject *stepper_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     if (status == DSC_OK)
         status = dsc_alloc(DSC_LAMB_NORMS * sizeof *self->norms, (void **)&self->norms);
     if (status == DSC_OK)
-        status = dsc_pool_open(n_threads, &self->pool);
+        status = dsc_pool_open(n_threads, dsc_bind_team(state), &self->pool);
     if (status == DSC_OK)
         return (PyObject *)self;
     dsc_bind_raise(state, status);

@@ -188,8 +188,10 @@ static int use_nodes(struct dsc_bind_state *state, struct dsc_comm *core, PyObje
     if (inside)
         c = new_context(rail, dsc_comm_size(core) / dsc_comm_size(inside));
     if (!c) {
+        Py_BEGIN_ALLOW_THREADS; /* closing waits for threads that may want the GIL */
         dsc_comm_close(inside);
         dsc_comm_close(core);
+        Py_END_ALLOW_THREADS;
         return -1;
     }
     Py_BEGIN_ALLOW_THREADS;

@@ -278,7 +278,7 @@ def draw(losses, accuracies, loads, title, path):
     n_layers = len(loads[0][1]) if loads else 0
     rows = [["loss", "accuracy", i] for i in range(n_layers)] or [["loss", "accuracy"]]
     figure, axes = plt.subplot_mosaic(rows, figsize=(15 if loads else 10, max(4, 2 * n_layers)), layout="constrained")
-    axes["loss"].plot(*zip(*losses))
+    axes["loss"].plot(*zip(*losses), marker="o" if len(losses) < 10 else None)  # one point alone has no line
     axes["loss"].set(xlabel="images seen", ylabel="training loss (rank 0)", ylim=(0, None))
     axes["accuracy"].plot(*zip(*((n, 100 * a) for n, a in accuracies)), marker="o")
     axes["accuracy"].set(xlabel="images seen", ylabel="test accuracy (%)", ylim=(0, 100))

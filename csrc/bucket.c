@@ -9,27 +9,17 @@
 
 #include <string.h>
 
-enum {
-    /* Slots of the boundary exchange stay in the second-level cache between writer and reader. */
-    BOUNDARY_SLOT_ELEMS = 128 * 1024,
-    BOUNDARY_SLOTS_PER_PEER = 3,
-    EARLY_SLOT_ELEMS = 256 * 1024,
-    EARLY_SLOTS_AT_START = 16,
-    /* What one rank sends at a time where ranks share no memory. */
-    REMOTE_ELEMS = 1024 * 1024,
-};
-
 /* ---- where things are ---- */
 
 struct dsc__record *dsc__bucket_record(const struct dsc_buckets *set, size_t b) {
     int owner = set->bucket[b].owner;
     size_t k = b - set->first[owner];
     return (struct dsc__record *)(void *)(set->window->base[owner] + DSC__HEADER_BYTES +
-                                          k * set->record_stride);
+                                          k * set->sizes.record_stride);
 }
 
 char *dsc__bucket_slot(const struct dsc_buckets *set, int rank, int32_t slot) {
-    return set->window->base[rank] + set->slots_offset +
+    return set->window->base[rank] + set->sizes.slots_offset +
            (size_t)slot * set->slot_elems * sizeof(float);
 }
 
@@ -53,23 +43,24 @@ const float *dsc_buckets_sums(const struct dsc_buckets *set, int owner) {
     if (dsc_range_size(owned) == 0)
         return NULL;
     if (set->private_sums) /* of this rank's range, or of all */
-        return owned.begin >= set->held.begin && owned.end <= set->held.end
-                   ? set->private_sums + (owned.begin - set->held.begin)
+        return owned.begin >= set->sizes.held.begin && owned.end <= set->sizes.held.end
+                   ? set->private_sums + (owned.begin - set->sizes.held.begin)
                    : NULL;
-    return (const float *)(const void *)(set->window->base[owner] + set->sums_offset);
+    return (const float *)(const void *)(set->window->base[owner] + set->sizes.sums_offset);
 }
 
 float *dsc__bucket_own_sums(struct dsc_buckets *set) {
     if (set->private_sums)
-        return set->private_sums + (dsc_space_owned(set->space, set->rank).begin - set->held.begin);
-    return (float *)(void *)(set->window->base[set->rank] + set->sums_offset);
+        return set->private_sums +
+               (dsc_space_owned(set->space, set->rank).begin - set->sizes.held.begin);
+    return (float *)(void *)(set->window->base[set->rank] + set->sizes.sums_offset);
 }
 
 static float *sums_at(struct dsc_buckets *set, const struct dsc__bucket *bucket) {
     size_t offset = bucket->range.begin - dsc_space_owned(set->space, bucket->owner).begin;
     if (set->private_sums)
         return dsc__bucket_own_sums(set) + offset;
-    return (float *)(void *)(set->window->base[bucket->owner] + set->sums_offset) + offset;
+    return (float *)(void *)(set->window->base[bucket->owner] + set->sizes.sums_offset) + offset;
 }
 
 size_t dsc__bucket_at(const struct dsc_buckets *set, size_t elem) {
@@ -276,8 +267,7 @@ static enum dsc_status lay_buckets(struct dsc_buckets *set) {
     DSC_TRY(dsc_alloc(((size_t)set->size + 1) * sizeof *set->first, (void **)&set->first));
     for (int r = 0; r < set->size; r++) {
         set->first[r] = n;
-        n += (dsc_range_size(dsc_space_owned(set->space, r)) + set->slot_elems - 1) /
-             set->slot_elems;
+        n += dsc__bucket_count(set->space, r, set->slot_elems);
     }
     set->first[set->size] = n;
     DSC_TRY(dsc_alloc(n * sizeof *set->bucket, (void **)&set->bucket));
@@ -296,53 +286,36 @@ static enum dsc_status lay_buckets(struct dsc_buckets *set) {
 }
 
 static enum dsc_status lay_slots(struct dsc_buckets *set) {
-    size_t n_buckets = set->first[set->size];
-    set->max_slots = set->options.early ? (int32_t)(DSC__MAX_ROUNDS_AHEAD * n_buckets + 1)
-                                        : BOUNDARY_SLOTS_PER_PEER * (set->size - 1);
-    set->max_backlog = n_buckets + 1;
-    DSC_TRY(dsc_alloc((size_t)set->max_slots * sizeof *set->free_slots, (void **)&set->free_slots));
-    DSC_TRY(
-        dsc_alloc((size_t)set->max_slots * sizeof *set->outstanding, (void **)&set->outstanding));
+    size_t n = (size_t)set->sizes.max_slots;
+    set->max_backlog = set->first[set->size] + 1;
+    DSC_TRY(dsc_alloc(n * sizeof *set->free_slots, (void **)&set->free_slots));
+    DSC_TRY(dsc_alloc(n * sizeof *set->outstanding, (void **)&set->outstanding));
     DSC_TRY(dsc_alloc(set->max_backlog * sizeof *set->backlog, (void **)&set->backlog));
     return dsc_alloc(set->slot_elems / DSC_BLOCK * sizeof *set->squares, (void **)&set->squares);
 }
 
-enum dsc_status dsc__bucket_hold(struct dsc_buckets *set, struct dsc_range range) {
-    set->held = range;
-    return dsc_arena_alloc(dsc_range_size(range) * sizeof(float), (void **)&set->private_sums);
+enum dsc_status dsc__bucket_hold(struct dsc_buckets *set) {
+    return dsc_arena_alloc(dsc_range_size(set->sizes.held) * sizeof(float),
+                           (void **)&set->private_sums);
 }
 
 static enum dsc_status open_window(struct dsc_buckets *set) {
-    size_t most_buckets = 0, most_elems = 0;
-    for (int r = 0; r < set->size; r++) {
-        most_buckets = dsc_max(most_buckets, set->first[r + 1] - set->first[r]);
-        most_elems = dsc_max(most_elems, dsc_range_size(dsc_space_owned(set->space, r)));
-    }
-    bool shared = set->options.early || set->options.shared_sums;
-    set->record_stride =
-        dsc_round_up(sizeof(struct dsc__record) + (size_t)set->size * sizeof(uint64_t), 64);
-    set->sums_offset = dsc_round_up(DSC__HEADER_BYTES + most_buckets * set->record_stride, 4096);
-    set->slots_offset =
-        dsc_round_up(set->sums_offset + (shared ? most_elems * sizeof(float) : 0), 4096);
-    size_t n_bytes = set->slots_offset + (size_t)set->max_slots * set->slot_elems * sizeof(float);
-    if (!shared)
-        DSC_TRY(dsc__bucket_hold(set, dsc_space_owned(set->space, set->rank)));
-    return dsc_comm_window_open(set->comm, n_bytes, "engine: gradient buckets", &set->window);
+    if (!set->sizes.sums_are_shared)
+        DSC_TRY(dsc__bucket_hold(set));
+    return dsc_comm_window_open(set->comm, set->sizes.window_bytes, "engine: gradient buckets",
+                                &set->window);
 }
 
 /* What a step in the steady state touches: this rank's slots, and all sums that it reads or adds
  * to. */
 static void populate(struct dsc_buckets *set) {
-    int32_t n_slots = set->max_slots;
-    if (set->options.early && n_slots > EARLY_SLOTS_AT_START)
-        n_slots = EARLY_SLOTS_AT_START;
+    size_t n_slot_bytes = (size_t)set->sizes.first_slots * set->slot_elems * sizeof(float);
     for (int r = 0; r < set->size; r++) {
-        size_t n_slot_bytes = (size_t)n_slots * set->slot_elems * sizeof(float);
-        dsc_arena_populate(set->window->base[r], set->sums_offset);
+        dsc_arena_populate(set->window->base[r], set->sizes.sums_offset);
         if (!set->private_sums)
-            dsc_arena_populate(set->window->base[r] + set->sums_offset,
+            dsc_arena_populate(set->window->base[r] + set->sizes.sums_offset,
                                dsc_range_size(dsc_space_owned(set->space, r)) * sizeof(float));
-        dsc_arena_populate(set->window->base[r] + set->slots_offset, n_slot_bytes);
+        dsc_arena_populate(set->window->base[r] + set->sizes.slots_offset, n_slot_bytes);
     }
 }
 
@@ -369,14 +342,9 @@ enum dsc_status dsc_buckets_open(struct dsc_comm *comm, const struct dsc_space *
     set->round = 1;
     set->step = 1;
     set->slot_dtype = dsc_wire_dtype(&options->wire, space->dtype);
-    bool shares = !options->remote;
-    size_t cap = options->early ? EARLY_SLOT_ELEMS : BOUNDARY_SLOT_ELEMS;
-    if (!shares)
-        cap = REMOTE_ELEMS / (size_t)set->size / DSC_BLOCK * DSC_BLOCK;
-    size_t share = dsc_space_most_owned(space);
-    set->slot_elems = dsc_max(dsc_min(options->bucket_elems, dsc_min(cap, share)), 1);
-    set->slot_elems = dsc_round_up(set->slot_elems, DSC_BLOCK);
-    enum dsc_status status = shares ? open_local(set) : dsc__remote_open(set);
+    set->sizes = dsc_bucket_sizes_of(space, set->rank, options);
+    set->slot_elems = set->sizes.slot_elems;
+    enum dsc_status status = options->remote ? dsc__remote_open(set) : open_local(set);
     if (status != DSC_OK) {
         dsc_buckets_close(set);
         return status;
@@ -393,7 +361,7 @@ void dsc_buckets_close(struct dsc_buckets *set) {
     if (set->remote)
         dsc__remote_close(set);
     if (set->private_sums)
-        dsc_arena_free(set->private_sums, dsc_range_size(set->held) * sizeof(float));
+        dsc_arena_free(set->private_sums, dsc_range_size(set->sizes.held) * sizeof(float));
     dsc_free(set->squares);
     dsc_free(set->backlog);
     dsc_free(set->outstanding);
@@ -409,8 +377,8 @@ struct dsc_bucket_counters dsc_buckets_counters(const struct dsc_buckets *set) {
 }
 
 size_t dsc_buckets_private_bytes(const struct dsc_buckets *set) {
-    size_t staging = set->remote ? dsc__remote_bytes(set) : 0;
-    return staging + (set->private_sums ? dsc_range_size(set->held) * sizeof(float) : 0);
+    return set->sizes.staging_bytes +
+           (set->private_sums ? dsc_range_size(set->sizes.held) * sizeof(float) : 0);
 }
 
 size_t dsc_buckets_shared_bytes(const struct dsc_buckets *set) {

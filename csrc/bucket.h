@@ -34,6 +34,19 @@ struct dsc_bucket_options {
     enum dsc_dtype accum;
 };
 
+/* What a rank's buckets take, told before they are opened. */
+struct dsc_bucket_sizes {
+    size_t slot_elems;
+    bool sums_are_shared;  /* in the window */
+    struct dsc_range held; /* what private sums are of; empty where they are shared */
+    size_t staging_bytes;  /* private, where ranks share no memory; no window there */
+    int32_t max_slots;     /* of one rank */
+    int32_t first_slots;   /* of them, present from the start */
+    size_t record_stride, sums_offset, slots_offset, window_bytes;
+};
+struct dsc_bucket_sizes dsc_bucket_sizes_of(const struct dsc_space *space, int rank,
+                                            const struct dsc_bucket_options *options);
+
 struct dsc_bucket_counters {
     uint64_t n_settled, n_bytes_settled, n_bytes_settled_in_backward;
     uint64_t n_extra_slots; /* taken because this rank was ahead */

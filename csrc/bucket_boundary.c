@@ -90,7 +90,7 @@ static bool publish_from_source(struct dsc_buckets *set, size_t b,
     /* The entry of the previous step must have been consumed; it has, since all ranks met after it.
      */
     if (has_data(set, source, bucket->range)) {
-        int32_t slot = dsc__bucket_take_slot(set, set->max_slots);
+        int32_t slot = dsc__bucket_take_slot(set, set->sizes.max_slots);
         if (slot < 0)
             return false;
         enum dsc_dtype dtype = dsc__bucket_slot_dtype(set, source);

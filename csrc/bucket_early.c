@@ -75,7 +75,7 @@ static void zero_gaps(struct dsc_buckets *set, const struct dsc__bucket *bucket,
 
 static enum dsc_status open_slot(struct dsc_buckets *set, size_t b) {
     struct dsc__bucket *bucket = &set->bucket[b];
-    bucket->slot = dsc__bucket_take_slot(set, set->max_slots);
+    bucket->slot = dsc__bucket_take_slot(set, set->sizes.max_slots);
     if (bucket->slot < 0)
         return DSC_FAIL(
             DSC_ENOMEM,
@@ -230,7 +230,7 @@ void dsc_buckets_put_sums(struct dsc_buckets *set, size_t segment, const float *
                           float factor) {
     const struct dsc_segment *where = &set->space->segments[segment];
     /* Where no memory is shared, each rank has all that it steps from, at stage 0 everything. */
-    struct dsc_range kept = set->remote ? set->held : dsc_space_owned(set->space, set->rank);
+    struct dsc_range kept = set->remote ? set->sizes.held : dsc_space_owned(set->space, set->rank);
     struct dsc_range part = dsc_range_cut(dsc_segment_range(where), kept);
     float *sums = set->remote ? set->private_sums : dsc__bucket_own_sums(set);
     for (size_t i = part.begin; i < part.end; i++)

@@ -60,16 +60,15 @@ struct dsc_buckets {
     uint32_t *arrived; /* per segment: the round in which it last arrived, counted from 1 */
     uint32_t round;    /* the open round */
     uint32_t step;     /* the open step, counted from 1 */
-    size_t slot_elems;
+    struct dsc_bucket_sizes sizes;
+    size_t slot_elems;         /* of sizes */
     enum dsc_dtype slot_dtype; /* early: of the open round */
 
     struct dsc_window *window;
-    size_t record_stride, sums_offset, slots_offset;
-    float *private_sums;        /* NULL where the sums are in the window */
-    struct dsc_range held;      /* what private_sums are of */
+    float *private_sums;        /* of sizes.held; NULL where the sums are in the window */
     struct dsc__remote *remote; /* where ranks share no memory: no window, buckets nor slots */
 
-    int32_t n_slots, max_slots;
+    int32_t n_slots;
     int32_t *free_slots, n_free;
     struct dsc__outstanding *outstanding; /* published, not known to be consumed */
     int32_t n_outstanding;
@@ -117,8 +116,10 @@ void dsc__bucket_pack(const struct dsc_buckets *set, const struct dsc_source *so
 /* What the precision of options.accum leaves of a block of sums between two rounds. */
 void dsc__bucket_round_sums(const struct dsc_buckets *set, float *sums);
 
-/* Private sums of a range: what this rank reads of them. */
-enum dsc_status dsc__bucket_hold(struct dsc_buckets *set, struct dsc_range range);
+/* Private sums of what this rank reads of them. */
+enum dsc_status dsc__bucket_hold(struct dsc_buckets *set);
+/* bucket_sizes.c: into how many buckets an owner's range falls. */
+size_t dsc__bucket_count(const struct dsc_space *space, int owner, size_t slot_elems);
 
 /* bucket_remote.c */
 enum dsc_status dsc__remote_open(struct dsc_buckets *set);
@@ -126,6 +127,5 @@ void dsc__remote_close(struct dsc_buckets *set);
 enum dsc_status dsc__remote_exchange(struct dsc_buckets *set, const struct dsc_source *source,
                                      struct dsc_norm *norm, const char *label);
 void dsc__remote_reset(struct dsc_buckets *set);
-size_t dsc__remote_bytes(const struct dsc_buckets *set);
 
 #endif

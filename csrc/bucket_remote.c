@@ -22,16 +22,14 @@ struct dsc__remote {
 enum dsc_status dsc__remote_open(struct dsc_buckets *set) {
     struct dsc__remote *remote = NULL;
     size_t size = (size_t)set->size;
-    struct dsc_range all = {0, set->space->n_elems};
     DSC_TRY(dsc_alloc(sizeof *remote, (void **)&remote));
     set->remote = remote;
-    remote->n_bytes = size * set->slot_elems * sizeof(float);
+    remote->n_bytes = set->sizes.staging_bytes / 2;
     DSC_TRY(dsc_arena_alloc(remote->n_bytes, (void **)&remote->send));
     DSC_TRY(dsc_arena_alloc(remote->n_bytes, (void **)&remote->recv));
     DSC_TRY(dsc_alloc(size * sizeof(size_t), (void **)&remote->n_send));
     DSC_TRY(dsc_alloc(set->slot_elems / DSC_BLOCK * sizeof *set->squares, (void **)&set->squares));
-    return dsc__bucket_hold(set, set->options.shared_sums ? all
-                                                          : dsc_space_owned(set->space, set->rank));
+    return dsc__bucket_hold(set);
 }
 
 void dsc__remote_close(struct dsc_buckets *set) {
@@ -44,10 +42,6 @@ void dsc__remote_close(struct dsc_buckets *set) {
 
 void dsc__remote_reset(struct dsc_buckets *set) {
     set->remote->n_rounds = 0;
-}
-
-size_t dsc__remote_bytes(const struct dsc_buckets *set) {
-    return 2 * set->remote->n_bytes;
 }
 
 /* Chunk k of what a rank owns; may be empty. */
@@ -104,7 +98,7 @@ static void sum_blocks(void *context, size_t begin, size_t end) {
 static void sum_chunk(struct dsc_buckets *set, struct dsc_range chunk, struct dsc_norm *norm) {
     size_t n = dsc_range_size(chunk);
     struct sum_job job = {.set = set,
-                          .sums = set->private_sums + (chunk.begin - set->held.begin),
+                          .sums = set->private_sums + (chunk.begin - set->sizes.held.begin),
                           .n = n,
                           .n_parts = (size_t)dsc_comm_n_parts(set->comm),
                           .dtype = dsc_comm_part_dtype(set->comm, set->slot_dtype),

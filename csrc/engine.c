@@ -96,34 +96,28 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
     const struct dsc_space *space = &e->spaces[s];
     struct dsc_holding *holding = &e->holdings[s];
     struct dsc_comm *comm = e->ranks.reduce[space->reduce].comm;
+    struct dsc_space_needs needs =
+        dsc_engine_needs(&e->options, &e->ways, space, dsc_comm_rank(comm));
     holding->space = space;
     holding->comm = comm;
-    holding->stepped = e->options.stage == 0 ? (struct dsc_range){0, space->n_elems}
-                                             : dsc_space_owned(space, dsc_comm_rank(comm));
+    holding->stepped = needs.stepped;
     size_t n_bytes = dsc_range_size(holding->stepped) * sizeof(float);
-    if (space->dtype != DSC_F32 && !e->options.no_masters)
+    if (needs.master)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->master));
-    int n_states = dsc_optim_info(e->options.optim)->n_states;
-    for (int i = 0; e->options.optim != DSC_OPTIM_SGD && i < n_states; i++)
+    for (int i = 0; i < needs.n_states; i++)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->state[i]));
-    if (e->options.optim == DSC_OPTIM_FOREIGN)
+    if (needs.grads)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->grads));
-    if (dsc_comm_size(comm) == 1)
+    if (needs.local)
+        DSC_TRY(dsc__engine_need_local(e, s));
+    if (!needs.shared)
         return DSC_OK;
     struct dsc_spread **spread = &e->spread[space->reduce];
-    if (e->options.stage > 0 && !*spread)
-        DSC_TRY(dsc_spread_open(comm, e->remote, spread));
+    if (needs.spread && !*spread)
+        DSC_TRY(dsc_spread_open(comm, e->ways.remote, spread));
     holding->spread = *spread;
-    struct dsc_bucket_options options = {
-        .early = e->early,
-        .shared_sums = e->options.stage == 0,
-        .remote = e->remote,
-        .bucket_elems = e->options.bucket_elems,
-        .pool = e->pool,
-        .wire = e->options.wire,
-        .accum = e->options.narrow_sums ? space->dtype : DSC_F32,
-    };
-    return dsc_buckets_open(comm, space, &options, &holding->buckets);
+    needs.buckets.pool = e->pool;
+    return dsc_buckets_open(comm, space, &needs.buckets, &holding->buckets);
 }
 
 enum dsc_status dsc_engine_hold_momentum(struct dsc_engine *e) {
@@ -174,12 +168,8 @@ static enum dsc_status hold_all(struct dsc_engine *e) {
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->local, (void **)&e->local));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->sources, (void **)&e->sources));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->n_folded, (void **)&e->n_folded));
-    for (size_t s = 0; s < e->n_spaces; s++) {
+    for (size_t s = 0; s < e->n_spaces; s++)
         DSC_TRY(hold_space(e, s));
-        if (e->spaces[s].dtype != DSC_F32 && dsc__engine_keeps(e, (int)s) && e->folds &&
-            e->options.many_micro_steps)
-            DSC_TRY(dsc__engine_need_local(e, s));
-    }
     return DSC_OK;
 }
 
@@ -208,7 +198,6 @@ enum dsc_status dsc_engine_open(const struct dsc_engine_ranks *ranks,
     struct dsc_engine *e = NULL;
     DSC_TRY(check_options(options));
     DSC_TRY(dsc_alloc(sizeof *e, (void **)&e));
-    bool alone = dsc_comm_size(ranks->reduce[0].comm) == 1;
     e->ranks = *ranks;
     e->comm = ranks->control;
     e->options = *options;
@@ -216,15 +205,13 @@ enum dsc_status dsc_engine_open(const struct dsc_engine_ranks *ranks,
     e->rank = dsc_comm_rank(e->comm);
     e->size = dsc_comm_size(e->comm);
     e->pid = getpid();
-    e->remote = !dsc_comm_has_windows(e->comm);
-    e->early = !alone && !e->remote && (options->stage == 2 || options->overlap);
-    e->keeps = alone || options->stage < 2;
-    e->folds = !options->narrow_sums;
+    e->ways = dsc_engine_ways_of(&e->options, dsc_comm_size(ranks->reduce[0].comm),
+                                 !dsc_comm_has_windows(e->comm));
     e->n_params = n_params;
     e->n_groups = n_groups;
     e->scaler = options->scaler;
     e->culprit.param = -1;
-    if (alone)
+    if (e->ways.alone)
         e->options.wire = (struct dsc_wire){0}; /* nothing travels */
     enum dsc_status status = allocate(e, params);
     if (status == DSC_OK)
@@ -294,7 +281,7 @@ void dsc_engine_load_masters(struct dsc_engine *e, const struct dsc_view *views)
 /* ---- backward ---- */
 
 bool dsc_engine_early(const struct dsc_engine *e) {
-    return e->early;
+    return e->ways.early;
 }
 
 static void tell_buckets(struct dsc_engine *e, bool inside) {
@@ -326,7 +313,7 @@ enum dsc_status dsc_engine_begin_backward(struct dsc_engine *e, bool boundary, i
      * round. */
     if (e->round_open)
         DSC_TRY(dsc__engine_end_round(e, NULL));
-    for (size_t s = 0; e->early && !e->keeps && !e->deferring && s < e->n_spaces; s++)
+    for (size_t s = 0; e->ways.early && !e->ways.keeps && !e->deferring && s < e->n_spaces; s++)
         if (e->holdings[s].buckets)
             DSC_TRY(dsc_buckets_wait_turn(e->holdings[s].buckets, "backward (others are behind)"));
     e->boundary = boundary;
@@ -341,15 +328,15 @@ enum dsc_status dsc_engine_end_backward(struct dsc_engine *e, bool boundary, int
     if (status != DSC_OK)
         return status;
     e->n_micro++;
-    if (!e->keeps && !e->deferring && e->remote) {
+    if (!e->ways.keeps && !e->deferring && e->ways.remote) {
         *need |= DSC_NEED_HAND_OVER;
-    } else if (!e->keeps && !e->deferring) {
+    } else if (!e->ways.keeps && !e->deferring) {
         double since = dsc_comm_now();
         status = dsc__engine_end_round(e, NULL);
         e->reduce_s += dsc_comm_now() - since;
     }
     for (size_t s = 0; s < e->n_spaces; s++) {
-        bool folds = e->spaces[s].dtype != DSC_F32 && e->folds;
+        bool folds = e->spaces[s].dtype != DSC_F32 && e->ways.folds;
         if (!e->deferring && !dsc__engine_keeps(e, (int)s))
             continue;
         if (boundary && !e->deferring)
@@ -466,8 +453,8 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     bool finite = true;
     *taken = false;
     /* In a forked child the gradient is the child's own and stays. */
-    if (!e->early || !dsc__engine_shares(e, s) || e->pid != getpid() || e->deferring ||
-        (e->keeps && !e->boundary))
+    if (!e->ways.early || !dsc__engine_shares(e, s) || e->pid != getpid() || e->deferring ||
+        (e->ways.keeps && !e->boundary))
         return DSC_OK;
     if (!e->round_open)
         dsc__engine_open_round(e);
@@ -481,7 +468,7 @@ enum dsc_status dsc_engine_arrive(struct dsc_engine *e, size_t param, const void
     enum dsc_status status = DSC_OK;
     const void *src = grad;
     enum dsc_dtype src_dtype = dtype;
-    if (e->keeps && e->n_folded[s] && dsc__engine_is_16bit(e, param)) {
+    if (e->ways.keeps && e->n_folded[s] && dsc__engine_is_16bit(e, param)) {
         status = dsc__engine_fold_one(e, param, grad, dtype, e->n_micro + 1);
         src = e->local[s] + dsc__engine_segment(e, param)->begin;
         src_dtype = DSC_F32;

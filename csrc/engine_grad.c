@@ -24,7 +24,7 @@ enum dsc_status dsc_engine_begin_deferring(struct dsc_engine *e) {
 enum dsc_status dsc_engine_end_deferring(struct dsc_engine *e, struct dsc_view *views) {
     enum dsc_status status = DSC_OK;
     DSC_TRY(dsc__engine_usable(e));
-    if (!e->keeps) {
+    if (!e->ways.keeps) {
         uint64_t saved = dsc_fp_enter();
         status = dsc__engine_hand_over(e, views);
         dsc_fp_leave(saved);
@@ -37,7 +37,8 @@ enum dsc_status dsc_engine_end_deferring(struct dsc_engine *e, struct dsc_view *
 
 /* Whether a parameter's gradients of the open step are with their owners; the same on all ranks. */
 static bool handed_over(const struct dsc_engine *e, size_t param) {
-    return dsc__engine_shares(e, e->param_space[param]) && (!e->keeps || (e->early && e->boundary));
+    return dsc__engine_shares(e, e->param_space[param]) &&
+           (!e->ways.keeps || (e->ways.early && e->boundary));
 }
 
 /* All of this step's gradients become settled sums. */
@@ -45,7 +46,7 @@ static enum dsc_status settle_all(struct dsc_engine *e, struct dsc_view *views) 
     uint32_t n_rounds;
     DSC_TRY(dsc__engine_make_sources(e, views));
     DSC_TRY(dsc__engine_end_rounds(e, views, &n_rounds));
-    for (size_t s = 0; e->early && s < e->n_spaces; s++)
+    for (size_t s = 0; e->ways.early && s < e->n_spaces; s++)
         if (e->holdings[s].buckets)
             DSC_TRY(dsc_buckets_wait_settled(e->holdings[s].buckets, n_rounds, e->label));
     return DSC_OK;

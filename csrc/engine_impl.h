@@ -14,6 +14,7 @@
 
 #include "bucket.h"
 #include "engine.h"
+#include "engine_needs.h"
 #include "pool.h"
 #include "source.h"
 #include "update.h"
@@ -36,10 +37,8 @@ struct dsc_engine {
     int rank, size; /* in comm */
     int32_t *ids;   /* per control rank, DSC_REDUCE_MAX each: of its reduce groups; -1: none */
     pid_t pid;      /* that opened it: a forked child has no windows */
-    bool early, keeps;
-    bool remote;     /* ranks share no memory: never early */
+    struct dsc_engine_ways ways;
     bool any_folded; /* as of the last meeting: some rank brings fp32 sums of 16-bit gradients */
-    bool folds;      /* 16-bit gradients add up in fp32 over micro-steps */
     bool deferring;  /* see dsc_engine_begin_deferring */
 
     size_t n_params;
@@ -85,7 +84,7 @@ static inline bool dsc__engine_shares(const struct dsc_engine *e, int space) {
     return space >= 0 && e->holdings[space].buckets;
 }
 static inline bool dsc__engine_keeps(const struct dsc_engine *e, int space) {
-    return space >= 0 && (e->keeps || !e->holdings[space].buckets);
+    return space >= 0 && (e->ways.keeps || !e->holdings[space].buckets);
 }
 /* dsc_engine_check; shared_only: of what is not alone. */
 void dsc__engine_check(struct dsc_engine *e, const struct dsc_view *views, bool shared_only);

@@ -61,7 +61,7 @@ enum dsc_status dsc__engine_remote_round(struct dsc_engine *e, struct dsc_view *
 }
 
 enum dsc_status dsc__engine_remote_gate(struct dsc_engine *e) {
-    bool any_round = e->remote && !e->keeps;
+    bool any_round = e->ways.remote && !e->ways.keeps;
     while (any_round) {
         DSC_TRY(meet_at_gate(e, AT_BOUNDARY, &any_round));
         if (any_round)

@@ -191,7 +191,7 @@ bool dsc__engine_anything_left(const struct dsc_engine *e) {
 enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *views,
                                        uint32_t *n_rounds) {
     dsc__engine_check(e, views, true); /* usually nothing is left to look at */
-    if (e->remote)
+    if (e->ways.remote)
         return dsc__engine_remote_end_rounds(e, views, n_rounds);
     DSC_TRY(end_last_round(e, views));
     bool left = dsc__engine_anything_left(e);
@@ -206,7 +206,7 @@ enum dsc_status dsc__engine_end_rounds(struct dsc_engine *e, struct dsc_view *vi
 
 enum dsc_status dsc__engine_hand_over(struct dsc_engine *e, struct dsc_view *views) {
     DSC_TRY(dsc__engine_make_sources(e, views));
-    if (e->remote) {
+    if (e->ways.remote) {
         DSC_TRY(dsc__engine_remote_round(e, views));
     } else {
         dsc__engine_open_round(e);
@@ -285,7 +285,7 @@ static enum dsc_status reduce_rounds(struct dsc_engine *e, struct dsc_view *view
 
 /* The same at stages 0 and 1: everything travels now. */
 static enum dsc_status reduce_now(struct dsc_engine *e, struct norms *norms) {
-    if (e->remote)
+    if (e->ways.remote)
         dsc__engine_remote_set_dtypes(e);
     for (size_t s = 0; s < e->n_spaces; s++)
         if (e->holdings[s].buckets)
@@ -297,9 +297,9 @@ static enum dsc_status reduce_now(struct dsc_engine *e, struct norms *norms) {
 static enum dsc_status reduce(struct dsc_engine *e, struct dsc_view *views, struct dsc_norm *norm) {
     struct norms norms;
     memset(&norms, 0, sizeof norms);
-    if (e->early)
+    if (e->ways.early)
         DSC_TRY(reduce_early(e, views, &norms));
-    else if (!e->keeps)
+    else if (!e->ways.keeps)
         DSC_TRY(reduce_rounds(e, views, &norms));
     else
         DSC_TRY(reduce_now(e, &norms));
@@ -426,13 +426,13 @@ static enum dsc_status begin_step(struct dsc_engine *e, const struct dsc_view *v
     }
     snprintf(e->label, sizeof e->label, "engine.step %llu",
              (unsigned long long)e->n_boundaries + 1);
-    for (size_t s = 0; e->early && s < e->n_spaces; s++)
+    for (size_t s = 0; e->ways.early && s < e->n_spaces; s++)
         if (e->holdings[s].buckets)
             dsc_buckets_at_boundary(e->holdings[s].buckets);
     enum dsc_status status = dsc__engine_remote_gate(e);
     if (status == DSC_OK)
         status = meet_plan(e, &plan);
-    for (size_t s = 0; status != DSC_OK && e->early && s < e->n_spaces; s++)
+    for (size_t s = 0; status != DSC_OK && e->ways.early && s < e->n_spaces; s++)
         if (e->holdings[s].buckets)
             dsc_buckets_leave_boundary(e->holdings[s].buckets);
     return status;

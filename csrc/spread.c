@@ -30,6 +30,20 @@ static struct line *lines_of(const struct dsc_spread *spread, int owner) {
     return (struct line *)(void *)spread->window->base[owner];
 }
 
+/* Counters, before the halves. */
+static size_t n_line_bytes(int size) {
+    return dsc_round_up((1 + (size_t)size) * sizeof(struct line), 4096);
+}
+
+struct dsc_spread_sizes dsc_spread_sizes_of(int size, bool remote) {
+    struct dsc_spread_sizes sizes = {0, 0};
+    if (remote)
+        sizes.private_bytes = ((size_t)size + 1) * HALF_BYTES;
+    else
+        sizes.window_bytes = n_line_bytes(size) + 2 * (size_t)HALF_BYTES;
+    return sizes;
+}
+
 enum dsc_status dsc_spread_open(struct dsc_comm *comm, bool remote, struct dsc_spread **out) {
     struct dsc_spread *spread = NULL;
     size_t size = (size_t)dsc_comm_size(comm);
@@ -37,30 +51,29 @@ enum dsc_status dsc_spread_open(struct dsc_comm *comm, bool remote, struct dsc_s
     spread->comm = comm;
     spread->rank = dsc_comm_rank(comm);
     spread->size = (int)size;
+    struct dsc_spread_sizes sizes = dsc_spread_sizes_of(spread->size, remote);
     if (remote) {
         *out = spread;
-        enum dsc_status status =
-            dsc_arena_alloc(dsc_spread_private_bytes(spread), (void **)&spread->gathered);
+        enum dsc_status status = dsc_arena_alloc(sizes.private_bytes, (void **)&spread->gathered);
         if (status != DSC_OK)
             dsc_free(spread);
         return status;
     }
-    spread->halves_offset = dsc_round_up((1 + size) * sizeof(struct line), 4096);
-    enum dsc_status status =
-        dsc_comm_window_open(comm, spread->halves_offset + 2 * (size_t)HALF_BYTES,
-                             "engine: parameter staging", &spread->window);
+    spread->halves_offset = n_line_bytes(spread->size);
+    enum dsc_status status = dsc_comm_window_open(comm, sizes.window_bytes,
+                                                  "engine: parameter staging", &spread->window);
     if (status != DSC_OK) {
         dsc_free(spread);
         return status;
     }
     for (size_t r = 0; r < size; r++)
-        dsc_arena_populate(spread->window->base[r], spread->halves_offset + 2 * (size_t)HALF_BYTES);
+        dsc_arena_populate(spread->window->base[r], sizes.window_bytes);
     *out = spread;
     return DSC_OK;
 }
 
 size_t dsc_spread_private_bytes(const struct dsc_spread *spread) {
-    return spread->window ? 0 : ((size_t)spread->size + 1) * HALF_BYTES;
+    return dsc_spread_sizes_of(spread->size, !spread->window).private_bytes;
 }
 
 void dsc_spread_close(struct dsc_spread *spread) {

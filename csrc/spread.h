@@ -30,10 +30,13 @@ enum dsc_status dsc_spread_share(struct dsc_spread *spread, size_t n_bytes, cons
 enum dsc_status dsc_spread_take(struct dsc_spread *spread, int owner, const char *label,
                                 const void **out);
 void dsc_spread_release(struct dsc_spread *spread, int owner);
-/* Time spent in waits for and copies of other ranks' chunks since the last call. */
-double dsc_spread_seconds(struct dsc_spread *spread);
 /* Time spent in waiting for other ranks and copying what they wrote, since the last call. */
 double dsc_spread_seconds(struct dsc_spread *spread);
+/* Staging of one rank of `size`: private, or in its window. */
+struct dsc_spread_sizes {
+    size_t private_bytes, window_bytes;
+};
+struct dsc_spread_sizes dsc_spread_sizes_of(int size, bool remote);
 /* Private staging; what lies in a window is not counted here. */
 size_t dsc_spread_private_bytes(const struct dsc_spread *spread);
 

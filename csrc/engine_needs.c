@@ -1,0 +1,43 @@
+/* Which stage holds what; see engine_needs.h. Pure arithmetic. */
+#include "engine_needs.h"
+
+struct dsc_engine_ways dsc_engine_ways_of(const struct dsc_engine_options *options, int n_first,
+                                          bool remote) {
+    bool alone = n_first == 1;
+    return (struct dsc_engine_ways){
+        .alone = alone,
+        .remote = remote,
+        .early = !alone && !remote && (options->stage == 2 || options->overlap),
+        .keeps = alone || options->stage < 2,
+        .folds = !options->narrow_sums,
+    };
+}
+
+struct dsc_space_needs dsc_engine_needs(const struct dsc_engine_options *options,
+                                        const struct dsc_engine_ways *ways,
+                                        const struct dsc_space *space, int rank) {
+    bool is_16bit = space->dtype != DSC_F32, shared = space->n_ranks > 1;
+    struct dsc_space_needs needs = {
+        .stepped = {0, space->n_elems},
+        .master = is_16bit && !options->no_masters,
+        /* SGD's momentum is there from the first step that has one. */
+        .n_states = options->optim == DSC_OPTIM_SGD ? 0 : dsc_optim_info(options->optim)->n_states,
+        .grads = options->optim == DSC_OPTIM_FOREIGN,
+        .spread = shared && options->stage > 0,
+        .shared = shared,
+        .keeps = ways->keeps || !shared,
+        .buckets =
+            {
+                .early = ways->early,
+                .shared_sums = options->stage == 0,
+                .remote = ways->remote,
+                .bucket_elems = options->bucket_elems,
+                .wire = options->wire,
+                .accum = options->narrow_sums ? space->dtype : DSC_F32,
+            },
+    };
+    if (options->stage > 0)
+        needs.stepped = dsc_space_owned(space, rank);
+    needs.local = is_16bit && needs.keeps && ways->folds && options->many_micro_steps;
+    return needs;
+}

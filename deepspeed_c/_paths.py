@@ -62,6 +62,7 @@ PATHS = {
     "runtime.zero": FILE,
     "runtime.zero.muon": MADE,
     "runtime.zero.muon.original_muon": MADE,
+    "runtime.zero.offload_config": FILE,
     "runtime.zero.partition_parameters": FILE,
     "runtime.zero.stage3": MADE,
     "runtime.zero.stage_1_and_2": MADE,

@@ -14,6 +14,7 @@ from . import _core, optimizer_choice
 from . import model as model_setup
 from .distributed import engine_comm
 from .mpu import mpu_layout
+from .offload_states import EVERYTHING, GRADIENTS, PARAMETERS, EngineOffload
 from .optimizer import CoreOptimizer, DeepSpeedOptimizer, DestroyedEngine
 from .optimizer_run import CoreRun, ForeignRun
 from .reduction import Reduction, prepare_experts
@@ -24,6 +25,7 @@ from .settings import EngineSettings
 from .utils import groups as rank_groups
 from .utils.logging import log_dist, logger, set_log_level_from_string
 from .utils.tensor_fragment import claim, release
+from .weights import EngineWeights
 
 
 def _local_rank(args):
@@ -76,7 +78,7 @@ def _remove_hooks(handles):
     handles.clear()
 
 
-class DeepSpeedEngine(EngineSettings, torch.nn.Module):
+class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Module):
     """Made by deepspeed_c.initialize.
 
     Attributes: module (the caller's own object), optimizer, lr_scheduler, training_dataloader, config (the
@@ -258,6 +260,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
     # ---- a step ----
 
     def forward(self, *args, **kwargs):
+        self._refuse_offloaded("forward", PARAMETERS)
         with self._report.timed("forward"):
             if self._casts_inputs:
                 args, kwargs = _cast_inputs(args, torch.float16), _cast_inputs(kwargs, torch.float16)
@@ -270,6 +273,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         """Runs autograd from `loss`, scaled by the loss scale and, with scale_wrt_gas, divided by
         gradient_accumulation_steps. loss: a tensor of one element. Returns the loss so divided."""
         core = self._needs_core("backward")
+        self._refuse_offloaded("backward", PARAMETERS | GRADIENTS)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ValueError(f"backward needs a loss of one element, got {got}")
@@ -366,6 +370,7 @@ class DeepSpeedEngine(EngineSettings, torch.nn.Module):
         """The boundary in the core, then counters and what has to be said about it."""
         core = self._needs_core("step")
         try:
+            self._refuse_offloaded("step", EVERYTHING)
             self._take_replaced()
             self._refuse_unscaled()
             self.optimizer.run_hooks("pre")

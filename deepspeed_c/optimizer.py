@@ -8,6 +8,8 @@ from collections import OrderedDict
 
 import torch
 
+from .offload_states import MASTERS, STATES
+
 _HOOKS = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 
 
@@ -205,6 +207,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     def state_dict(self):
         """This rank's part: references to states and fp32 masters (nothing is copied), group options, loss scale.
         Loading it with the same number of ranks, stage and model restores every bit."""
+        self._engine._refuse_offloaded("state_dict", MASTERS | STATES)
         for hook in list(self._optimizer_state_dict_pre_hooks.values()):
             hook(self)
         result = self._engine._run.state_dict()
@@ -215,6 +218,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """Takes what state_dict() gave, on the same rank of as many ranks. The module's own values are the module's to
         load. ValueError where it does not fit; nothing has changed then."""
+        self._engine._refuse_offloaded("load_state_dict", MASTERS | STATES)
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             state_dict = hook(self, state_dict) or state_dict
         self._engine._run.load_state_dict(state_dict)

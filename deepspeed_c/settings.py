@@ -30,6 +30,12 @@ class EngineSettings:
         """Whether parameters are sharded: stage 3."""
         return self._config.get("zero_optimization.stage") >= 3
 
+    is_first_weights_partition_group = zero_optimization_partition_weights
+
+    def zero_partial_offload(self):
+        """The part of the optimizer's states that is offloaded where any is."""
+        return self._config.get("zero_optimization.offload_optimizer.ratio")
+
     def zero_cpu_offload(self):
         """Whether optimizer states are offloaded to the CPU."""
         return self._config.get("zero_optimization.offload_optimizer.device") == "cpu"
@@ -116,14 +122,11 @@ _LATER = """
 all_gather_scalar allreduce_and_copy allreduce_bucket allreduce_gradients allreduce_no_retain
 autotuning_profile_model_info buffered_allreduce_fallback checkpoint_serialization_enabled
 checkpoint_tag_validation_enabled checkpoint_tag_validation_fail checkpoint_writer_enabled clip_fp32_gradients
-collect_python_gc compile compile_autosp compile_autotp compile_zero_optimization_stage empty_partition_cache
-get_autosp_backend get_autotp_backend get_compile_time get_deepcompile_backend get_deepspeed_compile_backend
-get_optimizer_configuration is_first_weights_partition_group load_checkpoint
-load_module_state_dict module_state_dict offload_states print_forward_breakdown random_ltd_initialize
-register_compile_pass reload_states save_16bit_model save_checkpoint save_fp16_model
+collect_python_gc compile compile_autosp compile_autotp compile_zero_optimization_stage get_autosp_backend
+get_autotp_backend get_compile_time get_deepcompile_backend get_deepspeed_compile_backend get_optimizer_configuration
+load_checkpoint print_forward_breakdown random_ltd_initialize register_compile_pass save_checkpoint
 set_custom_curriculum_learning_schedule set_data_post_process_func sparse_all_gather sparse_allreduce
 sparse_allreduce_bucket sparse_allreduce_no_retain swap_tensor_config uses_parallelization_pass_only
-zero_partial_offload
 """.split()
 
 

@@ -45,6 +45,7 @@ MODULES = {
                               "ProcessTopology"],
     "runtime.utils": ["move_to_device"],
     "runtime.zero": ["GatheredParameters", "Init", "register_external_parameter"],
+    "runtime.zero.offload_config": ["OffloadDeviceEnum", "OffloadStateTypeEnum"],
     "runtime.zero.partition_parameters": ["GatheredParameters", "Init", "register_external_parameter"],
     "runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
     "utils": ["OnDevice", "RepeatingLoader", "get_z3_leaf_modules", "groups", "instrument_w_nvtx", "log_dist",

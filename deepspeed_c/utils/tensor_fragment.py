@@ -9,6 +9,7 @@ import weakref
 import torch
 
 from ..model import flat
+from ..offload_states import GRADIENTS, MASTERS, STATES
 
 __all__ = ["safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_optimizer_state",
            "safe_get_local_fp32_param", "safe_get_local_grad", "safe_get_local_optimizer_state",
@@ -107,9 +108,14 @@ def _share(engine, index, whole, call):
             comm.broadcast(whole[begin:begin + n], rank, call)
 
 
+def _needed(key):
+    return MASTERS if key is None else STATES
+
+
 def _get_full(param, key, call):
     """All ranks' parts together. Collective."""
     engine, index = _place(param)
+    engine._refuse_offloaded(call, _needed(key))
     core, comm = engine._core, engine._comms[index]
     whole = torch.zeros(param.numel(), dtype=torch.float32)
     mine = problem = None
@@ -141,6 +147,7 @@ def _put(engine, index, key, values, call):
 
 def _set_full(param, key, value, call):
     engine, index = _must(param, call)
+    engine._refuse_offloaded(call, _needed(key))
     values = _flat(param, value, call)
     begin, n = engine._core.part(index)
     if n:
@@ -152,12 +159,16 @@ def _set_full(param, key, value, call):
 
 def _get_local(param, key, call):
     place = _place(param)
-    part = None if place is None else _part(*place, key, call)
+    if place is None:
+        return None
+    place[0]._refuse_offloaded(call, _needed(key))
+    part = _part(*place, key, call)
     return None if part is None else part.to(torch.float32, copy=True)
 
 
 def _set_local(param, key, value, call):
     engine, index = _must(param, call)
+    engine._refuse_offloaded(call, _needed(key))
     n = engine._core.part(index)[1]
     if n == 0:
         raise ValueError(f"{call}: this rank steps no element of this parameter")
@@ -196,6 +207,7 @@ def safe_get_full_grad(param):
     if place is None:
         return None
     engine, index = place
+    engine._refuse_offloaded("safe_get_full_grad", GRADIENTS)
     values = torch.zeros(param.numel(), dtype=torch.float32)
     engine._core.get_grad(index, values)
     return _shaped(param, values)
@@ -204,6 +216,7 @@ def safe_get_full_grad(param):
 def safe_set_full_grad(param, value):
     """Replaces that gradient. Collective, the same value on all ranks."""
     engine, index = _must(param, "safe_set_full_grad")
+    engine._refuse_offloaded("safe_set_full_grad", GRADIENTS)
     values = _flat(param, value, "safe_set_full_grad")
     factor = engine._core.set_grad(index, values)
     if factor:

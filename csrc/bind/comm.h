@@ -45,6 +45,11 @@ struct dsc_comm *dsc_bind_comm_take(struct dsc_bind_state *state, PyObject *comm
                   "is_async=False)\n\n"                                                            \
                   "Part r of output = this rank's part of rank r's input. Splits: elements per\n"  \
                   "rank, on all ranks or on none.")                                                \
+    X(gather_parts,                                                                                \
+      "(fulls, parts, cuts, label=None, is_async=False)\n\n"                                       \
+      "fulls[i]: a tensor whose elements [cuts[i][r], cuts[i][r + 1]), in the order\n"             \
+      "of memory, become rank r's parts[i]; cuts[i]: int64 tensor of size + 1. One\n"              \
+      "operation for all of them. The label is compared, however long.")                           \
     X(barrier, "(label=None, is_async=False)\n\nReturns once every rank has called it.")           \
     X(send, "(tensor, to, tag=0, label=None, is_async=False)\n\n"                                  \
             "Returns when the tensor may be overwritten.")                                         \

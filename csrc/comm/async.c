@@ -134,6 +134,7 @@ void dsc_work_release(struct dsc_work *work) {
         return;
     queue_unref(work->queue);
     dsc_free(work->counts);
+    dsc_free(work->pieces);
     dsc_free(work);
 }
 
@@ -243,6 +244,8 @@ static enum dsc_status run(struct dsc_comm *comm, struct dsc_work *work) {
     };
     if (work->op == DSC_COMM_BARRIER)
         return dsc_comm_barrier(comm, work->coll.label);
+    if (work->op == DSC_COMM_GATHER_PIECES)
+        return dsc__gather_pieces(comm, work->label, work->tag, work->pieces, work->n_pieces);
     if (work->op == DSC_COMM_ALL_TO_ALL_V)
         return dsc_comm_all_to_all_v(comm, &work->coll, work->counts, work->counts + comm->size);
     return calls[work->op](comm, &work->coll);
@@ -287,16 +290,41 @@ static enum dsc_status work_of(struct dsc_comm *comm, enum dsc_comm_op op,
     return DSC_OK;
 }
 
+static enum dsc_status need_thread(struct dsc_comm *comm) {
+    DSC_TRY(dsc__check_usable(comm));
+    return comm->works ? DSC_OK : dsc__queue_open(comm, serve, &comm->works);
+}
+
 enum dsc_status dsc_comm_post(struct dsc_comm *comm, enum dsc_comm_op op,
                               const struct dsc_coll *coll, const size_t *n_send,
                               const size_t *n_recv, struct dsc_work **out) {
     struct dsc_work *work = NULL;
     if (op > DSC_COMM_ALL_TO_ALL_V && op != DSC_COMM_BARRIER)
         return DSC_FAIL(DSC_EINVAL, "operation %d cannot be asynchronous", (int)op);
-    DSC_TRY(dsc__check_usable(comm));
-    if (!comm->works)
-        DSC_TRY(dsc__queue_open(comm, serve, &comm->works));
+    DSC_TRY(need_thread(comm));
     DSC_TRY(work_of(comm, op, coll, n_send, n_recv, &work));
+    dsc__queue_push(comm->works, work);
+    *out = work;
+    return DSC_OK;
+}
+
+enum dsc_status dsc_comm_post_pieces(struct dsc_comm *comm, const char *label,
+                                     const struct dsc_piece *pieces, size_t n_pieces,
+                                     struct dsc_work **out) {
+    struct dsc_work *work = NULL;
+    void *copy = NULL;
+    DSC_TRY(need_thread(comm));
+    DSC_TRY(dsc_alloc(n_pieces * sizeof *pieces, &copy));
+    enum dsc_status status = dsc__work_new(comm->works, DSC_COMM_GATHER_PIECES, label, &work);
+    if (status != DSC_OK) {
+        dsc_free(copy);
+        return status;
+    }
+    if (n_pieces > 0)
+        memcpy(copy, pieces, n_pieces * sizeof *pieces);
+    work->pieces = copy;
+    work->n_pieces = n_pieces;
+    work->tag = dsc__pieces_tag(label, pieces, n_pieces);
     dsc__queue_push(comm->works, work);
     *out = work;
     return DSC_OK;

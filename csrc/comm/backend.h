@@ -44,6 +44,19 @@ struct dsc__parts {
     size_t n_max;                  /* the longest part between any two ranks; equal on all */
 };
 
+/* The pieces of a gathering, one after the other as a strand of bytes per owner; and how far each
+ * has been stored here, and this rank's own read. */
+struct dsc__strand {
+    size_t n_bytes;
+    size_t piece, offset; /* the next byte */
+};
+struct dsc__strands {
+    const struct dsc_piece *pieces;
+    struct dsc__strand own;
+    size_t n_max;            /* the longest strand; equal on all ranks */
+    struct dsc__strand of[]; /* per rank */
+};
+
 /* One end of a message under way. */
 struct dsc__message {
     struct dsc_p2p what;
@@ -96,6 +109,8 @@ struct dsc_comm_backend {
     int (*n_parts)(void *state);
     enum dsc_status (*part_sums)(void *state, const struct dsc_coll *coll, const size_t *n_send,
                                  size_t n_mine);
+    /* The strands of the others, n_max > 0. NULL: pieces are broadcast one by one. */
+    enum dsc_status (*gather_pieces)(void *state, struct dsc__strands *strands);
     /* Messages between two ranks, from any thread; all NULL where there are none. has_messages:
      * NULL where all communicators of the back end have them. advance does what can be done without
      * waiting. wait returns when `mail` differs from what it was, or after a tenth of a second at
@@ -188,6 +203,9 @@ struct dsc_work {
     enum dsc_comm_op op;
     struct dsc_coll coll;
     size_t *counts; /* n_send, then n_recv; NULL for equal parts */
+    struct dsc_piece *pieces;
+    size_t n_pieces;
+    uint64_t tag; /* of the pieces and all of the label */
     struct dsc__message message;
     char label[DSC__LABEL_MAX];
     bool done; /* these three under the queue's lock */
@@ -230,6 +248,14 @@ bool dsc__interrupted(void *context);
 void dsc__message_call(const struct dsc__message *message, char text[DSC__CALL_TEXT_MAX]);
 enum dsc_status dsc__message_differs(const struct dsc__message *recv, int rank,
                                      enum dsc_dtype dtype, size_t n_bytes, const char *label);
+
+/* pieces.c: the next n bytes of this rank's own strand; of a rank's, stored where they belong. */
+void dsc__strand_read(struct dsc__strands *strands, char *to, size_t n);
+void dsc__strand_write(struct dsc__strands *strands, int rank, const char *from, size_t n);
+/* What ranks compare of a gathering, and the gathering with that. */
+uint64_t dsc__pieces_tag(const char *label, const struct dsc_piece *pieces, size_t n_pieces);
+enum dsc_status dsc__gather_pieces(struct dsc_comm *comm, const char *label, uint64_t tag,
+                                   const struct dsc_piece *pieces, size_t n_pieces);
 
 /* fork.c: the list of live communicators that the fork handler walks. */
 enum dsc_status dsc__fork_register(struct dsc_comm *comm);

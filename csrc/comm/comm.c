@@ -258,7 +258,8 @@ struct dsc__print dsc__print_of(const struct dsc_comm *comm, enum dsc_comm_op op
 enum dsc_status dsc__agree(struct dsc_comm *comm, struct dsc__print *mine, const void *payload,
                            size_t n_payload) {
     mine->sequence = ++comm->sequence;
-    if (comm->covered && comm->backend->agrees_by_message && mine->op != DSC_COMM_MEET)
+    if (comm->backend->agrees_by_message && mine->op != DSC_COMM_MEET &&
+        !dsc__on_own_thread(comm) && comm->covered)
         return DSC_OK;
     DSC_TRY(comm->backend->agree(comm->state, mine, payload, n_payload));
     return dsc__print_compare(comm, mine);

@@ -31,6 +31,7 @@ enum dsc_comm_op {
     DSC_COMM_RECV,
     DSC_COMM_BARRIER,
     DSC_COMM_PART_SUMS,
+    DSC_COMM_GATHER_PIECES,
     DSC_COMM_WINDOW,
     DSC_COMM_MEET,
     DSC_COMM_OP_COUNT
@@ -135,6 +136,19 @@ enum dsc_status dsc_comm_all_to_all_v(struct dsc_comm *comm, const struct dsc_co
 /* Returns when every rank has come. */
 enum dsc_status dsc_comm_barrier(struct dsc_comm *comm, const char *label);
 
+/* A run of bytes that one rank has and all get. */
+struct dsc_piece {
+    int owner;
+    const void *src; /* on the owner; may be dst */
+    void *dst;
+    size_t n_bytes;
+};
+/* Every rank's dst of every piece = its owner's src. All ranks bring the same owners and lengths,
+ * in ascending order of owners, or all get DSC_EDIVERGED before data moves. All of the label is
+ * compared, however long. Memory of its own: some words per rank. */
+enum dsc_status dsc_comm_gather_pieces(struct dsc_comm *comm, const char *label,
+                                       const struct dsc_piece *pieces, size_t n_pieces);
+
 /* ---- asynchronous operations ---- */
 
 /* An operation that a thread of the communicator runs; operations of a communicator, synchronous or
@@ -146,6 +160,10 @@ struct dsc_work;
 enum dsc_status dsc_comm_post(struct dsc_comm *comm, enum dsc_comm_op op,
                               const struct dsc_coll *coll, const size_t *n_send,
                               const size_t *n_recv, struct dsc_work **out);
+/* The same for pieces, which are copied; what they point to is the operation's until it is done. */
+enum dsc_status dsc_comm_post_pieces(struct dsc_comm *comm, const char *label,
+                                     const struct dsc_piece *pieces, size_t n_pieces,
+                                     struct dsc_work **out);
 /* Whether it has ended, well or not. Never waits. */
 bool dsc_work_done(struct dsc_work *work);
 /* Waits, and returns how the operation ended; again and again if one likes. timeout_s <= 0 means
@@ -189,7 +207,7 @@ bool dsc_comm_has_windows(const struct dsc_comm *comm);
 /* Operations between cover(true) and cover(false) were agreed on as a whole by the caller (its plan
  * was part of the last meet's tag), so that each needs no agreement of its own where that costs a
  * round trip over a network. Returns what was set before. Back ends where it does not compare as
- * ever. */
+ * ever, and so do asynchronous operations. */
 bool dsc_comm_cover(struct dsc_comm *comm, bool covered);
 
 /* The contributions of all ranks to what each owns, in as few parts as the back end can tell apart

@@ -443,6 +443,7 @@ static const struct dsc_comm_backend delegate_backend = {
     .all_to_all_v = all_to_all_v,
     .n_parts = n_parts,
     .part_sums = part_sums,
+    .gather_pieces = dsc__delegate_gather_pieces,
     .open_group = open_group,
     .has_messages = dsc__delegate_has_messages,
     .message_advance = dsc__delegate_message_advance,

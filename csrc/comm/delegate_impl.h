@@ -63,6 +63,11 @@ static inline size_t dsc__delegate_cut(size_t n, size_t at, size_t step) {
 enum dsc_status dsc__delegate_start(struct dsc__delegate *d, void *context,
                                     const struct dsc_move *move);
 
+/* ---- delegate_pieces.c ---- */
+/* This rank's next bytes, as many times as there are others, for an exchange of `size`. */
+void dsc__delegate_copies(struct dsc__strands *strands, char *to, size_t n, int size);
+enum dsc_status dsc__delegate_gather_pieces(void *state, struct dsc__strands *strands);
+
 /* ---- delegate_nodes.c: operations in two levels ---- */
 int dsc__nodes_count(const struct dsc__nodes *nodes);
 enum dsc_status dsc__nodes_all_reduce(struct dsc__delegate *d, const struct dsc_coll *coll);
@@ -72,6 +77,7 @@ enum dsc_status dsc__nodes_broadcast(struct dsc__delegate *d, const struct dsc_c
 enum dsc_status dsc__nodes_reduce(struct dsc__delegate *d, const struct dsc_coll *coll);
 enum dsc_status dsc__nodes_part_sums(struct dsc__delegate *d, const struct dsc_coll *coll,
                                      const size_t *n_send, size_t n_mine);
+enum dsc_status dsc__nodes_gather_pieces(struct dsc__delegate *d, struct dsc__strands *strands);
 /* The same reduction of contributions that are all here, n_bytes of each rank from `all` on. */
 void dsc__nodes_reduce_here(struct dsc__delegate *d, const struct dsc_coll *coll, const char *all,
                             size_t n_bytes);

@@ -78,6 +78,7 @@ struct tour {
     bool combines;  /* sums of nodes become a result; else they are handed over as they are */
     bool alone;     /* what arrives makes a second move, so nothing else travels meanwhile */
     bool in_flight; /* a move runs */
+    struct dsc__strands *strands; /* of a gathering of pieces, in bytes; else NULL */
 };
 
 struct stops {
@@ -311,6 +312,63 @@ enum dsc_status dsc__nodes_all_gather(struct dsc__delegate *d, const struct dsc_
     struct tour t = tour_of(d, coll);
     size_t room = d->area / (size_t)d->nodes->n_nodes / ALIGN * ALIGN;
     t.step = room / t.elem_size;
+    return travel(&t, &stops);
+}
+
+/* ---- pieces: each rail exchanges strands, the node shares what its rails have ---- */
+
+static void pack_strand(const struct tour *t, size_t at, size_t k, char *to) {
+    (void)k;
+    dsc__delegate_copies(t->strands, to, cut(t->strands->own.n_bytes, at, t->step),
+                         t->nodes->n_nodes);
+}
+
+/* Of the rank of this one's rail on a node, what is in the chunk at `at`. */
+static size_t strand_of(const struct tour *t, int node, size_t at) {
+    return cut(t->strands->of[node * t->nodes->n_local + t->nodes->place].n_bytes, at, t->step);
+}
+
+static struct dsc_move move_strands(const struct tour *t, size_t at) {
+    struct dsc__nodes *nodes = t->nodes;
+    struct dsc_move move = exchange_of(t);
+    for (int j = 0; j < nodes->n_nodes; j++) {
+        size_t n = strand_of(t, j, at);
+        nodes->counts[j] = j == nodes->index ? 0 : strand_of(t, nodes->index, at);
+        nodes->counts[nodes->n_nodes + j] = j == nodes->index ? 0 : n;
+        move.n_bytes = dsc_max(move.n_bytes, n);
+    }
+    return move;
+}
+
+/* Its own bytes are still where they were sent from. */
+static enum dsc_status show_strands(const struct tour *t, size_t at, size_t k, char *from) {
+    const char *own = t->d->ops.staging + dsc__delegate_send_area(t->d, k);
+    for (int j = 0; j < t->nodes->n_nodes; j++) {
+        size_t n = strand_of(t, j, at);
+        char *to = out_area(t, t->nodes->place, k) + (size_t)j * t->step;
+        if (n > 0)
+            memcpy(to, j == t->nodes->index ? own : from, n);
+        from += j == t->nodes->index ? 0 : n;
+    }
+    return DSC_OK;
+}
+
+static void collect_strands(const struct tour *t, size_t at, size_t k) {
+    int n_local = t->nodes->n_local;
+    for (int r = 0; r < t->d->comm->size; r++)
+        if (r != t->d->comm->rank)
+            dsc__strand_write(t->strands, r,
+                              out_area(t, r % n_local, k) + (size_t)(r / n_local) * t->step,
+                              cut(t->strands->of[r].n_bytes, at, t->step));
+}
+
+enum dsc_status dsc__nodes_gather_pieces(struct dsc__delegate *d, struct dsc__strands *strands) {
+    static const struct stops stops = {.pack = pack_strand,
+                                       .move = move_strands,
+                                       .take = show_strands,
+                                       .collect = collect_strands};
+    struct tour t = {.d = d, .nodes = d->nodes, .n_elems = strands->n_max, .strands = strands};
+    t.step = d->area / (size_t)d->nodes->n_nodes / ALIGN * ALIGN;
     return travel(&t, &stops);
 }
 

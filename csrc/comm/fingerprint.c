@@ -23,6 +23,7 @@ static const char *const op_names[DSC_COMM_OP_COUNT] = {
     [DSC_COMM_BARRIER] = "barrier",
     [DSC_COMM_WINDOW] = "window",
     [DSC_COMM_PART_SUMS] = "part_sums",
+    [DSC_COMM_GATHER_PIECES] = "gather of parts",
     [DSC_COMM_MEET] = "meet",
 };
 
@@ -66,6 +67,7 @@ static void arguments(const struct dsc__print *p, char *text, size_t size) {
     case DSC_COMM_BROADCAST:
         snprintf(text, size, "%s x %llu, root %u", dtype, n, (unsigned)p->root);
         break;
+    case DSC_COMM_GATHER_PIECES:
     case DSC_COMM_WINDOW:
         snprintf(text, size, "%llu bytes", n);
         break;

@@ -443,6 +443,122 @@ static void sums_come_in_parts(void) {
     run_nodes(4, 2, parts_body, &per_node);
 }
 
+/* ---- gathering pieces ---- */
+
+enum { N_PIECES = 12, PIECE_MAX = 50001 };
+
+/* Uneven pieces, some empty, owners that have nothing; lengths in bytes that fit no element. */
+static size_t piece_bytes(int piece, int size) {
+    static const size_t lengths[] = {0, 1, 17, 40000, 3, PIECE_MAX, 0, 5000};
+    return piece % (size + 1) == 0 ? 0 : lengths[(piece * 5 + size) % 8];
+}
+
+static int piece_owner(int piece, int size) {
+    return piece * size / N_PIECES / 2 * 2 % size; /* ranks of odd number have nothing */
+}
+
+static void check_pieces(struct dsc_comm *comm, bool in_place, bool is_async) {
+    int rank = dsc_comm_rank(comm), size = dsc_comm_size(comm);
+    struct dsc_piece pieces[N_PIECES];
+    struct dsc_work *work = NULL;
+    for (int i = 0; i < N_PIECES; i++) {
+        pieces[i] = (struct dsc_piece){piece_owner(i, size), NULL, NULL, piece_bytes(i, size)};
+        unsigned char *dst = malloc(PIECE_MAX), *src = in_place ? dst : malloc(PIECE_MAX);
+        CHECK(dst && src);
+        memset(dst, 0, PIECE_MAX);
+        for (size_t k = 0; k < PIECE_MAX && pieces[i].owner == rank; k++)
+            src[k] = (unsigned char)(k * 7 + (size_t)i);
+        pieces[i].src = src;
+        pieces[i].dst = dst;
+    }
+    if (is_async) {
+        CHECK_OK(dsc_comm_post_pieces(comm, "fetch", pieces, N_PIECES, &work));
+        CHECK_OK(dsc_work_wait(work, 30, NULL, NULL));
+        dsc_work_release(work);
+    } else {
+        CHECK_OK(dsc_comm_gather_pieces(comm, "fetch", pieces, N_PIECES));
+    }
+    for (int i = 0; i < N_PIECES; i++) {
+        const unsigned char *dst = pieces[i].dst;
+        for (size_t k = 0; k < pieces[i].n_bytes; k++)
+            CHECK(dst[k] == (unsigned char)(k * 7 + (size_t)i));
+        CHECK(pieces[i].owner == rank || dst[pieces[i].n_bytes] == 0);
+        if (!in_place)
+            free((void *)(uintptr_t)pieces[i].src);
+        free(pieces[i].dst);
+    }
+}
+
+static void pieces_body(struct dsc_comm *comm, int rank, void *arg) {
+    (void)rank;
+    (void)arg;
+    for (int way = 0; way < 4; way++)
+        check_pieces(comm, way & 1, way & 2);
+    CHECK_OK(dsc_comm_gather_pieces(comm, "nothing", NULL, 0));
+    struct dsc_piece wrong[] = {{.owner = 1}, {.owner = 0}};
+    CHECK(dsc_comm_gather_pieces(comm, "wrong", wrong, 2) == DSC_EINVAL);
+    wrong[1].owner = dsc_comm_size(comm);
+    CHECK(dsc_comm_gather_pieces(comm, "wrong", wrong, 2) == DSC_EINVAL);
+    CHECK_OK(dsc_comm_barrier(comm, NULL));
+}
+
+static void pieces_of_each_arrive_at_all(void) {
+    run_fake(2, pieces_body, NULL);
+    run_fake(3, pieces_body, NULL);
+    run_nodes(4, 2, pieces_body, NULL);
+    run_nodes(6, 3, pieces_body, NULL);
+    run_threads(3, 30, false, pieces_body, NULL);
+}
+
+/* Asynchronous ones are compared although the caller has covered its own operations. */
+static void covered_body(struct dsc_comm *comm, int rank, void *arg) {
+    enum { N = 20000 };
+    float *x = malloc(N * sizeof *x), *y = malloc(N * sizeof *y);
+    struct dsc_work *work = NULL;
+    (void)arg;
+    CHECK(x && y);
+    for (int turn = 0; turn < 50; turn++) {
+        struct dsc_piece piece = {turn % 2, x, x, N * sizeof *x};
+        struct dsc_coll coll = {.src = y, .dst = y, .n_elems = N, .dtype = DSC_F32};
+        for (int i = 0; i < N; i++) {
+            x[i] = rank == piece.owner ? (float)(turn + i) : 0;
+            y[i] = 1;
+        }
+        CHECK_OK(dsc_comm_post_pieces(comm, "ahead", &piece, 1, &work));
+        (void)dsc_comm_cover(comm, true);
+        CHECK_OK(dsc_comm_all_reduce(comm, &coll));
+        (void)dsc_comm_cover(comm, false);
+        CHECK_OK(dsc_work_wait(work, 30, NULL, NULL));
+        dsc_work_release(work);
+        for (int i = 0; i < N; i++)
+            CHECK(x[i] == (float)(turn + i) && y[i] == (float)dsc_comm_size(comm));
+    }
+    free(x);
+    free(y);
+}
+
+static void pieces_go_round_beside_covered_operations(void) {
+    run_fake(2, covered_body, NULL);
+    run_nodes(4, 2, covered_body, NULL);
+}
+
+/* The labels differ behind what an operation shows of them. */
+static void other_pieces_body(struct dsc_comm *comm, int rank, void *arg) {
+    char label[200];
+    float x[8] = {0};
+    struct dsc_piece piece = {0, x, x, sizeof x};
+    (void)arg;
+    snprintf(label, sizeof label, "%0150d%c", 0, rank == 1 ? 'b' : 'a');
+    CHECK(dsc_comm_gather_pieces(comm, label, &piece, 1) == DSC_EDIVERGED);
+    CHECK_TEXT("rank 0 called gather of parts(32 bytes) [0000");
+    CHECK(dsc_comm_gather_pieces(comm, label, &piece, 1) == DSC_EDIVERGED);
+}
+
+static void different_labels_are_an_error_on_all(void) {
+    run_fake(3, other_pieces_body, NULL);
+    run_nodes(4, 2, other_pieces_body, NULL);
+}
+
 /* ---- failures ---- */
 
 static void diverged_body(struct dsc_comm *comm, int rank, void *arg) {
@@ -812,6 +928,9 @@ static const struct test_case cases[] = {
     CASE(nodes_add_their_ranks_first),
     CASE(uneven_parts_arrive),
     CASE(sums_come_in_parts),
+    CASE(pieces_of_each_arrive_at_all),
+    CASE(pieces_go_round_beside_covered_operations),
+    CASE(different_labels_are_an_error_on_all),
     CASE(different_calls_are_an_error_on_all),
     CASE(a_dead_rank_is_named),
     CASE(a_rank_that_gives_up_says_why),

@@ -116,13 +116,17 @@ NAMES = {
     "runtime.zero.muon.original_muon": _later("the Muon optimizer", "MuonWithAuxAdam"),
     "runtime.zero.partition_parameters": _later("ZeRO stage 3", "ZeroParamStatus",
                                                 "zero_wrapper_for_fp_tensor_constructor"),
-    "runtime.zero.stage3": _later("ZeRO stage 3", "DeepSpeedZeroOptimizer_Stage3",
-                                  "estimate_zero3_model_states_mem_needs_all_cold",
-                                  "estimate_zero3_model_states_mem_needs_all_live"),
+    "runtime.zero.stage3": {
+        **_later("ZeRO stage 3", "DeepSpeedZeroOptimizer_Stage3"),
+        **{name: f"runtime.zero.estimates.{name}" for name in (
+            "estimate_zero3_model_states_mem_needs", "estimate_zero3_model_states_mem_needs_all_cold",
+            "estimate_zero3_model_states_mem_needs_all_live")},
+    },
     "runtime.zero.stage_1_and_2": {
         "DeepSpeedZeroOptimizer": "optimizer.DeepSpeedOptimizer",
-        **_later("estimating memory", "estimate_zero2_model_states_mem_needs_all_cold",
-                 "estimate_zero2_model_states_mem_needs_all_live"),
+        **{name: f"runtime.zero.estimates.{name}" for name in (
+            "estimate_zero2_model_states_mem_needs", "estimate_zero2_model_states_mem_needs_all_cold",
+            "estimate_zero2_model_states_mem_needs_all_live")},
     },
     "sequence.layer": _later("sequence parallelism", "DistributedAttention"),
     "utils": {

@@ -101,6 +101,7 @@ static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
     holding->space = space;
     holding->comm = comm;
     holding->stepped = needs.stepped;
+    holding->owns = needs.owns;
     size_t n_bytes = dsc_range_size(holding->stepped) * sizeof(float);
     if (needs.master)
         DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->master));
@@ -179,8 +180,8 @@ struct dsc_engine_ranks dsc_engine_ranks_of(struct dsc_comm *comm) {
 }
 
 static enum dsc_status check_options(const struct dsc_engine_options *options) {
-    if (options->stage < 0 || options->stage > 2)
-        return DSC_FAIL(DSC_ENOTYET, "zero_optimization.stage is %d: not yet; allowed: 0, 1, 2",
+    if (options->stage < 0 || options->stage > 3)
+        return DSC_FAIL(DSC_EINVAL, "zero_optimization.stage is %d; allowed: 0, 1, 2, 3",
                         options->stage);
     if (options->no_masters &&
         (options->optim == DSC_OPTIM_LAMB || options->optim == DSC_OPTIM_FOREIGN))
@@ -274,7 +275,7 @@ void dsc_engine_load_masters(struct dsc_engine *e, const struct dsc_view *views)
     for (size_t i = 0; i < e->n_params; i++)
         if (e->param_space[i] >= 0)
             dsc_update_load_master(&e->holdings[e->param_space[i]], dsc__engine_segment(e, i),
-                                   views[i].data);
+                                   &views[i]);
     dsc_fp_leave(saved);
 }
 

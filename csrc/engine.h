@@ -3,6 +3,8 @@
  * Decides: the state machine of micro-step, boundary and skip; which memory exists at which stage.
  * ZeRO's stage is data: stage 0 shares the sums and steps everything on every rank, stages 1 and 2
  * step what a rank owns and spread it; stage 2 (and overlap) settles gradients inside backward.
+ * Stage 3 is as stage 2, but a rank steps what it owns in the parameters' own memory, which all
+ * ranks share or of which each has its part, and spreads nothing.
  * Invariant: with one micro-step per step, stage, overlap and bucket size change no bit (contract
  * N1); a step in the steady state allocates nothing (M2).
  *
@@ -40,7 +42,7 @@ struct dsc_engine_ranks {
 struct dsc_engine_ranks dsc_engine_ranks_of(struct dsc_comm *comm);
 
 struct dsc_engine_options {
-    int stage;             /* 0, 1, 2 */
+    int stage;             /* 0, 1, 2, 3 */
     bool overlap;          /* overlap_comm */
     size_t bucket_elems;   /* reduce_bucket_size, >= 1 */
     double clip;           /* gradient_clipping; 0 turns it off */

@@ -2,8 +2,8 @@
  *
  * Names: a space whose reduce group is one rank is `alone` and has no buckets; a space `keeps`
  * gradients when they stay with this rank until the boundary (stages 0 and 1, or alone) and is
- * `early` when they are handed over inside backward (stage 2, or overlap). Where ranks share no
- * memory none is early: at stage 2 a round is exchanged when a backward pass ends
+ * `early` when they are handed over inside backward (stages 2 and 3, or overlap). Where ranks share
+ * no memory none is early: at stages 2 and 3 a round is exchanged when a backward pass ends
  * (engine_remote.c). The engine's flags follow from the first reduce group, so that they are equal
  * on all control ranks, and hold for all spaces that are not alone: where it is one rank, experts
  * over several keep theirs until the boundary at every stage. Invariant: an early engine at stage 0

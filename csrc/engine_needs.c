@@ -7,7 +7,7 @@ struct dsc_engine_ways dsc_engine_ways_of(const struct dsc_engine_options *optio
     return (struct dsc_engine_ways){
         .alone = alone,
         .remote = remote,
-        .early = !alone && !remote && (options->stage == 2 || options->overlap),
+        .early = !alone && !remote && (options->stage >= 2 || options->overlap),
         .keeps = alone || options->stage < 2,
         .folds = !options->narrow_sums,
     };
@@ -19,11 +19,13 @@ struct dsc_space_needs dsc_engine_needs(const struct dsc_engine_options *options
     bool is_16bit = space->dtype != DSC_F32, shared = space->n_ranks > 1;
     struct dsc_space_needs needs = {
         .stepped = {0, space->n_elems},
+        .owns = options->stage > 0,
         .master = is_16bit && !options->no_masters,
         /* SGD's momentum is there from the first step that has one. */
         .n_states = options->optim == DSC_OPTIM_SGD ? 0 : dsc_optim_info(options->optim)->n_states,
         .grads = options->optim == DSC_OPTIM_FOREIGN,
-        .spread = shared && options->stage > 0,
+        /* At stage 3 owners step where all ranks read, or nobody has the whole. */
+        .spread = shared && options->stage > 0 && options->stage < 3,
         .shared = shared,
         .keeps = ways->keeps || !shared,
         .buckets =
@@ -36,7 +38,7 @@ struct dsc_space_needs dsc_engine_needs(const struct dsc_engine_options *options
                 .accum = options->narrow_sums ? space->dtype : DSC_F32,
             },
     };
-    if (options->stage > 0)
+    if (needs.owns)
         needs.stepped = dsc_space_owned(space, rank);
     needs.local = is_16bit && needs.keeps && ways->folds && options->many_micro_steps;
     return needs;

@@ -23,6 +23,7 @@ struct dsc_engine_ways dsc_engine_ways_of(const struct dsc_engine_options *optio
 /* What one rank holds of one space. */
 struct dsc_space_needs {
     struct dsc_range stepped; /* what this rank steps; the arrays are of it, 4 bytes an element */
+    bool owns;                /* that is its own part */
     bool master;
     int n_states; /* from the start */
     bool grads;   /* for a foreign optimizer */

@@ -374,6 +374,18 @@ static struct dsc_update update_of(struct dsc_engine *e, struct dsc_view *views,
                                .changed = e->changed};
 }
 
+/* At stage 3 ranks that share memory have their parameters once: nobody reads them before all
+ * owners have stepped. */
+static enum dsc_status meet_stepped(struct dsc_engine *e) {
+    uint32_t done = 1;
+    for (size_t g = 0; e->options.stage == 3 && g < e->ranks.n_reduce; g++) {
+        struct dsc_comm *comm = e->ranks.reduce[g].comm;
+        if (dsc_comm_size(comm) > 1 && dsc_comm_has_windows(comm))
+            DSC_TRY(dsc_comm_meet(comm, e->label, 7, &done, sizeof done, e->meeting));
+    }
+    return DSC_OK;
+}
+
 static enum dsc_status update(struct dsc_engine *e, struct dsc_view *views,
                               const struct dsc_hyper *groups, double grad_scale) {
     DSC_TRY(prepare_args(e, groups, grad_scale));
@@ -385,7 +397,7 @@ static enum dsc_status update(struct dsc_engine *e, struct dsc_view *views,
             DSC_TRY(dsc_update_run(&update, &e->holdings[s]));
     }
     e->between = e->options.optim == DSC_OPTIM_FOREIGN;
-    return DSC_OK;
+    return e->between ? DSC_OK : meet_stepped(e);
 }
 
 static void forget_step(struct dsc_engine *e) {
@@ -536,10 +548,9 @@ static enum dsc_status meet_optimizers(struct dsc_engine *e, bool failed) {
         if (!mine)
             continue;
         e->torn_by = 1 + r;
-        return DSC_FAIL(DSC_ESTATE,
-                        "the optimizer raised on rank %d (its own error says why); this step has "
-                        "reached no parameter of another rank",
-                        r);
+        return DSC_FAIL(
+            DSC_ESTATE, "the optimizer raised on rank %d (its own error says why)%s", r,
+            e->options.stage < 3 ? "; this step has reached no parameter of another rank" : "");
     }
     return DSC_OK;
 }
@@ -556,6 +567,8 @@ enum dsc_status dsc_engine_end_step(struct dsc_engine *e, struct dsc_view *views
         struct dsc_update update = update_of(e, views, s, 0);
         status = dsc_update_values(&update, &e->holdings[s]);
     }
+    if (status == DSC_OK)
+        status = meet_stepped(e);
     (void)dsc__engine_cover(e, false);
     enum dsc_status end = end_step(e, report);
     dsc_fp_leave(saved);

@@ -25,7 +25,8 @@ struct dsc_param {
 
 /* A parameter's memory, borrowed for one call: n_elems in storage order. */
 struct dsc_view {
-    void *data;
+    void *data;       /* of element `begin` and those after it: all that the call touches */
+    size_t begin;     /* 0, unless this rank has only the part that it steps */
     const void *grad; /* NULL: none, counts as zero */
     enum dsc_dtype grad_dtype;
     bool frozen; /* not to be stepped now: it requires no gradient */

@@ -38,10 +38,15 @@ static void adopt_changes(const struct dsc_update *update, const struct dsc_hold
             kernels->to_f32[dtype](&master[i], &found[i], 1);
 }
 
+static char *place_of(const struct dsc_view *view, const struct dsc_space *space,
+                      const struct dsc_segment *segment, size_t elem) {
+    return (char *)view->data +
+           (elem - segment->begin - view->begin) * dsc_dtype_size(space->dtype);
+}
+
 static char *data_of(const struct dsc_update *update, const struct dsc_space *space,
                      const struct dsc_segment *segment, size_t elem) {
-    return (char *)update->views[segment->param].data +
-           (elem - segment->begin) * dsc_dtype_size(space->dtype);
+    return place_of(&update->views[segment->param], space, segment, elem);
 }
 
 /* The fp32 values that are stepped: the master's, or those of an fp32 parameter itself. */
@@ -114,10 +119,10 @@ static void do_range(const struct job *job) {
 /* The owners from whose sums this rank steps: all of them at stage 0, itself elsewhere, nobody (one
  * pass over the source) in a group of one. */
 static int first_owner(const struct dsc_holding *holding) {
-    return holding->spread ? dsc_comm_rank(holding->comm) : 0;
+    return holding->owns ? dsc_comm_rank(holding->comm) : 0;
 }
 static int end_owner(const struct dsc_holding *holding) {
-    return holding->spread ? dsc_comm_rank(holding->comm) + 1 : dsc_comm_size(holding->comm);
+    return holding->owns ? dsc_comm_rank(holding->comm) + 1 : dsc_comm_size(holding->comm);
 }
 
 static struct job job_of(const struct dsc_update *update, const struct dsc_holding *holding,
@@ -217,8 +222,7 @@ static void copy_in(const struct dsc_update *update, const struct dsc_space *spa
     size_t elem_size = dsc_dtype_size(space->dtype);
     struct dsc_parts it = dsc_parts(space, range);
     while (dsc_parts_next(&it))
-        memcpy((char *)update->views[it.segment->param].data +
-                   (it.part.begin - it.segment->begin) * elem_size,
+        memcpy(data_of(update, space, it.segment, it.part.begin),
                chunk + (it.part.begin - range.begin) * elem_size,
                dsc_range_size(it.part) * elem_size);
 }
@@ -289,12 +293,11 @@ enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc
 }
 
 void dsc_update_load_master(const struct dsc_holding *holding, const struct dsc_segment *segment,
-                            const void *data) {
+                            const struct dsc_view *view) {
     enum dsc_dtype dtype = holding->space->dtype;
     struct dsc_range part = dsc_range_cut(dsc_segment_range(segment), holding->stepped);
     if (holding->master && dsc_range_size(part) > 0)
         dsc_kernels()->to_f32[dtype](holding->master + (part.begin - holding->stepped.begin),
-                                     (const char *)data +
-                                         (part.begin - segment->begin) * dsc_dtype_size(dtype),
+                                     place_of(view, holding->space, segment, part.begin),
                                      dsc_range_size(part));
 }

@@ -19,11 +19,13 @@ struct dsc_holding {
     const struct dsc_space *space;
     struct dsc_comm *comm;    /* of the reduce group */
     struct dsc_range stepped; /* elements that this rank steps: its own, or all of them (stage 0) */
+    bool owns;                /* its own */
     float *master;            /* fp32 values of `stepped`; NULL where parameters are their own */
     float *state[DSC_OPTIM_MAX_STATES]; /* of `stepped` */
     float *grads;                       /* of `stepped`, for a foreign optimizer; else NULL */
     struct dsc_buckets *buckets;        /* NULL in a group of one */
-    struct dsc_spread *spread;          /* NULL: every rank steps what it needs */
+    struct dsc_spread *spread; /* NULL: what this rank steps is all that it has, or where all have
+                                  it */
 };
 
 struct dsc_update {
@@ -49,6 +51,6 @@ enum dsc_status dsc_update_values(const struct dsc_update *update,
                                   const struct dsc_holding *holding);
 /* master = the parameter's values, for the parts of one parameter that this rank steps. */
 void dsc_update_load_master(const struct dsc_holding *holding, const struct dsc_segment *segment,
-                            const void *data);
+                            const struct dsc_view *view);
 
 #endif

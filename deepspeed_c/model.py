@@ -148,7 +148,9 @@ def check_once(module, groups, what):
 
 class Parameters:
     """Trainable parameters in model order, with their names and groups. groups: dicts with "params"; those that
-    require no gradient are left out."""
+    require no gradient are left out.
+
+    Attributes: tensors, names, group_of, n_groups; fulls, parts: see below, parallel to tensors."""
 
     def __init__(self, module, groups):
         names = {id(p): name for name, p in module.named_parameters()}
@@ -157,12 +159,14 @@ class Parameters:
         found = [(p, index) for index, group in enumerate(groups) for p in group["params"] if p.requires_grad]
         found.sort(key=lambda item: order.get(id(item[0]), len(order)))
         self.tensors = [p for p, _ in found]
+        self.fulls = self.tensors  # at stage 3: tensors in the parameters' shapes, which a release leaves as they are
+        self.parts = None  # where ranks share no memory there: this rank's part of each, None where it has the whole
         self.group_of = [g for _, g in found]
         self.names = [names.get(id(p), f"(parameter {i}, not in the model)") for i, p in enumerate(self.tensors)]
 
     def digest(self):
         """A 63-bit number that differs where names, shapes or strides differ."""
-        text = ";".join(f"{n}{tuple(p.shape)}{p.stride()}{p.dtype}" for n, p in zip(self.names, self.tensors))
+        text = ";".join(f"{n}{tuple(p.shape)}{p.stride()}{p.dtype}" for n, p in zip(self.names, self.fulls))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -170,6 +174,6 @@ def open_core(reduction, config, parameters, kind, whole):
     """The C engine over these parameters; whole: none is cut between ranks. Collective."""
     places = [(group, reduction.index(p), reduction.counted(p))
               for p, group in zip(parameters.tensors, parameters.group_of)]
-    return _core.Engine(reduction.for_core(), config, parameters.tensors, parameters.names, places,
+    return _core.Engine(reduction.for_core(), config, parameters.tensors, parameters.fulls, parameters.names, places,
                         parameters.n_groups, kind, whole, torch.get_num_threads(), parameters.digest(), conform,
                         torch.autograd.graph.increment_version)

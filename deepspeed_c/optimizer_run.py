@@ -27,6 +27,7 @@ class _Run:
         self.optimizer = optimizer
         self._engine = weakref.ref(engine)
         self._params, self._names, self._group_of = parameters.tensors, parameters.names, parameters.group_of
+        self._fulls, self._kept = parameters.fulls, parameters.parts
         core = self._core
         self._parts = [core.part(i) for i in range(len(self._params))]
         self._masters = {i: self._held(i, _MASTER) for i in range(len(self._params))}
@@ -60,12 +61,19 @@ class _Run:
         return None if held is None else self._shaped(i, from_dlpack(held[1]))
 
     def _shaped(self, i, values):
-        p, (_, n) = self._params[i], self._parts[i]
+        p, (_, n) = self._fulls[i], self._parts[i]
         return values.as_strided(p.shape, p.stride()) if n == p.numel() else values
+
+    def values_of(self, i):
+        """The elements of parameter i that this rank steps, in the model's dtype: one dimension, without a copy."""
+        if self._kept is not None and self._kept[i] is not None:
+            return self._kept[i]
+        begin, n = self._parts[i]
+        return flat(self._fulls[i])[begin:begin + n]
 
     def _fragment_of(self, i, value):
         """This rank's fp32 fragment of a value of parameter i's shape; a value of the fragment's shape as it is."""
-        p, (begin, n) = self._params[i], self._parts[i]
+        p, (begin, n) = self._fulls[i], self._parts[i]
         if value.shape == p.shape:
             laid = torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(value)
             return self._shaped(i, flat(laid)[begin:begin + n])
@@ -280,7 +288,7 @@ class ForeignRun(_Run):
         for i, p in enumerate(self._params):
             state = optimizer.state.get(p, {})
             for name, value in state.items():
-                if isinstance(value, torch.Tensor) and value.shape == p.shape and name != "step":
+                if isinstance(value, torch.Tensor) and value.shape == self._fulls[i].shape and name != "step":
                     state[name] = self._fragment_of(i, value)
 
     def release(self):
@@ -289,13 +297,12 @@ class ForeignRun(_Run):
 
     def _fragment(self, i):
         """A leaf over this rank's fp32 part of parameter i; None where it has none."""
-        p, (begin, n) = self._params[i], self._parts[i]
-        if n == 0 or not p.requires_grad:
+        if self._parts[i][1] == 0 or not self._params[i].requires_grad:
             return None
-        known = self._fragments.get(i)
-        if known is None or (i not in self._masters and known[1] != p.data_ptr()):
-            values = self._masters[i] if i in self._masters else self._shaped(i, flat(p)[begin:begin + n])
-            known = self._fragments[i] = (torch.nn.Parameter(values), p.data_ptr())
+        known, place = self._fragments.get(i), (self._kept or self._fulls)[i].data_ptr()
+        if known is None or (i not in self._masters and known[1] != place):
+            values = self._masters[i] if i in self._masters else self._shaped(i, self.values_of(i))
+            known = self._fragments[i] = (torch.nn.Parameter(values), place)
         return known[0]
 
     @contextmanager
@@ -335,9 +342,9 @@ class ForeignRun(_Run):
 
     def states_of(self, i):
         """{name: fragment} of parameter i's states on this rank; what is written there counts."""
-        p, (_, n) = self._params[i], self._parts[i]
-        shape = p.shape if n == p.numel() else (n,)
-        return {name: t for name, t in self.optimizer.state.get(p, {}).items()
+        n, full = self._parts[i][1], self._fulls[i]
+        shape = full.shape if n == full.numel() else (n,)
+        return {name: t for name, t in self.optimizer.state.get(self._params[i], {}).items()
                 if isinstance(t, torch.Tensor) and t.shape == shape and name != "step"}
 
     def _packed_state(self):

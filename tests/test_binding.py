@@ -102,15 +102,15 @@ def test_wrong_arguments_of_the_engine_are_errors_not_crashes():
     with pytest.raises(ValueError, match="betas has 3 items"):
         core.step([{"betas": (0.9, 0.9, 0.9)}])
     with pytest.raises(TypeError):
-        _core.Engine(None, None, [], [], [], 1, "adam", 1, 0, None, None)
+        _core.Engine(None, None, [], [], [], [], 1, "adam", 1, 0, None, None)
     comm, config = _core.Comm.self_(), _core.Config({"train_batch_size": 1}, 1)
     for ranks, wrong in (((comm, (), 1), "0 reduce groups"), ((comm, ((comm, 0),) * 17, 1), "17 reduce groups"),
                          ((comm, ((comm, 0),), 0), "averaged over 0 ranks")):
         with pytest.raises(ValueError, match=wrong):
-            _core.Engine(ranks, config, [], [], [], 1, "adam", False, 1, 0, None, None)
+            _core.Engine(ranks, config, [], [], [], [], 1, "adam", False, 1, 0, None, None)
     with pytest.raises(ValueError, match="reduce group 1 of 1"):
-        _core.Engine((comm, ((comm, 0),), 1), config, [torch.zeros(3)], ["w"], [(0, 1, True)], 1, "adam", False, 1, 0,
-                     None, None)
+        _core.Engine((comm, ((comm, 0),), 1), config, [torch.zeros(3)], [torch.zeros(3)], ["w"], [(0, 1, True)],
+                         1, "adam", False, 1, 0, None, None)
     core.close()
     core.close()
     with pytest.raises(RuntimeError, match="destroyed"):

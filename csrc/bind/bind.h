@@ -28,6 +28,7 @@ struct dsc_comm;
     X(topo)                                                                                        \
     X(comm)                                                                                        \
     X(work)                                                                                        \
+    X(store)                                                                                       \
     X(engine)                                                                                      \
     X(stepper)                                                                                     \
     X(moe)

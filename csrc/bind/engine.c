@@ -73,7 +73,7 @@ static int describe_params(EngineObject *self, PyObject *places, size_t n_reduce
                          self->n_groups, reduce, n_reduce);
             return -1;
         }
-        if (dsc_bind_borrow(dsc_bind_engine_state(self), PyList_GET_ITEM(self->params, i), name,
+        if (dsc_bind_borrow(dsc_bind_engine_state(self), PyList_GET_ITEM(self->fulls, i), name,
                             &t) < 0)
             return -1;
         if (!t.on_cpu) {
@@ -110,28 +110,29 @@ static int allocate(EngineObject *self) {
     return status == DSC_OK ? 0 : -1;
 }
 
-/* Engine(ranks, config, params, names, places, n_groups, optimizer, whole, n_threads, names_hash,
- * conform, increment); ranks: see read_ranks, places: see describe_params. */
+/* Engine(ranks, config, params, fulls, names, places, n_groups, optimizer, whole, n_threads,
+ * names_hash, conform, increment); ranks: see read_ranks, places: see describe_params. */
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *keys[] = {"ranks",    "config",    "params", "names",     "places",
-                           "n_groups", "optimizer", "whole",  "n_threads", "names_hash",
-                           "conform",  "increment", NULL};
-    PyObject *ranks, *config, *params, *names, *places, *conform, *increment;
+    static char *keys[] = {"ranks",      "config",   "params",    "fulls", "names",
+                           "places",     "n_groups", "optimizer", "whole", "n_threads",
+                           "names_hash", "conform",  "increment", NULL};
+    PyObject *ranks, *config, *params, *fulls, *names, *places, *conform, *increment;
     const char *optimizer;
     int n_groups, n_threads, whole;
     unsigned long long names_hash;
     enum dsc_optim_kind kind;
     struct dsc_bind_state *state = dsc_bind_state_of(type);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!O!O!ispiKOO:Engine", keys, &PyTuple_Type,
-                                     &ranks, &config, &PyList_Type, &params, &PyList_Type, &names,
-                                     &PyList_Type, &places, &n_groups, &optimizer, &whole,
-                                     &n_threads, &names_hash, &conform, &increment))
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "O!OO!O!O!O!ispiKOO:Engine", keys, &PyTuple_Type, &ranks, &config,
+            &PyList_Type, &params, &PyList_Type, &fulls, &PyList_Type, &names, &PyList_Type,
+            &places, &n_groups, &optimizer, &whole, &n_threads, &names_hash, &conform, &increment))
         return NULL;
     if (dsc_optim_find(optimizer, &kind) != DSC_OK)
         return dsc_bind_raise(state, DSC_EINVAL);
     if (PyList_GET_SIZE(names) != PyList_GET_SIZE(params) ||
+        PyList_GET_SIZE(fulls) != PyList_GET_SIZE(params) ||
         PyList_GET_SIZE(places) != PyList_GET_SIZE(params) || n_groups < 1) {
-        PyErr_SetString(PyExc_ValueError, "params, names and places must be parallel lists");
+        PyErr_SetString(PyExc_ValueError, "params, fulls, names and places must be parallel lists");
         return NULL;
     }
     const struct dsc_config *core_config = dsc_bind_config(state, config);
@@ -139,6 +140,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (!self)
         return NULL;
     self->params = Py_NewRef(params);
+    self->fulls = Py_NewRef(fulls);
     self->names = Py_NewRef(names);
     self->conform = Py_NewRef(conform);
     self->increment = Py_NewRef(increment);
@@ -168,6 +170,8 @@ static int engine_traverse(EngineObject *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(self->comms);
     Py_VISIT(self->params);
+    Py_VISIT(self->fulls);
+    Py_VISIT(self->parts);
     Py_VISIT(self->names);
     Py_VISIT(self->conform);
     Py_VISIT(self->increment);
@@ -180,6 +184,8 @@ static int engine_clear(EngineObject *self) {
     self->core = NULL;
     Py_CLEAR(self->comms);
     Py_CLEAR(self->params);
+    Py_CLEAR(self->fulls);
+    Py_CLEAR(self->parts);
     Py_CLEAR(self->names);
     Py_CLEAR(self->conform);
     Py_CLEAR(self->increment);

@@ -39,7 +39,8 @@ PyObject *dsc_bind_engine_held(EngineObject *self, PyObject *args) {
                      self->n_params - 1, DSC_HELD_GRADIENT, DSC_OPTIM_MAX_STATES - 1);
     } else {
         struct dsc_held held = dsc_engine_held(self->core, (size_t)index, which);
-        PyObject *capsule = held.values ? dsc_bind_lend(dsc_bind_engine_state(self), &held) : NULL;
+        PyObject *capsule =
+            held.values ? dsc_bind_lend_held(dsc_bind_engine_state(self), &held) : NULL;
         if (capsule)
             result = Py_BuildValue("(nN)", (Py_ssize_t)held.begin, capsule);
         else if (!held.values)
@@ -72,12 +73,30 @@ PyObject *dsc_bind_engine_part(EngineObject *self, PyObject *args) {
     return Py_BuildValue("(nn)", (Py_ssize_t)begin, (Py_ssize_t)n);
 }
 
+PyObject *dsc_bind_engine_keep_parts(EngineObject *self, PyObject *parts) {
+    if (!PyList_Check(parts) || PyList_GET_SIZE(parts) != self->n_params) {
+        PyErr_Format(PyExc_TypeError, "keep_parts needs a list of %zd tensors", self->n_params);
+        return NULL;
+    }
+    if (dsc_bind_engine_enter(self, "keep_parts") < 0)
+        return NULL;
+    PyObject *before = self->parts;
+    self->parts = Py_NewRef(parts);
+    int failed = dsc_bind_engine_view_all(self);
+    dsc_bind_engine_drop_grads(self);
+    if (failed)
+        Py_SETREF(self->parts, Py_XNewRef(before));
+    Py_XDECREF(before);
+    self->busy = false;
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
 PyObject *dsc_bind_engine_steps(EngineObject *self, PyObject *unused) {
     (void)unused;
     if (dsc_bind_engine_enter(self, "steps") < 0)
         return NULL;
     struct dsc_held held = dsc_engine_steps(self->core);
-    PyObject *capsule = dsc_bind_lend(dsc_bind_engine_state(self), &held);
+    PyObject *capsule = dsc_bind_lend_held(dsc_bind_engine_state(self), &held);
     self->busy = false;
     return capsule;
 }

@@ -12,7 +12,11 @@
 typedef struct {
     PyObject_HEAD struct dsc_engine *core;
     PyObject *comms;     /* tuple of the control Comm and those of the reduce groups: stay open */
-    PyObject *params;    /* list of Parameter */
+    PyObject *params;    /* list of Parameter: they have .grad and requires_grad */
+    PyObject *fulls;     /* list of tensors in the parameters' shapes, over all their values: at
+                            stage 3; below, the same list */
+    PyObject *parts;     /* list of this rank's part of each, one-dimensional, None where it has the
+                            whole in fulls; NULL where it has all */
     PyObject *names;     /* list of str, parallel to params */
     PyObject *conform;   /* (param, grad) -> grad in the parameter's layout */
     PyObject *increment; /* torch's increment_version over a list */
@@ -73,6 +77,9 @@ struct dsc_engine_options dsc_bind_engine_options(const struct dsc_config *confi
 /* Name, calling convention, documentation. */
 #define DSC_BIND_ENGINE_CALLS(X)                                                                   \
     X(close, METH_NOARGS, "Frees everything; idempotent.")                                         \
+    X(keep_parts, METH_O,                                                                          \
+      "keep_parts(list): stage 3 where ranks share no memory: from here on parameter i is its\n"   \
+      "elements part(i), a one-dimensional tensor; None: all of it, in fulls.")                    \
     X(load_masters, METH_NOARGS, "fp32 masters take the parameters' values.")                      \
     X(begin_backward, METH_O, "Before a backward pass.")                                           \
     X(end_backward, METH_O, "After a backward pass.")                                              \

@@ -13,11 +13,35 @@ uint64_t dsc_bind_layout_of(const struct dsc_borrowed *t) {
     return hash;
 }
 
+/* This rank's part of a parameter. */
+static int view_part(EngineObject *self, Py_ssize_t i, PyObject *tensor) {
+    struct dsc_borrowed t;
+    size_t begin, n;
+    int rank, size;
+    const char *name = dsc_bind_engine_name(self, i);
+    if (dsc_bind_borrow(dsc_bind_engine_state(self), tensor, name, &t) < 0)
+        return -1;
+    dsc_engine_place(self->core, (size_t)i, &rank, &size);
+    dsc_engine_part(self->core, (size_t)i, rank, &begin, &n);
+    if (!t.on_cpu || !t.contiguous || t.dtype != self->shapes[i].dtype || t.n_elems != n) {
+        PyErr_Format(PyExc_ValueError,
+                     "the part of parameter %s is %s of %zu %s elements; allowed: a contiguous CPU "
+                     "tensor of %zu %s elements, those from %zu on",
+                     name, t.on_cpu && t.contiguous ? "a tensor" : "not such a tensor", t.n_elems,
+                     dsc_dtype_name(t.dtype), n, dsc_dtype_name(self->shapes[i].dtype), begin);
+        return -1;
+    }
+    self->views[i] = (struct dsc_view){.data = t.data, .begin = begin};
+    return 0;
+}
+
 static int view_param(EngineObject *self, Py_ssize_t i) {
     struct dsc_borrowed t;
     const char *name = dsc_bind_engine_name(self, i);
-    if (dsc_bind_borrow(dsc_bind_engine_state(self), PyList_GET_ITEM(self->params, i), name, &t) <
-        0)
+    PyObject *part = self->parts ? PyList_GET_ITEM(self->parts, i) : Py_None; /* borrowed */
+    if (part != Py_None)
+        return view_part(self, i, part);
+    if (dsc_bind_borrow(dsc_bind_engine_state(self), PyList_GET_ITEM(self->fulls, i), name, &t) < 0)
         return -1;
     const struct dsc_param *was = &self->shapes[i];
     if (!t.on_cpu || t.dtype != was->dtype || t.n_elems != was->n_elems || !t.dense) {
@@ -47,7 +71,7 @@ int dsc_bind_engine_borrow_grad(EngineObject *self, Py_ssize_t i, PyObject **hel
                                 struct dsc_borrowed *out) {
     struct dsc_borrowed param;
     struct dsc_bind_state *state = dsc_bind_engine_state(self);
-    PyObject *tensor = PyList_GET_ITEM(self->params, i); /* borrowed from the list */
+    PyObject *tensor = PyList_GET_ITEM(self->fulls, i); /* borrowed from the list */
     const char *name = dsc_bind_engine_name(self, i);
     if (dsc_bind_borrow(state, *held, name, out) < 0)
         return -1;

@@ -1,8 +1,8 @@
-/* Lending the core's fp32 memory to tensors.
+/* Lending the core's memory to tensors.
  *
- * Decides: what a lent tensor holds: an owner's share of the arena block, never a Python object, so
- * that its deleter runs in any thread and without the GIL. Invariant: a lent tensor stays readable
- * and writable when the engine is gone. */
+ * Decides: what a lent tensor holds: an owner's share of the block, never a Python object, so that
+ * its deleter runs in any thread and without the GIL. Invariant: a lent tensor stays readable and
+ * writable when the engine or the store is gone. */
 #include "bind.h"
 #include "lend.h"
 
@@ -12,13 +12,12 @@
 struct loan {
     DLManagedTensor managed;
     int64_t shape[1], strides[1];
-    void *block;
-    size_t block_bytes;
+    struct dsc_lent lent;
 };
 
 static void end_loan(DLManagedTensor *managed) {
     struct loan *loan = managed->manager_ctx;
-    dsc_arena_free(loan->block, loan->block_bytes);
+    loan->lent.release(loan->lent.owner, loan->lent.owner_bytes);
     dsc_free(loan);
 }
 
@@ -28,28 +27,38 @@ static void drop_capsule(PyObject *capsule) {
         end_loan(PyCapsule_GetPointer(capsule, "dltensor"));
 }
 
-PyObject *dsc_bind_lend(struct dsc_bind_state *state, const struct dsc_held *held) {
+PyObject *dsc_bind_lend(struct dsc_bind_state *state, const struct dsc_lent *lent) {
     struct loan *loan;
     enum dsc_status status = dsc_alloc(sizeof *loan, (void **)&loan);
-    if (status != DSC_OK)
+    if (status != DSC_OK) {
+        lent->release(lent->owner, lent->owner_bytes);
         return dsc_bind_raise(state, status);
-    loan->shape[0] = (int64_t)held->n;
+    }
+    loan->shape[0] = (int64_t)lent->n_elems;
     loan->strides[0] = 1;
-    loan->block = held->block;
-    loan->block_bytes = held->block_bytes;
+    loan->lent = *lent;
     loan->managed = (DLManagedTensor){
-        .dl_tensor = {.data = held->values,
+        .dl_tensor = {.data = lent->data,
                       .device = {kDLCPU, 0},
                       .ndim = 1,
-                      .dtype = {kDLFloat, 32, 1},
+                      .dtype = lent->type,
                       .shape = loan->shape,
                       .strides = loan->strides},
         .manager_ctx = loan,
         .deleter = end_loan,
     };
-    dsc_arena_retain(loan->block, loan->block_bytes);
     PyObject *capsule = PyCapsule_New(&loan->managed, "dltensor", drop_capsule);
     if (!capsule)
         end_loan(&loan->managed);
     return capsule;
+}
+
+PyObject *dsc_bind_lend_held(struct dsc_bind_state *state, const struct dsc_held *held) {
+    dsc_arena_retain(held->block, held->block_bytes);
+    return dsc_bind_lend(state, &(struct dsc_lent){.data = held->values,
+                                                   .n_elems = held->n,
+                                                   .type = {kDLFloat, 32, 1},
+                                                   .owner = held->block,
+                                                   .owner_bytes = held->block_bytes,
+                                                   .release = dsc_arena_free});
 }

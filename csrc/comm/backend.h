@@ -141,6 +141,7 @@ struct dsc_comm_backend {
     /* Windows and bells, present or absent (NULL) together. */
     enum dsc_status (*window_open)(void *state, size_t n_bytes, struct dsc_window **out);
     void (*window_close)(void *state, struct dsc_window *window);
+    void (*window_keep)(void *state, struct dsc_window *window, int rank, struct dsc_kept *out);
 
     void (*ring)(void *state, int rank);
     uint32_t (*bell)(void *state);

@@ -11,6 +11,7 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 
 double dsc_comm_now(void) {
@@ -500,6 +501,12 @@ enum dsc_status dsc_comm_window_open(struct dsc_comm *comm, size_t n_bytes, cons
 void dsc_comm_window_close(struct dsc_comm *comm, struct dsc_window *window) {
     if (comm && window && !atomic_load(&comm->forked))
         comm->backend->window_close(comm->state, window);
+}
+
+void dsc_comm_window_keep(struct dsc_comm *comm, struct dsc_window *window, int rank,
+                          struct dsc_kept *out) {
+    comm->backend->window_keep(comm->state, window, rank, out);
+    (void)madvise(out->base, out->n_bytes, MADV_DOFORK);
 }
 
 bool dsc_comm_has_windows(const struct dsc_comm *comm) {

@@ -240,6 +240,17 @@ struct dsc_window {
 enum dsc_status dsc_comm_window_open(struct dsc_comm *comm, size_t n_bytes, const char *label,
                                      struct dsc_window **out);
 void dsc_comm_window_close(struct dsc_comm *comm, struct dsc_window *window);
+/* Ends a window but for one rank's part, which is memory of its own from then on: it outlives the
+ * communicator, a forked child shares it, and it goes when all ranks have released it. Local. Not
+ * in a forked child; the window must have bytes. */
+struct dsc_kept {
+    char *base;
+    size_t n_bytes;
+    void *owner; /* the back end's */
+    void (*release)(struct dsc_kept *kept);
+};
+void dsc_comm_window_keep(struct dsc_comm *comm, struct dsc_window *window, int rank,
+                          struct dsc_kept *out);
 
 /* Bells: one counter per rank. A rank that changed shared state rings those who may wait for it
  * (ordinary stores before ring are visible to who sees the ring); a rank that waits reads its bell

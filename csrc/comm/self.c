@@ -103,6 +103,20 @@ static void window_close(void *state, struct dsc_window *window) {
     dsc_free(window);
 }
 
+static void release_kept(struct dsc_kept *kept) {
+    (void)munmap(kept->base, kept->n_bytes);
+    dsc__alloc_count(-1, 0);
+}
+
+/* Whoever keeps a part may touch little of it: from here on it counts as a block without bytes. */
+static void window_keep(void *state, struct dsc_window *window, int rank, struct dsc_kept *out) {
+    (void)state;
+    (void)rank;
+    *out = (struct dsc_kept){window->base[0], window->n_bytes, NULL, release_kept};
+    dsc__alloc_count(0, -(int64_t)window->n_bytes);
+    dsc_free(window);
+}
+
 static void ring(void *state, int rank) {
     (void)rank;
     atomic_fetch_add(&((struct self *)state)->bell, 1);
@@ -150,6 +164,7 @@ static const struct dsc_comm_backend self_backend = {
     .all_to_all_v = all_to_all_v,
     .window_open = window_open,
     .window_close = window_close,
+    .window_keep = window_keep,
     .ring = ring,
     .bell = bell,
     .wait_bell = wait_bell,

@@ -182,6 +182,7 @@ const struct dsc_comm_backend dsc__shm_backend = {
     .opened = dsc__shm_group_opened,
     .window_open = dsc__shm_window_open,
     .window_close = dsc__shm_window_close,
+    .window_keep = dsc__shm_window_keep,
     .ring = dsc__shm_ring,
     .bell = dsc__shm_bell,
     .wait_bell = dsc__shm_wait_bell,

@@ -185,6 +185,7 @@ enum dsc_status dsc__shm_memfd(const char *name, size_t n_bytes, int *out);
 enum dsc_status dsc__shm_map(int fd, size_t n_bytes, int owner, void **out);
 enum dsc_status dsc__shm_window_open(void *state, size_t n_bytes, struct dsc_window **out);
 void dsc__shm_window_close(void *state, struct dsc_window *window);
+void dsc__shm_window_keep(void *state, struct dsc_window *window, int rank, struct dsc_kept *out);
 
 /* ---- shm_socket.c: messages with descriptors ---- */
 enum { DSC__SHM_TEXT_MAX = 512, DSC__SHM_FDS_MAX = 2 };
@@ -239,6 +240,8 @@ enum dsc_status dsc__shm_gather_as_follower(const struct dsc__shm_gathering *gat
 enum dsc_status dsc__shm_threads_window(struct dsc__shm *shm, size_t n_bytes,
                                         struct dsc_window **out);
 void dsc__shm_threads_window_close(struct dsc__shm *shm, struct dsc_window *window);
+void dsc__shm_threads_window_keep(struct dsc__shm *shm, struct dsc_window *window, int rank,
+                                  struct dsc_kept *out);
 void dsc__shm_world_unref(struct dsc__shm_world *world);
 
 /* ---- shm_sync.c: publishing, waiting, death ---- */

@@ -71,6 +71,23 @@ void dsc__shm_window_close(void *state, struct dsc_window *window) {
     dsc_free(window);
 }
 
+static void release_kept(struct dsc_kept *kept) {
+    (void)munmap(kept->base, dsc_round_up(kept->n_bytes, DSC__SHM_PAGE));
+    dsc__alloc_count(-1, 0);
+}
+
+void dsc__shm_window_keep(void *state, struct dsc_window *window, int rank, struct dsc_kept *out) {
+    struct dsc__shm *shm = state;
+    if (shm->node->world) {
+        dsc__shm_threads_window_keep(shm, window, rank, out);
+        return;
+    }
+    *out = (struct dsc_kept){window->base[rank], window->n_bytes, NULL, release_kept};
+    dsc__alloc_count(1, 0);
+    window->base[rank] = NULL;
+    dsc__shm_window_close(shm, window);
+}
+
 static enum dsc_status check_ranks(void *context) {
     struct dsc__shm *shm = context;
     /* A rank that has not come to the step after the exchange is one that is still needed. */

@@ -176,3 +176,17 @@ void dsc__shm_threads_window_close(struct dsc__shm *shm, struct dsc_window *wind
     dsc__alloc_count(-1, 0);
     dsc_free(window);
 }
+
+static void release_kept(struct dsc_kept *kept) {
+    part_unref(kept->owner);
+    dsc__alloc_count(-1, 0);
+}
+
+void dsc__shm_threads_window_keep(struct dsc__shm *shm, struct dsc_window *window, int rank,
+                                  struct dsc_kept *out) {
+    struct part *part = parts_of(window, shm->size)[rank];
+    *out = (struct dsc_kept){part->memory, part->n_bytes, part, release_kept};
+    dsc__alloc_count(1, 0);
+    parts_of(window, shm->size)[rank] = NULL; /* part_unref bears it */
+    dsc__shm_threads_window_close(shm, window);
+}

@@ -6,6 +6,7 @@
 #include "comm/comm.h"
 #include "engine.h"
 #include "kernels/kernels.h"
+#include "store.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -75,6 +76,7 @@ static void maybe_delay(const struct rank_job *job, uint32_t *seed) {
 /* A rank's parameters and gradients, as torch would hold them. */
 struct model {
     char *data[N_PARAMS], *grad[N_PARAMS];
+    struct dsc_slab *slab[N_PARAMS]; /* at stage 3: the data is memory of a reduce group's */
     bool has_grad[N_PARAMS];
     struct dsc_view views[N_PARAMS];
 };
@@ -97,9 +99,36 @@ static void model_open(struct model *model, enum dsc_dtype dtype) {
     free(values);
 }
 
+/* Stage 3: the first rank of each parameter's reduce group writes it where all of them have it. */
+static void model_share(struct model *model, enum dsc_dtype dtype,
+                        const struct dsc_engine_ranks *ranks, const struct dsc_param *params) {
+    struct dsc_store *store[3];
+    for (size_t g = 0; g < ranks->n_reduce; g++)
+        CHECK_OK(dsc_store_open(ranks->reduce[g].comm, &store[g]));
+    for (int p = 0; p < N_PARAMS; p++) {
+        struct dsc_comm *comm = ranks->reduce[params[p].reduce].comm;
+        void *memory;
+        if (sizes[p] == 0)
+            continue;
+        CHECK_OK(dsc_store_take(store[params[p].reduce], sizes[p] * dsc_dtype_size(dtype),
+                                &model->slab[p], &memory));
+        if (dsc_comm_rank(comm) == 0)
+            memcpy(memory, model->data[p], sizes[p] * dsc_dtype_size(dtype));
+        free(model->data[p]);
+        model->data[p] = memory;
+    }
+    for (size_t g = 0; g < ranks->n_reduce; g++) {
+        CHECK_OK(dsc_comm_barrier(ranks->reduce[g].comm, "values"));
+        dsc_store_close(store[g]);
+    }
+}
+
 static void model_close(struct model *model) {
     for (int p = 0; p < N_PARAMS; p++) {
-        free(model->data[p]);
+        if (model->slab[p])
+            dsc_slab_release(model->slab[p]);
+        else
+            free(model->data[p]);
         free(model->grad[p]);
     }
 }
@@ -118,8 +147,9 @@ static void autograd_adds(struct model *model, int p, enum dsc_dtype dtype, cons
 
 static struct dsc_view *view(struct model *model, enum dsc_dtype dtype) {
     for (int p = 0; p < N_PARAMS; p++)
-        model->views[p] =
-            (struct dsc_view){model->data[p], model->has_grad[p] ? model->grad[p] : NULL, dtype};
+        model->views[p] = (struct dsc_view){.data = model->data[p],
+                                            .grad = model->has_grad[p] ? model->grad[p] : NULL,
+                                            .grad_dtype = dtype};
     return model->views;
 }
 
@@ -238,6 +268,8 @@ static void *run_rank(void *context) {
     model_open(&model, s->dtype);
     struct dsc_engine_ranks ranks;
     open_ranks(job, &ranks);
+    if (s->stage == 3)
+        model_share(&model, s->dtype, &ranks, params);
     CHECK_OK(dsc_engine_open(&ranks, &options, params, N_PARAMS, 2, &engine));
     dsc_engine_load_masters(engine, view(&model, s->dtype));
     for (int step = 0; step < N_STEPS; step++) {
@@ -394,14 +426,13 @@ static void sweep_from(struct setup base, bool delays) {
         base.unused_param = 5;
         struct setup other = base;
         other.delays = delays;
-        for (other.stage = 0; other.stage <= 2; other.stage++)
+        for (other.stage = 0; other.stage <= 3; other.stage++)
             for (int overlap = 0; overlap < 2; overlap++)
                 for (int small = 0; small < 2; small++) {
                     other.overlap = overlap;
                     other.bucket = small ? 1000 : 500000000;
-                    /* Several micro-steps: 0 equals 1; 2 sums in another order and is its own base.
-                     */
-                    base.stage = base.n_micro > 1 && other.stage == 2 ? 2 : 0;
+                    /* Several micro-steps: 0 equals 1; 2 sums in another order, and equals 3. */
+                    base.stage = base.n_micro > 1 && other.stage >= 2 ? 2 : 0;
                     check_same(&base, &other);
                 }
     }
@@ -432,8 +463,8 @@ static void pairs_of_ranks_run_engines_of_their_own(void) {
     even.delays = odd.delays = true;
     odd.n_micro = 3;
     odd.dtype = DSC_BF16;
-    for (even.stage = 0; even.stage <= 2; even.stage++) {
-        odd.stage = 2 - even.stage;
+    for (even.stage = 0; even.stage <= 3; even.stage++) {
+        odd.stage = 3 - even.stage;
         odd.overlap = even.stage == 1;
         check_pairs(&even, &odd);
     }
@@ -487,7 +518,7 @@ static void whole_experts_agree_over_stages(void) {
 
 /* One step of SGD without clipping: gradients of four ranks, or of two, or of one, over four. */
 static void experts_are_averaged_over_all_data_ranks_and_counted_once(void) {
-    for (int stage = 0; stage <= 2; stage++) {
+    for (int stage = 0; stage <= 3; stage++) {
         struct setup s = plain;
         s.size = 4;
         s.stage = stage;
@@ -548,17 +579,18 @@ static void a_world_of_one_agrees_over_stages(void) {
     a.size = b.size = 1;
     a.n_micro = b.n_micro = 3;
     a.dtype = b.dtype = DSC_BF16;
-    for (b.stage = 1; b.stage <= 2; b.stage++)
+    for (b.stage = 1; b.stage <= 3; b.stage++)
         check_same(&a, &b);
 }
 
 static void a_slow_rank_is_waited_for_over_many_micro_steps(void) {
     struct setup a = plain, b = plain;
-    a.stage = b.stage = 2;
+    a.stage = 2;
     a.n_micro = b.n_micro = 40; /* more rounds than a rank may be ahead */
     b.slow_rank = true;
     b.bucket = 1000;
-    check_same(&a, &b);
+    for (b.stage = 2; b.stage <= 3; b.stage++)
+        check_same(&a, &b);
 }
 
 static void overlap_settles_at_least_half_in_backward(void) {
@@ -578,7 +610,7 @@ static void overlap_settles_at_least_half_in_backward(void) {
 
 static void an_infinite_gradient_is_skipped_and_its_place_is_named(void) {
     for (int dtype = 0; dtype < DSC_TRAIN_DTYPE_COUNT; dtype++)
-        for (int stage = 0; stage <= 2; stage++)
+        for (int stage = 0; stage <= 3; stage++)
             for (int n_micro = 1; n_micro <= 2; n_micro++) {
                 struct setup s = plain;
                 s.experts = n_micro == 1; /* then it is in the experts of one rank */
@@ -606,7 +638,7 @@ static void a_power_of_two_loss_scale_changes_no_bit(void) {
 }
 
 static void a_step_in_the_steady_state_allocates_nothing(void) {
-    for (int k = 0; k < 6; k++) {
+    for (int k = 0; k < 8; k++) {
         struct setup s = plain;
         s.stage = k / 2;
         s.experts = k % 2;
@@ -618,22 +650,21 @@ static void a_step_in_the_steady_state_allocates_nothing(void) {
     CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
 }
 
-static void a_stage_that_is_not_there_says_so(void) {
+static void a_stage_that_does_not_exist_says_so(void) {
     struct dsc_comm *comm;
     struct dsc_comm_options comm_options = {.timeout_s = 5};
-    struct dsc_engine_options options = {.stage = 3, .bucket_elems = 1000};
+    struct dsc_engine_options options = {.stage = 4, .bucket_elems = 1000};
     struct dsc_param param = {.n_elems = 10, .dtype = DSC_F32};
     struct dsc_engine *engine;
     CHECK_OK(dsc_comm_open_self(&comm_options, &comm));
     struct dsc_engine_ranks ranks = dsc_engine_ranks_of(comm);
-    CHECK(dsc_engine_open(&ranks, &options, &param, 1, 1, &engine) == DSC_ENOTYET);
-    CHECK(strstr(dsc_last_error(), "not yet") &&
-          strstr(dsc_last_error(), "zero_optimization.stage"));
+    CHECK(dsc_engine_open(&ranks, &options, &param, 1, 1, &engine) == DSC_EINVAL);
+    CHECK(strstr(dsc_last_error(), "zero_optimization.stage is 4"));
     dsc_comm_close(comm);
 }
 
 static const struct test_case cases[] = {
-    CASE(a_stage_that_is_not_there_says_so),
+    CASE(a_stage_that_does_not_exist_says_so),
     CASE(experts_over_fewer_ranks_agree_over_stages),
     CASE(three_micro_steps_of_experts_agree_over_stages),
     CASE(whole_experts_agree_over_stages),

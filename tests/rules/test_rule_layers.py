@@ -14,7 +14,9 @@ LAYERS = [
         "topo", "tensor", "optim", "lamb", "stepping", "config", "config_*",
     ]),
     ("communication", ["comm/"]),
-    ("what the engine is made of", ["bucket", "bucket_*", "fetch", "spread", "update", "moe", "moe_*", "shard"]),
+    ("what the engine is made of", [
+        "bucket", "bucket_*", "fetch", "spread", "store", "update", "moe", "moe_*", "shard",
+    ]),
     ("engine", ["engine", "engine_*"]),
     ("binding", ["bind/"]),
 ]

@@ -1,4 +1,4 @@
-"""Fetching where ranks share no memory: parts of many tensors gathered in one operation, and when (ZeRO-3 over `delegate`)."""
+"""Fetching where ranks share no memory: parts of many tensors in one operation, and when (ZeRO-3 over `delegate`)."""
 import os
 
 import pytest
@@ -34,7 +34,9 @@ def gathered(rank, world):
                 whole = whole.to(memory_format=torch.channels_last)
                 full = torch.zeros_like(whole)
             n = whole.numel()
-            edges = sorted(int(x) for x in torch.randint(0, n + 1, (world - 1,))) if (i + turn) % 2 else [n] * (world - 1)
+            edges = [n] * (world - 1)
+            if (i + turn) % 2:
+                edges = sorted(int(x) for x in torch.randint(0, n + 1, (world - 1,)))
             cut = torch.tensor([0, *edges, n])
             flat = torch.as_strided(whole, (n,), (1,))
             wholes.append(whole)

@@ -30,6 +30,7 @@ struct dsc_comm;
     X(work)                                                                                        \
     X(store)                                                                                       \
     X(engine)                                                                                      \
+    X(fetch)                                                                                       \
     X(stepper)                                                                                     \
     X(moe)
 

@@ -110,7 +110,7 @@ static enum dsc_status open_slab(struct dsc_store *store, size_t n_bytes) {
 enum dsc_status dsc_store_take(struct dsc_store *store, size_t n_bytes, struct dsc_slab **slab,
                                void **memory) {
     uint64_t size = n_bytes;
-    n_bytes = dsc_round_up(n_bytes, DSC_STORE_ALIGN);
+    n_bytes = dsc_store_bytes(n_bytes);
     store->taken.hash = dsc_hash(store->taken.hash, &size, sizeof size);
     store->taken.n++;
     store->taken.n_bytes += n_bytes;

@@ -27,6 +27,10 @@ enum dsc_status dsc_store_open(struct dsc_comm *comm, struct dsc_store **out);
 /* NULL is fine; local, also once the communicator is closed. Pieces stay. */
 void dsc_store_close(struct dsc_store *store);
 
+/* What a piece of n_bytes takes of the node's memory. */
+static inline size_t dsc_store_bytes(size_t n_bytes) {
+    return dsc_round_up(n_bytes, DSC_STORE_ALIGN);
+}
 /* n_bytes zeroed bytes (> 0) at DSC_STORE_ALIGN in *memory; the caller owns a share of *slab.
  * Collective whenever a slab is full: what ranks have taken is compared then. Its pages are there
  * on return, in this rank's mapping. */

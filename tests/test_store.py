@@ -74,3 +74,39 @@ def test_wrong_arguments_of_a_store_are_errors():
     store.take(5, "float32")  # a capsule that nobody consumes
     assert store.counters() == {"n_bytes": 64, "n_slabs": 1}
     comm.close()
+
+
+def engine_over(parts_of):
+    """An engine of one rank whose parameter is a part that it was given; (parameter, engine)."""
+    comm = _core.Comm.self_(5.0)
+    config = _core.Config({"train_batch_size": 1, "gradient_clipping": 0, "zero_optimization": {"stage": 1}}, 1)
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    core = _core.Engine((comm, ((comm, 0),), 1), config, [p], [p.data], ["w"], [(0, 0, True)], 1, "sgd", False, 1, 0,
+                        lambda full, grad: torch.empty_like(full).copy_(grad),
+                        torch.autograd.graph.increment_version)
+    core.keep_parts(parts_of)
+    return p, core
+
+
+def test_an_engine_steps_the_parts_that_it_was_given():
+    part = torch.full((32,), 2.0)
+    p, core = engine_over([part])
+    for grad in (torch.ones(4, 8), torch.ones(8, 4).t()):  # the second in another memory order
+        p.grad = grad
+        core.begin_backward(True)
+        core.end_backward(True)
+        core.step([{"lr": 0.5}])
+        assert p.grad is None
+    assert part.unique().tolist() == [1.0] and p.unique().tolist() == [1.0]
+    part.zero_()
+    core.keep_parts([None])
+    p.grad = torch.ones(4, 8)
+    core.step([{"lr": 0.25}])
+    assert not part.any() and p.unique().tolist() == [0.75]
+
+
+def test_parts_that_do_not_fit_are_errors():
+    for wrong, error in ([torch.zeros(31)], ValueError), ([torch.zeros(32).bfloat16()], ValueError), \
+            ([torch.zeros(64)[::2]], ValueError), ([], TypeError), (torch.zeros(32), TypeError):
+        with pytest.raises(error, match="part of parameter w|list of 1 tensors"):
+            engine_over(wrong)

@@ -17,13 +17,15 @@
 /* A mapping is aligned to a page only; huge pages start at 2 MiB, so round large ones up. */
 enum { HUGE = 2 << 20 };
 
-static size_t mapped_size(size_t n_bytes) {
+size_t dsc_arena_bytes(size_t n_bytes) {
+    if (n_bytes == 0)
+        return 0;
     n_bytes += sizeof(atomic_int);
     return dsc_round_up(n_bytes, n_bytes >= HUGE ? HUGE : 4096);
 }
 
 static atomic_int *more_owners(void *block, size_t n_bytes) {
-    return (atomic_int *)(void *)((char *)block + mapped_size(n_bytes)) - 1;
+    return (atomic_int *)(void *)((char *)block + dsc_arena_bytes(n_bytes)) - 1;
 }
 
 void dsc_arena_populate(void *begin, size_t n_bytes) {
@@ -37,7 +39,7 @@ enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
         *out = NULL;
         return DSC_OK;
     }
-    size_t size = mapped_size(n_bytes);
+    size_t size = dsc_arena_bytes(n_bytes);
     void *block = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (block == MAP_FAILED)
         return DSC_FAIL(DSC_ENOMEM, "could not map %zu bytes of private memory: %s", n_bytes,
@@ -57,6 +59,6 @@ void dsc_arena_retain(void *block, size_t n_bytes) {
 void dsc_arena_free(void *block, size_t n_bytes) {
     if (!block || atomic_fetch_sub(more_owners(block, n_bytes), 1) > 0)
         return;
-    (void)munmap(block, mapped_size(n_bytes));
+    (void)munmap(block, dsc_arena_bytes(n_bytes));
     dsc__alloc_count(-1, -(int64_t)n_bytes);
 }

@@ -12,6 +12,8 @@
 /* Zeroed private memory in *out; its pages are there on return, so that no step pays for them.
  * n_bytes 0 gives NULL. */
 enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out);
+/* What n_bytes take with what they are rounded up to. */
+size_t dsc_arena_bytes(size_t n_bytes);
 /* Makes the pages of a range present, so that the first step does not pay for them: of a shared
  * window too, in this rank's mapping. Advice: where the kernel cannot, pages come on first touch.
  */

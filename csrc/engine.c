@@ -179,30 +179,17 @@ struct dsc_engine_ranks dsc_engine_ranks_of(struct dsc_comm *comm) {
         .control = comm, .reduce = {{comm, 0}}, .n_reduce = 1, .n_averaged = dsc_comm_size(comm)};
 }
 
-static enum dsc_status check_options(const struct dsc_engine_options *options) {
-    if (options->stage < 0 || options->stage > 3)
-        return DSC_FAIL(DSC_EINVAL, "zero_optimization.stage is %d; allowed: 0, 1, 2, 3",
-                        options->stage);
-    if (options->no_masters &&
-        (options->optim == DSC_OPTIM_LAMB || options->optim == DSC_OPTIM_FOREIGN))
-        return DSC_FAIL(DSC_ENOTYET,
-                        "fp16_master_weights_and_grads and bf16_master_weights_and_grads "
-                        "with LAMB, or with an optimizer that torch runs: not yet; allowed: Adam, "
-                        "AdamW, SGD, Adagrad, Lion");
-    return DSC_OK;
-}
-
 enum dsc_status dsc_engine_open(const struct dsc_engine_ranks *ranks,
                                 const struct dsc_engine_options *options,
                                 const struct dsc_param *params, size_t n_params, int n_groups,
                                 struct dsc_engine **out) {
     struct dsc_engine *e = NULL;
-    DSC_TRY(check_options(options));
+    DSC_TRY(dsc_engine_check_options(options));
     DSC_TRY(dsc_alloc(sizeof *e, (void **)&e));
     e->ranks = *ranks;
     e->comm = ranks->control;
     e->options = *options;
-    e->options.whole |= dsc_optim_info(options->optim)->whole;
+    e->options.whole = dsc_engine_keeps_whole(options);
     e->rank = dsc_comm_rank(e->comm);
     e->size = dsc_comm_size(e->comm);
     e->pid = getpid();

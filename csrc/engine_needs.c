@@ -1,6 +1,23 @@
 /* Which stage holds what; see engine_needs.h. Pure arithmetic. */
 #include "engine_needs.h"
 
+enum dsc_status dsc_engine_check_options(const struct dsc_engine_options *options) {
+    if (options->stage < 0 || options->stage > 3)
+        return DSC_FAIL(DSC_EINVAL, "zero_optimization.stage is %d; allowed: 0, 1, 2, 3",
+                        options->stage);
+    if (options->no_masters &&
+        (options->optim == DSC_OPTIM_LAMB || options->optim == DSC_OPTIM_FOREIGN))
+        return DSC_FAIL(DSC_ENOTYET,
+                        "fp16_master_weights_and_grads and bf16_master_weights_and_grads "
+                        "with LAMB, or with an optimizer that torch runs: not yet; allowed: Adam, "
+                        "AdamW, SGD, Adagrad, Lion");
+    return DSC_OK;
+}
+
+bool dsc_engine_keeps_whole(const struct dsc_engine_options *options) {
+    return options->whole || dsc_optim_info(options->optim)->whole;
+}
+
 struct dsc_engine_ways dsc_engine_ways_of(const struct dsc_engine_options *options, int n_first,
                                           bool remote) {
     bool alone = n_first == 1;

@@ -9,6 +9,11 @@
 #include "bucket.h"
 #include "engine.h"
 
+/* DSC_ENOTYET where the engine cannot do what the options ask for. */
+enum dsc_status dsc_engine_check_options(const struct dsc_engine_options *options);
+/* Whether spaces are cut at parameter borders only. */
+bool dsc_engine_keeps_whole(const struct dsc_engine_options *options);
+
 /* The engine's flags; engine_impl.h says what they mean. */
 struct dsc_engine_ways {
     bool alone;  /* the first reduce group is one rank */

@@ -31,6 +31,7 @@ struct dsc_comm;
     X(store)                                                                                       \
     X(engine)                                                                                      \
     X(fetch)                                                                                       \
+    X(plan)                                                                                        \
     X(stepper)                                                                                     \
     X(moe)
 

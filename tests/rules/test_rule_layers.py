@@ -17,7 +17,7 @@ LAYERS = [
     ("what the engine is made of", [
         "bucket", "bucket_*", "fetch", "spread", "store", "update", "moe", "moe_*", "shard",
     ]),
-    ("engine", ["engine", "engine_*"]),
+    ("engine", ["engine", "engine_*", "plan"]),
     ("binding", ["bind/"]),
 ]
 # Headers that only some files may include: what one module's files share among themselves.

@@ -1,0 +1,254 @@
+"""python -m deepspeed_c.plan: what it says is what the engine then allocates, and its errors name the argument."""
+import copy
+import json
+import pathlib
+import shlex
+
+import models
+import pytest
+import test_memory
+import torch
+import torch.nn as nn
+from test_delegate import FORCED
+
+import deepspeed_c as deepspeed
+from deepspeed_c import _core
+from deepspeed_c.moe.layer import MoE
+from deepspeed_c.plan import PlanError, machine_memory, main, make_model, plan
+
+HELD = ("sums over micro-steps", "reduced sums", "masters", "optimizer states", "staging")
+OPTIMIZERS = {"lamb": {"type": "Lamb", "params": {"lr": 1e-2}}, "sgd": {"type": "SGD", "params": {"lr": 1e-2}},
+              "momentum": {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}},
+              "rmsprop": {"type": "RMSprop", "params": {"lr": 1e-2}}}
+
+
+class Experts(nn.Module):
+    """A layer whose experts two ranks share out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Linear(24, 24)
+        self.moe = MoE(24, nn.Linear(24, 24), num_experts=4, ep_size=2)
+
+    def forward(self, x):
+        out, loss, _ = self.moe(self.inside(x))
+        return out.float().square().mean() + 0.01 * loss
+
+
+def nothing():
+    return 3
+
+
+def trains_nothing():
+    return nn.Linear(2, 2).requires_grad_(False)
+
+
+def computes():
+    return nn.Linear(int(torch.ones(1).item()), 2)
+
+
+def wide():
+    return nn.Linear(4, 4, dtype=torch.float64)
+
+
+def other_groups():
+    module = Experts()
+    for p in module.moe.deepspeed_moe.experts.parameters():
+        p.group_name = "mine"
+    return module
+
+
+def named(kind):
+    return {"awkward": models.Awkward, "mixed": models.MixedDtypes, "experts": Experts}[kind]
+
+
+CASES = [("awkward", models.config(stage, dtype, gas, zero={"overlap_comm": overlap, "reduce_bucket_size": 3000}))
+         for stage in (0, 1, 2) for dtype, gas, overlap in (("fp32", 2, True), ("fp32", 1, False), ("bf16", 2, False),
+                                                            ("bf16", 1, True))]
+CASES += [("awkward", models.config(stage, dtype, optimizer=optimizer)) for optimizer in OPTIMIZERS.values()
+          for stage, dtype in ((0, "fp32"), (2, "fp16"))]
+CASES += [("mixed", models.config(stage)) for stage in (0, 1, 2)]
+CASES += [("awkward", models.config(1, "bf16", 2, bf16={"enabled": True, "bf16_master_weights_and_grads": True}))]
+WITH_EXPERTS = [("experts", models.config(stage, dtype)) for stage in (0, 1, 2) for dtype in ("fp32", "bf16")]
+
+
+def held(rank, world, cases):
+    """(private bytes, bytes of states that torch's optimizer keeps, shared bytes, padding) that an engine says it
+    holds, after a step where something comes with it."""
+    torch.set_num_threads(1)
+    found = []
+    for kind, config in cases:
+        module = named(kind)()
+        engine, *_ = deepspeed.initialize(model=module, config=copy.deepcopy(config))
+        if config["optimizer"]["type"] in ("SGD", "RMSprop"):
+            models.train(engine, rank, 1, dtype=engine._model_dtype())
+        counters = engine._core.counters()
+        foreign = config["optimizer"]["type"] == "RMSprop"
+        states = sum(t.nbytes for state in engine.basic_optimizer.state.values() if foreign
+                     for t in state.values() if torch.is_tensor(t) and t.dim())
+        found.append((counters["private_bytes"], states, counters["shared_bytes"], 4 * counters["padded_elems"]))
+        engine.destroy()
+    return found
+
+
+def planned(kind, config, world, nodes=1):
+    with torch.device("meta"):
+        module = named(kind)()
+    return plan(module, _core.Config(copy.deepcopy(config), world), world, nodes)
+
+
+def compare(per_rank, cases, world, nodes=1):
+    for i, (kind, config) in enumerate(cases):
+        found = planned(kind, config, world, nodes)
+        of_comm = 8 << 20 if nodes > 1 else 0
+        mine = max((rank[i] for rank in per_rank), key=lambda row: row[0] + row[1])
+        planned_bytes = sum(found["private"][k] for k in HELD) - of_comm
+        # torch's states have no padding.
+        assert 0 <= planned_bytes - (mine[0] + mine[1]) <= (mine[3] if mine[1] else 0), (kind, config)
+        assert all(found["shared"][k] == 0 for k in found["shared"] if k not in HELD)
+        sums, staging = found["shared"]["reduced sums"], found["shared"]["staging"]
+        assert sums <= sum(rank[i][2] for rank in per_rank) <= sums + staging, (kind, config)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_is_planned_is_what_the_engine_holds(ranks, world):
+    compare(ranks(world, held, CASES), CASES, world)
+
+
+def test_plans_with_experts(ranks):
+    compare(ranks(2, held, WITH_EXPERTS), WITH_EXPERTS, 2)
+
+
+def test_plans_where_ranks_share_no_memory(ranks):
+    cases = [case for case in CASES if not case[1]["zero_optimization"].get("overlap_comm")]
+    compare(ranks(2, held, cases, env=FORCED), cases, 2, nodes=2)
+
+
+def resident(rank, world, cases):
+    """What the kernel counts for this rank, with its part of shared memory: after initialize, where gradients are
+    there, and after a step."""
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):  # what torch's kernels keep for themselves
+        layer = nn.Linear(test_memory.WIDTH, test_memory.WIDTH, dtype=dtype)
+        layer(torch.ones(2, test_memory.WIDTH, dtype=dtype)).sum().backward()
+    del layer
+    warm, *_ = deepspeed.initialize(model=nn.Linear(2, 2), config=models.config())
+    warm.backward(warm(torch.ones(1, 2)).sum())
+    warm.step()
+    found = []
+    for config in cases:
+        test_memory.trimmed_kib()
+        before = sum(test_memory.private_kib())
+        module = test_memory.Deep()
+        engine = deepspeed.initialize(model=module, config=copy.deepcopy(config))[0]
+        x = torch.randn(2, test_memory.WIDTH).to(next(module.parameters()).dtype)
+        sizes = []
+        for phase in "backward", "step":
+            if phase == "step":
+                engine.step()
+            else:
+                engine.backward(engine(x))
+            test_memory.trimmed_kib()
+            sizes.append(1024 * (sum(test_memory.private_kib()) - before))
+        found.append(sizes)
+        deepspeed.comm.barrier()  # until then others have their part of what is shared
+        engine.destroy()
+        del engine, module
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_kernel_agrees_within_two_percent(ranks, world):
+    cases = [models.config(stage, dtype)
+             for stage, dtype in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"))[:4 if world > 1 else 2]]
+    per_rank = ranks(world, resident, cases)
+    for i, config in enumerate(cases):
+        with torch.device("meta"):
+            module = test_memory.Deep()
+        found = plan(module, _core.Config(config, world), world)
+        # Gradients are there after backward as in a step; after the step there is what a forward begins with.
+        for seen, phase in enumerate(("step", "forward")):
+            node = sum(rank[i][seen] for rank in per_rank)
+            assert abs(node - found["node"][phase]) < 0.02 * found["node"][phase], (config, phase, node, found["node"])
+
+
+# ---- the command ----
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    def call(model, *options, config=None):
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(config or models.config(2, "bf16", 2)))
+        code = main(["--model", model, "--config", str(path), *map(str, options)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_the_command_prints_tables_and_json(run):
+    code, text, _ = run("test_memory:Deep", "--world-size", 4, "--memory", "1.5G")
+    assert code == 0 and text.startswith("10.50 M trained parameters; 4 ranks on 1 node; optimizer AdamW\n")
+    rows = {line.split("  ")[0]: line.split("  ", 1)[1].split("  ") for line in text.splitlines() if "  " in line}
+    rows = {name: [cell.strip() for cell in cells if cell.strip()] for name, cells in rows.items()}
+    assert rows["optimizer states"] == ["20.0 MiB", "-"] and rows["reduced sums"] == ["-", "40.0 MiB"]
+    code, text, _ = run("test_memory:Deep", "--world-size", 4, "--memory", "1.5G", "--json")
+    found = json.loads(text)
+    assert found["elements"] == {"trained": test_memory.N_ELEMS, "frozen": 0} and found["memory"] == 3 << 29
+    assert found["private"]["parameters"] == 2 * test_memory.N_ELEMS
+    assert found["traffic"]["gradients to their owners"]["times"] == 2
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+def test_the_page_shows_what_the_command_prints(run):
+    parts = (pathlib.Path(__file__).parent.parent / "docs" / "planning.md").read_text().split("```")
+    command, config, said = parts[1].replace("\\\n", ""), parts[3].removeprefix("json"), parts[5].lstrip("\n")
+    words = shlex.split(command)[3:]
+    options = dict(zip(words[::2], words[1::2]))
+    model, _ = options.pop("--model"), options.pop("--config")
+    code, text, _ = run(model, *(word for pair in options.items() for word in pair), config=json.loads(config))
+    assert code == 0 and text == said
+
+
+def test_the_largest_model_fits_and_nothing_larger(run):
+    options = "--world-size", 4, "--nodes", 2, "--memory", "2G", "--json"
+    scale = json.loads(run("models:grown", "--kwargs", '{"width": 512}', *options)[1])["scale"]
+    for factor, fits in ((0.98, True), (1.02, False)):
+        width = round(512 * (factor * scale) ** 0.5)
+        found = json.loads(run("models:grown", "--kwargs", json.dumps({"width": width}), *options)[1])
+        assert (max(found["node"].values()) <= 2 << 30) == fits
+
+
+@pytest.mark.parametrize("model, options, said", [
+    ("no.such:factory", (), "module 'no.such' cannot be imported"),
+    ("models", (), "--model is 'models'; allowed: import.path:factory"),
+    ("models:nosuch", (), "models has no 'nosuch'"),
+    ("models:DTYPES", (), "models:DTYPES is a dict; allowed: a callable"),
+    ("test_plan:nothing", (), "returned a int; allowed: an nn.Module"),
+    ("test_plan:computes", (), "test_plan:computes raised RuntimeError on the meta device"),
+    ("test_plan:trains_nothing", (), "no parameter requires a gradient"),
+    ("test_plan:wide", (), "trainable parameter weight is float64; allowed: float32, bfloat16, float16"),
+    ("test_plan:other_groups", (), "group_name 'mine'; allowed: 'ep_size_N'"),
+    ("test_plan:Experts", ("--world-size", 3), "--world-size is 3, which ep_size_2 of parameter moe."),
+    ("models:Awkward", ("--world-size", 0), "--world-size is 0; allowed: >= 1"),
+    ("models:Awkward", ("--world-size", 4, "--nodes", 3), "--nodes is 3 and --world-size 4"),
+])
+def test_errors_name_the_argument(run, model, options, said):
+    config = models.config(0) if model == "test_plan:wide" else None
+    code, out, err = run(model, *(options or ("--world-size", 2)), config=config)
+    assert code == 2 and out == "" and said in err, err
+
+
+def test_wrong_configurations_and_options_end_the_command(run, capsys):
+    code, _, err = run("models:Awkward", "--world-size", 2, config={"train_batch_size": 3})
+    assert code == 2 and "train_batch_size" in err
+    with pytest.raises(SystemExit):
+        run("models:Awkward", "--world-size", 2, "--memory", "many")
+    assert "'many'; allowed: a number of bytes" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_memory_of_the_models_size():
+    module = make_model("models:grown", {"width": 1 << 18})  # 256 GiB
+    found = plan(module, _core.Config(models.config(1, "bf16"), 8), 8)
+    assert found["elements"]["trained"] > 1 << 36 and 0 < found["scale"] < 1 and machine_memory() > 0
+    with pytest.raises(PlanError, match="--nodes"):
+        plan(module, _core.Config(models.config(1, "bf16"), 8), 8, 3)

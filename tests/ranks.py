@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 # deepspeed_c loads its parts when they are asked for, so they are named; the last two for test modules.
 PRELOAD = ["torch", "torch.distributed", "deepspeed_c.api", "deepspeed_c.comm", "deepspeed_c.distributed",
-           "deepspeed_c.engine", "numpy", "pytest"]
+           "deepspeed_c.engine", "torch._dynamo", "numpy", "pytest"]
 LAST_OUTPUT = 6000  # characters of each rank's output that an error shows
 PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>
 GRACE = 2.0  # seconds that ranks have to fail by themselves once one has failed: what they say helps

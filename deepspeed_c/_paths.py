@@ -114,10 +114,8 @@ NAMES = {
     "runtime.sequence_parallel.ulysses_sp": _later("sequence parallelism", "UlyssesSPAttentionHF",
                                                    "UlyssesSPDataLoaderAdapter"),
     "runtime.zero.muon.original_muon": _later("the Muon optimizer", "MuonWithAuxAdam"),
-    "runtime.zero.partition_parameters": _later("ZeRO stage 3", "ZeroParamStatus",
-                                                "zero_wrapper_for_fp_tensor_constructor"),
     "runtime.zero.stage3": {
-        **_later("ZeRO stage 3", "DeepSpeedZeroOptimizer_Stage3"),
+        "DeepSpeedZeroOptimizer_Stage3": "optimizer.DeepSpeedOptimizer",
         **{name: f"runtime.zero.estimates.{name}" for name in (
             "estimate_zero3_model_states_mem_needs", "estimate_zero3_model_states_mem_needs_all_cold",
             "estimate_zero3_model_states_mem_needs_all_live")},

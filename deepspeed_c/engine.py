@@ -6,7 +6,7 @@ the core's. Configuration accessors (``fp16_enabled()`` and so on) are in settin
 import logging
 import os
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -26,6 +26,7 @@ from .utils import groups as rank_groups
 from .utils.logging import log_dist, logger, set_log_level_from_string
 from .utils.tensor_fragment import claim, release
 from .weights import EngineWeights
+from .whole import whole
 
 
 def _local_rank(args):
@@ -125,7 +126,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         self._finalizer = weakref.finalize(self, _remove_hooks, self._handles)
         self._places = {}
         self._where = None
-        self.optimizer = self.basic_optimizer = self._run = self._core = None
+        self.optimizer = self.basic_optimizer = self._run = self._core = self._shards = None
         self.module = model
         self.lr_scheduler = self.training_dataloader = None
         try:
@@ -157,9 +158,9 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
             model_setup.check_once(self.module, optimizer.param_groups, "optimizer.param_groups")
             return optimizer
         if name is None:
-            if self.zero_optimization_stage() > 0:
+            if self.zero_optimization_stage() in (1, 2):
                 raise ValueError(f"zero_optimization.stage is {self.zero_optimization_stage()} and there is no "
-                                 "optimizer; allowed without one: stage 0")
+                                 "optimizer; allowed without one: stages 0 and 3")
             return None
         groups = model_setup.make_groups(self.module, model_parameters)
         model_setup.check_once(self.module, groups, "model_parameters")
@@ -195,18 +196,32 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         everything = model_setup.every(self.module, self._params)
         reduction = Reduction(self._layout, everything)
         model_setup.cast(self.module, dtype)
-        model_setup.lay_out(everything.values())
-        model_setup.broadcast(reduction, everything.values())
+        if self.zero_optimization_stage() == 3:
+            self._shard(everything, reduction, dtype, parameters)
+        else:
+            model_setup.lay_out(everything.values())
+            model_setup.broadcast(reduction, everything.values())
         if parameters is None:
+            self.optimizer = self._shards
             return
         self._comms = [reduction.comms[reduction.index(p)] for p in self._params]
         kind, whole = self._rule
         self._names = parameters.names
         self._core = model_setup.open_core(reduction, self._config, parameters, kind, whole)
+        if self._shards is not None:
+            self._shards.bind(self._core, parameters)
         self._core.load_masters()
         self._run = (ForeignRun if kind == "foreign" else CoreRun)(self.basic_optimizer, self, parameters, kind)
         if isinstance(self.basic_optimizer, CoreOptimizer):
             self.basic_optimizer.bind(self)
+
+    def _shard(self, everything, reduction, dtype, parameters):
+        """The module's parameters under ZeRO stage 3."""
+        from .runtime.zero.shards import Shards  # who has no stage 3 starts quicker without
+
+        self._shards = Shards(self.module, everything, reduction, dtype, self._config)
+        if parameters is not None:
+            parameters.fulls = [whole(p) for p in parameters.tensors]
 
     def _install_hooks(self):
         if self._core is not None:
@@ -288,10 +303,14 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         boundary = self.is_gradient_accumulation_boundary()
         with self._report.timed("backward"):
             core.begin_backward(boundary)
-            with self._report.timed("backward_inner"):
+            with self._report.timed("backward_inner"), self._fetching():
                 loss.backward(None if factor == 1.0 else torch.full_like(loss, factor), retain_graph=retain_graph)
             core.end_backward(boundary)
         return loss if divisor == 1 else loss / divisor
+
+    def _fetching(self):
+        """A context around a backward pass in which sharded parameters are whole."""
+        return nullcontext() if self._shards is None else self._shards.backward()
 
     def _refuse_unfrozen(self):
         """A parameter that was frozen at initialize has no place in the core: training it would do nothing."""
@@ -373,12 +392,16 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
             self._refuse_offloaded("step", EVERYTHING)
             self._take_replaced()
             self._refuse_unscaled()
+            if self._shards is not None:
+                self._shards.before_step()
             self.optimizer.run_hooks("pre")
             self._run.prepare()
         except BaseException:
             core.refuse_step()  # the other ranks wait in this step, and would take the next one for it
             raise
         report = self._run.step()
+        if self._shards is not None:
+            self._shards.after_step()
         self.optimizer.run_hooks("post")
         self._report.after_boundary(report)
         self._scaled = False
@@ -409,6 +432,8 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         if self._where is None or not self._where.changed():
             return
         taken = self._where.take_over()
+        if self._shards is not None:
+            self._shards.replace(taken)
         self._run.replace(taken)
         self._frozen = self._frozen_now()
         for i, old, _ in taken:
@@ -554,5 +579,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         if self._core is not None:
             self._core.close()
             self._core = None
+        if self._shards is not None:
+            self._shards.release()
         if isinstance(self.optimizer, DeepSpeedOptimizer):
             self.optimizer._engine = DestroyedEngine(self)  # a cycle would keep the module until a collection

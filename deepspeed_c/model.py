@@ -5,6 +5,7 @@ import torch
 
 from . import _core
 from .reduction import is_expert
+from .whole import whole
 
 ALIGNMENT = 64  # torch's own kernels give other bits for a weight that starts elsewhere (contract N1)
 TRAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,6 +19,8 @@ def cast(module, dtype):
     for child in module.modules():
         own = [p for p in child.parameters(recurse=False) if p.is_floating_point()]
         for p in own:
+            if whole(p) is not p:
+                continue  # sharded: whoever placed it sees to its dtype
             p.data = p.data.to(dtype)
             if p.grad is not None:
                 p.grad = None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from .distributed import engine_comm
 from .utils import groups
+from .whole import whole
 
 
 def is_expert(p):
@@ -58,7 +59,7 @@ class Reduction:
         self.comms, self._first = [], []
         self._add(layout.data_ranks)
         self._compare(0, layout.data_ranks, "names, shapes, dtypes or group_name", [
-            f"{name} {tuple(p.shape)} {p.dtype} {_group_of(p)}" for name, p in parameters.items()])
+            f"{name} {tuple(whole(p).shape)} {p.dtype} {_group_of(p)}" for name, p in parameters.items()])
         found = {}
         for name, p in parameters.items():
             if is_expert(p):
@@ -81,7 +82,7 @@ class Reduction:
         place = self._index[group_name] = self._add(holders)
         if not set(holders) <= set(self._layout.data_ranks):
             self._compare(place, holders, f"names, shapes, dtypes or requires_grad of {group_name}", [
-                f"{place} {name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in parameters.items()
+                f"{place} {name} {tuple(whole(p).shape)} {p.dtype} {p.requires_grad}" for name, p in parameters.items()
                 if is_expert(p) and _group_of(p) == group_name])
 
     def _compare(self, place, ranks, what, rows):

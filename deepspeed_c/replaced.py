@@ -6,6 +6,7 @@ names under which a trained parameter stands in the module. Invariant: where an 
 import torch
 
 from .model import ALIGNMENT
+from .whole import whole
 
 
 class Places:
@@ -40,11 +41,12 @@ class Places:
         found = self._successors(now)
         for i, new in found:
             old = self._params[i]
-            if new.stride() != old.stride() or new.data_ptr() % ALIGNMENT:
-                new.data = torch.empty_like(old, requires_grad=False).copy_(new.data)
+            full = whole(old)
+            if new.stride() != full.stride() or new.data_ptr() % ALIGNMENT:
+                new.data = torch.empty_like(full, requires_grad=False).copy_(new.data)
             if new.grad is None and old.grad is not None:
                 new.grad = old.grad
-            for key, value in vars(old).items():
+            for key, value in getattr(old, "ds_marks", vars(old)).items():
                 vars(new).setdefault(key, value)
         taken = [(i, self._params[i], new) for i, new in found]
         for i, new in found:
@@ -84,9 +86,9 @@ class Places:
         if id(new) in trained:
             raise ValueError(f"parameter {label} is the same object as {self._labels[trained[id(new)]]} now; tie "
                              "parameters before initialize")
-        if new.shape != old.shape or new.dtype != old.dtype or new.device != old.device or new.layout != old.layout:
+        if _said(new) != _said(whole(old)):
             raise ValueError(f"parameter {label} was replaced by one that does not fit: {_said(new)}; allowed: "
-                             f"{_said(old)}")
+                             f"{_said(whole(old))}")
         return new
 
 

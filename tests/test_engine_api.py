@@ -53,7 +53,6 @@ def test_without_or_with_two_configurations_the_error_says_so(tmp_path):
     ({"gradient_clipp1ng": 1}, "gradient_clipping"),
     ({"train_batch_size": 0}, "train_batch_size"),
     ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage"),
-    ({"zero_optimization": {"stage": 3}}, "not yet"),
     ({"zero_optimization": {"stagee": 1}}, "zero_optimization.stage"),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16"),
     ({"sparse_gradients": True}, "sparse_gradients"),
@@ -81,8 +80,8 @@ def test_not_yet_is_an_error_everywhere():
         start(mpu=object())
     with pytest.raises(NotImplementedError, match="mesh_param"):
         start(mesh_param=(1, 1))
-    with pytest.raises(NotImplementedError, match="stage 3"):
-        deepspeed.zero.Init(config_dict_or_path={"zero_optimization": {"stage": 3}})
+    with pytest.raises(NotImplementedError, match="remote_device"):
+        deepspeed.zero.Init(remote_device="nvme")
     engine, optimizer, *_ = start()
     for call in (lambda: engine.save_checkpoint("x"), lambda: engine.load_checkpoint("x")):
         with pytest.raises(NotImplementedError, match="not yet"):

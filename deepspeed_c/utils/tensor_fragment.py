@@ -1,8 +1,9 @@
 """safe_get_* and safe_set_*: masters, gradients and optimizer states by parameter, whatever the ZeRO stage.
 
 "full" is the whole parameter in its own shape, the same on all ranks that hold it (an expert's are fewer); those that
-read are collective, because ranks hold parts. "local" is the part that this rank steps, one dimension, None where it
-has none. fp32 always. A parameter that no engine trains gives None, or ValueError where something is to be set.
+read are collective, because ranks hold parts, and at stage 3 those that write too. "local" is the part that this rank
+steps, one dimension, None where it has none. fp32 always. A parameter that no engine trains, because it was frozen for
+example, gives None, or ValueError where something is to be set.
 """
 import weakref
 
@@ -10,6 +11,8 @@ import torch
 
 from ..model import flat
 from ..offload_states import GRADIENTS, MASTERS, STATES
+from ..runtime.zero.partition_parameters import GatheredParameters
+from ..whole import whole
 
 __all__ = ["safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_optimizer_state",
            "safe_get_local_fp32_param", "safe_get_local_grad", "safe_get_local_optimizer_state",
@@ -48,27 +51,26 @@ def _place(param):
 def _must(param, call):
     place = _place(param)
     if place is None:
-        raise ValueError(f"{call}: no engine trains this parameter {tuple(param.shape)}")
+        raise ValueError(f"{call}: no engine trains this parameter {tuple(whole(param).shape)}")
     return place
 
 
 def _shaped(param, values):
     """Flat values, in storage order, in the parameter's shape and order."""
-    out = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+    out = torch.empty_like(whole(param), dtype=torch.float32, requires_grad=False)
     flat(out).copy_(values)
     return out
 
 
 def _flat(param, value, call, shape=None):
     """A value as contiguous fp32 in storage order."""
-    shape = param.shape if shape is None else shape
+    shape = whole(param).shape if shape is None else shape
     value = torch.as_tensor(value).detach()
     if value.shape != shape:
         raise ValueError(f"{call}: value has shape {tuple(value.shape)}; allowed: {tuple(shape)}")
     if len(shape) == 1:
         return value.to(torch.float32).contiguous()
-    laid = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(value)
-    return flat(laid)
+    return flat(torch.empty_like(whole(param), dtype=torch.float32, requires_grad=False).copy_(value))
 
 
 # ---- parts ----
@@ -87,16 +89,15 @@ def _state(engine, index, key, call):
 def _part(engine, index, key, call):
     """This rank's part of the master (key None) or of a state, flat, over the memory itself; None where it has none.
     An fp32 parameter is its own master."""
-    begin, n = engine._core.part(index)
     held = engine._run.master_of(index) if key is None else _state(engine, index, key, call)
-    if n == 0:
+    if engine._core.part(index)[1] == 0:
         return None
     if held is None:
-        return flat(engine._params[index])[begin:begin + n]
+        return engine._run.values_of(index)
     return held.detach() if held.dim() == 1 else flat(held)
 
 
-def _share(engine, index, whole, call):
+def _share(engine, index, values, call):
     """Each rank's part of a flat parameter goes to all ranks that hold it, in place. Collective; at stage 0 all have
     all."""
     comm = engine._comms[index]
@@ -105,7 +106,7 @@ def _share(engine, index, whole, call):
     for rank in range(comm.size):
         begin, n = engine._core.part(index, rank)
         if n:
-            comm.broadcast(whole[begin:begin + n], rank, call)
+            comm.broadcast(values[begin:begin + n], rank, call)
 
 
 def _needed(key):
@@ -117,7 +118,7 @@ def _get_full(param, key, call):
     engine, index = _place(param)
     engine._refuse_offloaded(call, _needed(key))
     core, comm = engine._core, engine._comms[index]
-    whole = torch.zeros(param.numel(), dtype=torch.float32)
+    values = torch.zeros(whole(param).numel(), dtype=torch.float32)
     mine = problem = None
     try:
         mine = _part(engine, index, key, call)
@@ -130,19 +131,9 @@ def _get_full(param, key, call):
             raise problem or ValueError(f"{call}: optim_state_key is {key!r}, which another rank does not have")
     if mine is not None:
         begin, n = core.part(index)
-        whole[begin:begin + n] = mine
-    _share(engine, index, whole, call)
-    return _shaped(param, whole)
-
-
-def _put(engine, index, key, values, call):
-    """Replaces this rank's part by `values` (flat); a master's parameter follows."""
-    part = _part(engine, index, key, call)
-    with torch.no_grad():
-        part.copy_(values)
-        if key is None:
-            begin, n = engine._core.part(index)
-            flat(engine._params[index])[begin:begin + n].copy_(values)
+        values[begin:begin + n] = mine
+    _share(engine, index, values, call)
+    return _shaped(param, values)
 
 
 def _set_full(param, key, value, call):
@@ -150,11 +141,11 @@ def _set_full(param, key, value, call):
     engine._refuse_offloaded(call, _needed(key))
     values = _flat(param, value, call)
     begin, n = engine._core.part(index)
-    if n:
-        _put(engine, index, key, values[begin:begin + n], call)
     if key is None:
-        with torch.no_grad():
+        with GatheredParameters([param], modifier_rank=0), torch.no_grad():
             flat(param).copy_(values)
+    if n:
+        _part(engine, index, key, call).copy_(values[begin:begin + n])
 
 
 def _get_local(param, key, call):
@@ -172,7 +163,10 @@ def _set_local(param, key, value, call):
     n = engine._core.part(index)[1]
     if n == 0:
         raise ValueError(f"{call}: this rank steps no element of this parameter")
-    _put(engine, index, key, _flat(param, value, call, (n,)), call)
+    values = _flat(param, value, call, (n,))
+    _part(engine, index, key, call).copy_(values)
+    if key is None:
+        engine._run.values_of(index).copy_(values)
 
 
 # ---- the interface ----
@@ -208,7 +202,7 @@ def safe_get_full_grad(param):
         return None
     engine, index = place
     engine._refuse_offloaded("safe_get_full_grad", GRADIENTS)
-    values = torch.zeros(param.numel(), dtype=torch.float32)
+    values = torch.zeros(whole(param).numel(), dtype=torch.float32)
     engine._core.get_grad(index, values)
     return _shaped(param, values)
 
@@ -220,7 +214,8 @@ def safe_set_full_grad(param, value):
     values = _flat(param, value, "safe_set_full_grad")
     factor = engine._core.set_grad(index, values)
     if factor:
-        param.grad = _shaped(param, values * factor).to(param.dtype)
+        with GatheredParameters([param]):  # torch compares shapes
+            param.grad = _shaped(param, values * factor).to(param.dtype)
     elif param.grad is not None:
         param.grad = None
     engine._scaled = True
@@ -264,11 +259,11 @@ def safe_set_local_grad(param, value):
     begin, n = engine._core.part(index)
     if n:
         value = _flat(param, value, "safe_set_local_grad", (n,))
-    whole = _flat(param, safe_get_full_grad(param), "safe_set_local_grad").contiguous()
+    values = _flat(param, safe_get_full_grad(param), "safe_set_local_grad").contiguous()
     if n:
-        whole[begin:begin + n] = value
-    _share(engine, index, whole, "safe_set_local_grad")
-    safe_set_full_grad(param, _shaped(param, whole))
+        values[begin:begin + n] = value
+    _share(engine, index, values, "safe_set_local_grad")
+    safe_set_full_grad(param, _shaped(param, values))
 
 
 def safe_update_full_grad_vectorized(param_list, update_func):

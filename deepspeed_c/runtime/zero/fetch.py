@@ -1,0 +1,370 @@
+"""Which module needs which sharded parameters, and when: hooks on modules that fetch before and release after.
+
+A unit is a module with the parameters that are fetched for it: its own, those of other modules that it was seen to
+use (external), or, for a leaf module, its whole subtree. Forward: a pre-hook fetches, a hook releases. Backward: a
+hook on the graph's nodes that made the outputs fetches; what it fetched is released when that backward pass ends, or,
+where a home asks for it (early), parameter by parameter when its gradient is done. Invariant: every fetch is released
+once, also where a forward raises; a backward pass that raised is cleaned up after by the next forward.
+"""
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Mapping
+
+import torch
+
+from ...utils.leaf_modules import z3_leaf_module
+from .parameter import ZeroParameter, ZeroParamStatus, by_home, is_zero
+
+_current_task = torch._C._current_graph_task_id
+_queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+_UNITS = weakref.WeakKeyDictionary()  # module -> Unit
+_EXTERNAL = weakref.WeakKeyDictionary()  # module -> {id: Parameter}, as register_external_parameter was told
+_active = []  # units whose module's forward runs now, the innermost last
+_holds = {}  # number of a backward pass -> _Hold
+_whole = None  # the _Hold of an engine.backward() that holds all units
+_events = itertools.count()
+
+
+class Unit:
+    """A module's parameters, as its hooks fetch them. Attributes: label, module (weak), params, ran (in a forward
+    with gradients), hidden."""
+
+    def __init__(self, label="", module=None, params=()):
+        self.label = label
+        self.params = tuple(params)
+        self._module = None if module is None else weakref.ref(module)
+        self._event = 2 * next(_events)
+        self._depth = 0
+        self.ran = False
+        self.hidden = set()  # units whose backward comes with this one's
+        self._group()
+
+    def _group(self):
+        self.groups = by_home(self.params)
+        self.early = any(home.early for home, _ in self.groups)
+
+    def add(self, p):
+        """p, of another module, is fetched for this one too from now on."""
+        if any(p is q for q in self.params):
+            return
+        if self._depth:
+            for home, mine in by_home((p,)):
+                home.fetch(self._event, mine, self.label)
+        self.params += (p,)
+        p.ds_external = True
+        self._group()
+        module = self._module()
+        if module is not None:
+            _EXTERNAL.setdefault(module, {})[id(p)] = p
+
+    def enter(self, module, args):
+        """Before the module's forward."""
+        if _holds and not _active and _current_task() == -1:
+            _clean_up()
+        _active.append(self)
+        self._depth += 1
+        if self._depth == 1:
+            for home, params in self.groups:
+                home.fetch(self._event, params, self.label)
+
+    def leave(self, module, args, output):
+        """After it, also where it raised (with no output)."""
+        if not _active or _active[-1] is not self:
+            return  # another hook raised before enter() was called
+        _active.pop()
+        if output is not None:
+            self._watch(output)
+        self._depth -= 1
+        if self._depth == 0:
+            _release(self.groups, self.label)
+
+    def _watch(self, output):
+        """Looks where backward will come in, and whether a parameter itself is handed out. Where no tensor shows, the
+        module around this one speaks for it."""
+        graph, seen = torch.is_grad_enabled(), False
+        self.ran |= graph
+        for t in _tensors(output):
+            seen = True
+            if graph and t.grad_fn is not None:
+                t.grad_fn.register_prehook(self.before_backward)
+            if isinstance(t, ZeroParameter) and _active:
+                _active[-1].add(t)
+        if graph and not seen and _active:
+            _active[-1].hidden.add(self)
+
+    def before_backward(self, grads):
+        """Gradients of an output are here: the module's backward follows."""
+        if _whole is not None and self in _whole.units:
+            return
+        task = _current_task()
+        hold = _holds.get(task)
+        if hold is None:
+            hold = _holds[task] = _Hold(task)
+            _queue_callback(hold.end)
+        hold.take(self)
+
+    def fetch_backward(self):
+        for home, params in self.groups:
+            home.fetch(self._event + 1, params, self.label)
+
+    def __deepcopy__(self, memo):
+        return Unit()  # a copied module has ordinary parameters, and nothing to fetch
+
+    def __reduce__(self):
+        return Unit, ()
+
+
+class _Hold:
+    """What was fetched in one backward pass."""
+
+    def __init__(self, task=None):
+        self._task = task
+        self.units = {}  # Unit -> its groups when they were fetched
+        self._hooks, self._done = [], {}  # Unit -> ids of the parameters that were released early
+
+    def take(self, unit):
+        """Fetches a unit's parameters, once."""
+        if unit in self.units:
+            return
+        unit.fetch_backward()
+        self.units[unit] = unit.groups
+        for other in unit.hidden:
+            self.take(other)
+        if unit.early:
+            self._done[unit] = set()
+            self._hooks += [p.register_post_accumulate_grad_hook(_GradientDone(self, unit, home))
+                            for home, params in unit.groups if home.early for p in params if p.requires_grad]
+
+    def release_early(self, unit, home, p):
+        """p's gradient of this pass is complete: nothing more needs its values."""
+        if unit in self.units and id(p) not in self._done[unit]:
+            self._done[unit].add(id(p))
+            home.release((p,), unit.label)
+
+    def end(self):
+        """The backward pass is over."""
+        _holds.pop(self._task, None)
+        for hook in self._hooks:
+            hook.remove()
+        units, self.units = self.units, {}
+        error = None
+        for unit, groups in units.items():
+            done = self._done.get(unit, ())
+            if done:
+                groups = [(home, tuple(p for p in params if id(p) not in done)) for home, params in groups]
+            try:
+                _release(groups, unit.label)
+            except RuntimeError as e:
+                error = e
+        if error is not None:
+            raise error
+
+
+class _GradientDone:
+    """The hook of a parameter whose gradient a hold awaits."""
+
+    def __init__(self, hold, unit, home):
+        self._hold, self._unit, self._home = hold, unit, home
+
+    def __call__(self, p):
+        self._hold.release_early(self._unit, self._home, p)
+
+
+def _release(groups, label):
+    error = None
+    for home, params in groups:
+        try:
+            home.release(params, label)
+        except RuntimeError as e:
+            error = e
+    if error is not None:
+        raise error
+
+
+def _clean_up():
+    """Backward passes that raised have left their holds."""
+    for hold in list(_holds.values()):
+        hold.end()
+
+
+def _tensors(output, depth=0):
+    """The tensors in what a module returned."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif depth > 8 or output is None or isinstance(output, (str, bytes, int, float)):
+        return
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            yield from _tensors(item, depth + 1)
+    elif isinstance(output, (list, tuple, set)):
+        for item in output:
+            yield from _tensors(item, depth + 1)
+    elif dataclasses.is_dataclass(output) or hasattr(output, "__dict__"):
+        for item in vars(output).values():
+            yield from _tensors(item, depth + 1)
+
+
+class Slots(dict):
+    """A module's _parameters: a released parameter that is read while another module's forward runs is fetched for
+    that module, then and from then on."""
+
+    def __getitem__(self, name):
+        p = dict.__getitem__(self, name)
+        if _active and isinstance(p, ZeroParameter) and p.ds_status is ZeroParamStatus.NOT_AVAILABLE:
+            _active[-1].add(p)
+        return p
+
+
+def backward_of(units):
+    """A context around a backward pass in which every one of these units that has run stays fetched, so that gradients
+    reach parameters on ways that no output shows."""
+    return _Whole(units)
+
+
+class _Whole:
+    def __init__(self, units):
+        self._units = units
+
+    def __enter__(self):
+        global _whole
+        if _whole is None:
+            self._hold = _whole = _Hold()
+            for unit in self._units:
+                if unit.ran and not unit.early:
+                    _whole.take(unit)
+
+    def __exit__(self, *exc):
+        global _whole
+        if _whole is getattr(self, "_hold", None):
+            _whole = None
+            self._hold.end()
+        return False
+
+
+def register_external_parameter(module, parameter):
+    """Tells ZeRO-3 that `module` uses a parameter of another module in its forward: it is fetched with its own.
+    Ordinary parameters need no telling, until initialize() makes them sharded."""
+    if not isinstance(parameter, torch.nn.Parameter):
+        raise RuntimeError(f"register_external_parameter: {type(parameter).__name__}; allowed: a torch.nn.Parameter")
+    _EXTERNAL.setdefault(module, {})[id(parameter)] = parameter
+    if is_zero(parameter):
+        if module not in _UNITS:
+            install(module, [], type(module).__name__)
+        _UNITS[module].add(parameter)
+
+
+def unregister_external_parameter(module, parameter):
+    """Undoes register_external_parameter. RuntimeError where it was not told."""
+    if id(parameter) not in _EXTERNAL.get(module, {}):
+        raise RuntimeError("unregister_external_parameter: this parameter is not registered for this module")
+    del _EXTERNAL[module][id(parameter)]
+    unit = _UNITS.get(module)
+    if unit is not None:
+        unit.params = tuple(p for p in unit.params if p is not parameter)
+        unit._group()
+
+
+def external_of(module):
+    """[(number, Parameter), ...] of what module uses of others'."""
+    return list(_EXTERNAL.get(module, {}).items())
+
+
+class External:
+    """``module.ds_external_parameters``."""
+
+    def __init__(self, module=None):
+        self._module = None if module is None else weakref.ref(module)
+
+    def __call__(self):
+        module = None if self._module is None else self._module()
+        return [] if module is None else external_of(module)
+
+    def __deepcopy__(self, memo):
+        return External()
+
+    def __reduce__(self):
+        return External, ()
+
+
+# ---- installing ----
+
+
+def install(module, params, label):
+    """Hooks a module up to fetch params. Returns (unit, hook handles); an earlier unit's hooks are the caller's to
+    remove."""
+    unit = Unit(label, module, params)
+    for p in _EXTERNAL.get(module, {}).values():
+        if is_zero(p) and not p.ds_persist:
+            unit.add(p)
+    _UNITS[module] = unit
+    unit.handles = [module.register_forward_pre_hook(unit.enter, prepend=True),
+                    module.register_forward_hook(unit.leave, always_call=True)]
+    return unit
+
+
+def uninstall(module):
+    """Takes a module's hooks off and makes its _parameters an ordinary dict."""
+    unit = _UNITS.pop(module, None)
+    if unit is not None:
+        for handle in unit.handles:
+            handle.remove()
+    if type(module._parameters) is Slots:
+        module.__dict__["_parameters"] = dict(module._parameters)
+
+
+def attach(module):
+    """A module that was built under Init: it works before initialize(), and where it is attached later."""
+    wanted = [p for p in module.parameters(recurse=False) if is_zero(p) and not p.ds_persist]
+    uninstall(module)
+    if wanted:
+        install(module, wanted, f"a module of class {type(module).__name__}")
+        module.__dict__["_parameters"] = Slots(module._parameters)
+
+
+def install_all(module, prefix=""):
+    """Units for every module that has released parameters, of its own or below, and runs; returns them."""
+    units = []
+    _walk(module, prefix, units, set())
+    return units
+
+
+def _walk(module, name, units, seen):
+    if module in seen:
+        return
+    seen.add(module)
+    leaf = z3_leaf_module(module)
+    own = [p for p in (module.parameters() if leaf else module.parameters(recurse=False)) if is_zero(p)]
+    uninstall(module)
+    wanted = [p for p in own if not p.ds_persist]
+    if wanted or _runs(module) and any(is_zero(p) and not p.ds_persist for p in module.parameters()):
+        units.append(install(module, wanted, _label(module, name)))
+    if wanted:
+        for child in module.modules() if leaf else (module,):
+            if child._parameters and type(child._parameters) is not Slots:
+                child.__dict__["_parameters"] = Slots(child._parameters)
+    if leaf:
+        for child in module.modules():
+            if child is not module:
+                uninstall_hooks(child)
+        return
+    for key, child in module.named_children():
+        _walk(child, f"{name}.{key}" if name else key, units, seen)
+
+
+def uninstall_hooks(module):
+    """Takes a module's hooks off: its leaf fetches for it."""
+    unit = _UNITS.pop(module, None)
+    if unit is not None:
+        for handle in unit.handles:
+            handle.remove()
+
+
+def _runs(module):
+    """Whether a module has a forward of its own, which may read parameters of those below."""
+    return "forward" in vars(module) or type(module).forward is not torch.nn.Module.forward
+
+
+def _label(module, name):
+    return f"module {name or '(the model)'} ({type(module).__name__})"

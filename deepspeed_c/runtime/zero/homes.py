@@ -1,0 +1,32 @@
+"""Which kind of Home serves a communicator."""
+from .shared import SharedHome
+
+_KEYS = {"prefetch": "prefetch_bucket_size", "max_live": "max_live_parameters", "max_reuse": "max_reuse_distance"}
+_DEFAULTS = {"prefetch": 50_000_000, "max_live": 1_000_000_000, "max_reuse": 1_000_000_000}
+
+
+class Homes:
+    """The Homes of parameters that are placed together, one for each communicator. config: a _core.Config, or None."""
+
+    def __init__(self, config=None):
+        self._settings = dict(_DEFAULTS)
+        if config is not None:
+            self._settings = {name: config.get(f"zero_optimization.stage3_{key}") for name, key in _KEYS.items()}
+        self._homes = {}
+
+    def of(self, comm):
+        """The Home of this communicator. Collective over its ranks where it is new."""
+        if id(comm) not in self._homes:
+            self._homes[id(comm)] = self._make(comm)
+        return self._homes[id(comm)]
+
+    def _make(self, comm):
+        if comm.backend in ("self", "shm"):
+            return SharedHome(comm, self._settings)
+        raise NotImplementedError("ZeRO stage 3 over ranks that share no memory (the delegate communicator) is not "
+                                  "yet; allowed: ranks of one machine, or stages 0 to 2")
+
+    def settle(self):
+        """All ranks see the values of what was added. Collective."""
+        for home in self._homes.values():
+            home.settle()

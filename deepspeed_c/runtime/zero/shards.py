@@ -1,0 +1,208 @@
+"""ZeRO stage 3 of one engine: places the module's parameters, decides which stay gathered, hooks modules up.
+
+DeepSpeed calls this object an optimizer's ``parameter_offload``, and hands it out as the optimizer where there is none.
+Invariant: after release() every parameter is an ordinary one again and no hook is left.
+"""
+import logging
+
+import torch
+
+from ...model import is_dense
+from ...utils import leaf_modules
+from ...utils.logging import log_dist
+from ...whole import whole
+from . import fetch
+from .homes import Homes
+from .parameter import forget, give_private_back, is_zero, take_private, unique, write_error
+
+_ZERO = "zero_optimization."
+_STAGE3 = "zero_optimization.stage3_"
+# Mixtures of experts whose ranks route differently, as DeepSpeed marks them by itself.
+_DEFAULT_LEAVES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock")
+
+
+class Shards:
+    """The sharded parameters of a module.
+
+    module: the engine's. everything: {name: Parameter}. reduction: says which ranks share a parameter out. dtype: the
+    model's, None to keep each parameter's. Collective. Attributes: module, forward_hooks (the handles of the modules'
+    hooks), backward_hooks (none: they hang on graphs), param_coordinator.
+    """
+
+    def __init__(self, module, everything, reduction, dtype, config):
+        self.module = module
+        self._config = config
+        self._params = list(everything.values())
+        self.forward_hooks, self.backward_hooks, self._units = [], [], []
+        self._place(everything, reduction, dtype)
+        self._mark_leaves()
+        self._persist(everything)
+        self._register_deepspeed_module(module)
+        module.ds_external_parameters = fetch.External(module)
+        for child in module.modules():
+            if child is not module and fetch.external_of(child):
+                child.ds_external_parameters = fetch.External(child)
+
+    @property
+    def param_coordinator(self):
+        """What clients ask whether the recorded order of fetches still holds."""
+        return self
+
+    def is_invalid_trace(self):
+        """Whether the recorded order of fetches is void: never, a record that does not fit is made anew by itself."""
+        return False
+
+    def _invalidate_trace(self):
+        """Nothing to do, see is_invalid_trace()."""
+
+    # ---- placing ----
+
+    def _place(self, everything, reduction, dtype):
+        homes = Homes(self._config)
+        meta = [child for child in self.module.modules() if any(p.is_meta for p in child.parameters(recurse=False))]
+        for name, p in everything.items():
+            wanted = dtype if dtype is not None and p.is_floating_point() else p.dtype
+            comm = reduction.comms[reduction.index(p)]
+            if is_zero(p) and p.ds_home.comm is comm and p.dtype == wanted:
+                forget(p)
+            else:
+                if is_zero(p):
+                    p.ds_home.remove(p)
+                prepare(p, wanted)
+                homes.of(comm).add(p)
+            p.ds_name = name
+        homes.settle()
+        for child in meta:
+            materialize(child)
+
+    def _mark_leaves(self):
+        for key, mark in (("classes", leaf_modules.set_z3_leaf_modules),
+                          ("names", leaf_modules.set_z3_leaf_modules_by_name),
+                          ("name_suffixes", leaf_modules.set_z3_leaf_modules_by_suffix)):
+            asked = self._config.get(f"{_ZERO}leaf_module.{key}")
+            if asked and not mark(self.module, list(asked), raise_if_not_found=False):
+                log_dist(f"zero_optimization.leaf_module.{key}: no module fits {list(asked)}", ranks=[0],
+                         level=logging.WARNING)
+            if not asked and key == "classes":
+                mark(self.module, list(_DEFAULT_LEAVES), raise_if_not_found=False)
+        threshold = self._config.get(f"{_STAGE3}module_granularity_threshold")
+        if threshold > 0:
+            _mark_fine(self.module, threshold)
+
+    def _persist(self, everything):
+        """Small parameters stay gathered, in model order, up to a total."""
+        each = self._config.get(f"{_STAGE3}param_persistence_threshold")
+        total, kept = self._config.get(f"{_STAGE3}model_persistence_threshold"), []
+        for p in everything.values():
+            if p.ds_numel <= each and p.ds_numel <= total:
+                kept.append(p)
+                total -= p.ds_numel
+        self._persistent = kept
+        self._homes = list({id(p.ds_home): p.ds_home for p in everything.values()}.values())
+        for home in self._homes:
+            home.keep(tuple(p for p in kept if p.ds_home is home))
+
+    # ---- hooks ----
+
+    def _register_deepspeed_module(self, module, count=None):
+        """Hooks up module and all below, also where hooks were taken off; DeepSpeed's name, which clients call."""
+        self._remove_hooks()
+        self._units = fetch.install_all(module)
+        self.forward_hooks = [handle for unit in self._units for handle in unit.handles]
+
+    _register_hooks_recursively = _register_deepspeed_module
+
+    def _remove_hooks(self):
+        for handle in self.forward_hooks:
+            handle.remove()
+
+    # ---- a step ----
+
+    def backward(self):
+        """A context around a backward pass."""
+        return fetch.backward_of(self._units)
+
+    def before_step(self):
+        """RuntimeError where a parameter that is always gathered was written to since the last step."""
+        for p in self._persistent:
+            if p.ds_home.is_written(p):
+                raise write_error(p, "all modules: it is smaller than stage3_param_persistence_threshold")
+
+    def after_step(self):
+        """New values are there. Collective."""
+        for home in self._homes:
+            home.after_step()
+        for p in self._persistent:
+            p.ds_seen = p._version
+
+    def bind(self, core, params):
+        """`core` steps params, in its order, from now on. Collective."""
+        for home in self._homes:
+            home.bind(core, params)
+
+    def replace(self, taken):
+        """[(index, old, new)]: ordinary Parameters take the places of sharded ones. Collective."""
+        for _, old, new in taken:
+            self._take_over(old, new)
+        self._params = [{id(old): new for _, old, new in taken}.get(id(p), p) for p in self._params]
+        self._register_deepspeed_module(self.module)
+
+    def release(self):
+        """Every parameter is an ordinary one with values of its own; no hook is left."""
+        self._remove_hooks()
+        for child in self.module.modules():
+            fetch.uninstall(child)
+            child.__dict__.pop("ds_external_parameters", None)
+        for p in self._params:
+            if is_zero(p):
+                p.ds_home.remove(p)
+        self._params, self._persistent, self._units, self._homes = [], [], [], []
+
+
+def prepare(p, dtype):
+    """An ordinary parameter in the dtype and the memory order in which it is placed."""
+    if p.layout != torch.strided:
+        raise ValueError(f"a parameter of layout {p.layout} is not supported; allowed: torch.strided")
+    if p.dtype != dtype:
+        p.data = p.data.to(dtype)
+        p.grad = None
+    if not is_dense(p):
+        p.data = p.data.clone(memory_format=torch.contiguous_format)
+
+
+def materialize(module):
+    """A module made on the meta device gets the values of its reset_parameters(), on the first rank; zeros, and a line
+    in the log, where it has none."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_meta:
+            module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    if not hasattr(module, "reset_parameters"):
+        log_dist(f"ZeRO stage 3: {type(module).__name__} was made on the meta device and has no reset_parameters(): "
+                 "its parameters are zero until they are loaded", ranks=[0], level=logging.WARNING)
+        return
+    params = unique(module.parameters(recurse=False))
+    take_private(params, "reset_parameters()")
+    try:
+        module.reset_parameters()
+    finally:
+        give_private_back(params, 0)
+
+
+def _mark_fine(module, threshold):
+    """Marks as leaves the uppermost modules with children that have few elements for each module in them."""
+    for child in module.children():
+        n_modules = sum(1 for _ in child.modules())
+        n_elems = sum(whole(p).numel() for p in child.parameters())
+        if n_modules > 1 and 0 < n_elems <= threshold * n_modules:
+            leaf_modules.set_z3_leaf_module(child, True)
+        else:
+            _mark_fine(child, threshold)
+
+
+def _take_over(old, new):
+    """An ordinary Parameter, equal on all ranks, stands where a sharded one stood: same place, its own values."""
+    home, values = old.ds_home, new.data
+    home.move(old, new)
+    take_private((new,), "a parameter that was replaced")
+    new.data.copy_(values)
+    give_private_back((new,), 0)

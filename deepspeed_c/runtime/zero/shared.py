@@ -1,0 +1,119 @@
+"""Parameters where ranks share memory, or one rank is alone: the machine holds each once, and a fetch is a view.
+
+Invariant: fetching and releasing wait for nobody, so ranks may run different modules, in different order. Who is not
+stepping reads only; a write shows in the parameter's version, and the release that finds it is the error.
+"""
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from ... import _core
+from ...model import flat
+from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error
+
+_OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
+
+
+class SharedHome:
+    """The parameters of one communicator that were placed together. comm: its ranks share memory, or it is one rank.
+
+    early: whether backward shall release each parameter as soon as its gradient is done; here that would save nothing.
+    """
+
+    early = False
+
+    def __init__(self, comm, settings=None):
+        self.comm = comm
+        self._store = _core.Store(comm)
+
+    def add(self, p):
+        """An ordinary Parameter takes its place; the first rank's values count. Collective in order; settle() after
+        the last. One on the meta device starts as zeros."""
+        with torch.inference_mode(False):
+            full = self._take(p)
+            if p.is_meta:
+                marks = dict(vars(p))
+                torch.utils.swap_tensors(p, torch.nn.Parameter(empty(p.dtype), p.requires_grad))
+                vars(p).update(marks)
+            elif self.comm.rank == 0 and full.numel():
+                full.copy_(p.data)
+        make(p, self, full)
+
+    def _take(self, p):
+        if p.numel() == 0:
+            return torch.empty(p.shape, dtype=p.dtype)
+        return from_dlpack(self._store.take(p.numel(), str(p.dtype).removeprefix("torch."))).as_strided(
+            p.shape, p.stride())
+
+    def settle(self):
+        """After add() of several: all ranks see the values. Collective."""
+        self.comm.barrier("placing the parameters of ZeRO stage 3")
+
+    def fetch(self, event, params, label):
+        """Makes params whole: a change of address each. Undone by release(), once for each fetch."""
+        for p in params:
+            if p.ds_count == 0:
+                p.data = p.ds_full
+                p.ds_seen = p._version
+                p.ds_status = _IN
+            p.ds_count += 1
+
+    def release(self, params, label):
+        """Undoes one fetch(). RuntimeError, after all are released, where one was written to meanwhile."""
+        written = None
+        for p in params:
+            p.ds_count -= 1
+            if p.ds_count == 0:
+                if self.is_written(p):
+                    written = p
+                p.data = empty(p.ds_full.dtype)
+                p.ds_status = _OUT
+        if written is not None:
+            raise write_error(written, label)
+
+    def is_written(self, p):
+        """Whether a gathered parameter's values or its storage were changed since it was fetched."""
+        return p.ds_private == 0 and (p._version != p.ds_seen or p.data_ptr() != p.ds_full.data_ptr())
+
+    def note(self, p):
+        """What stands in p now is its value."""
+        torch.autograd.graph.increment_version(p)
+        p.ds_seen = p._version
+
+    def copy(self, p):
+        """A private copy of p's whole values."""
+        return p.ds_full.clone(memory_format=torch.preserve_format)
+
+    def write(self, params, rank):
+        """The given rank's p.data become the values of all. Collective: nobody reads while they change."""
+        self.comm.barrier(f"GatheredParameters of {params[0].ds_name} and {len(params) - 1} more")
+        if self.comm.rank == rank:
+            for p in params:
+                if p.numel():
+                    p.ds_full.copy_(p.data)
+        self.comm.barrier(f"GatheredParameters of {params[0].ds_name} and {len(params) - 1} more: written")
+
+    def part(self, p):
+        """This rank's part of p, a view."""
+        n = p.partition_numel()
+        return flat(p.ds_full)[min(self.comm.rank * n, p.ds_numel):min((self.comm.rank + 1) * n, p.ds_numel)]
+
+    def bind(self, core, params):
+        """Nothing: the core steps the memory that is here."""
+
+    def keep(self, params):
+        """These stay gathered from now on."""
+        new = tuple(p for p in params if not p.ds_persist)
+        for p in new:
+            p.ds_persist = True
+        self.fetch(OUTSIDE, new, "all modules")
+
+    def after_step(self):
+        """Nothing: new values are where they are read."""
+
+    def move(self, old, new):
+        """`new` takes the place of `old`, which becomes an ordinary Parameter with a copy of its values."""
+        succeed(old, new, self.copy(old))
+
+    def remove(self, p):
+        """p is an ordinary Parameter with a private copy of its values from now on."""
+        make_ordinary(p, p.data.clone() if p.ds_private else self.copy(p))

@@ -1,0 +1,266 @@
+"""ZeRO stage 3 on ranks that share memory: sharded parameters change no bit, and act whole wherever they are used."""
+import itertools
+
+import models
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import deepspeed_c as deepspeed
+
+ALL_SHARDED = {"stage3_param_persistence_threshold": 0}
+
+
+def engine_of(module, zero=None, **more):
+    config = models.config(3, zero={**ALL_SHARDED, **(zero or {})}, **more)
+    return deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+
+
+def run(rank, stage, dtype, gas, zero=None, kind=models.Awkward, n_steps=3):
+    module = models.make(kind)
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(stage, dtype, gas, zero=zero or {}))[0]
+    losses = models.train(engine, rank, n_steps, gas, dtype)
+    norm = engine.get_global_grad_norm()
+    engine.destroy()
+    return models.bits(module), losses, norm
+
+
+def equal_to_stage_2(rank, world, dtype):
+    torch.set_num_threads(1)
+    wrong = []
+    for gas in (1, 3):
+        expected = run(rank, 2, dtype, gas)
+        for threshold in (0, 100, 100000):
+            if run(rank, 3, dtype, gas, {"stage3_param_persistence_threshold": threshold}) != expected:
+                wrong.append((gas, threshold))
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_stage_3_equals_stage_2_bit_for_bit(ranks, world, dtype):
+    assert ranks(world, equal_to_stage_2, dtype) == [[]] * world
+
+
+# ---- parameters are whole wherever a module runs ----
+
+
+class Model(nn.Module):
+    def __init__(self, width=12):
+        super().__init__()
+        self.embed = nn.Embedding(9, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return F.cross_entropy(self.logits(tokens).flatten(0, 1), tokens.flatten())
+
+    def logits(self, tokens):
+        h = self.embed(tokens)
+        for layer in self.layers:
+            h = h + torch.relu(layer(h))
+        return self.head(self.norm(h))
+
+    @torch.no_grad()
+    def generate(self, tokens, n):
+        for _ in range(n):
+            tokens = torch.cat([tokens, self.logits(tokens)[:, -1:].argmax(-1)], 1)
+        return tokens
+
+
+def tokens(rank=0, step=0, n=5):
+    return torch.randint(0, 9, (2, n), generator=torch.Generator().manual_seed(100 * rank + step))
+
+
+def released(module):
+    return all(p.shape == (0,) for p in module.parameters())
+
+
+def ways_in(rank, world):
+    """Eval, the inner module, a replaced forward, loops of different lengths per rank: everything in one start."""
+    torch.set_num_threads(1)
+    plain, module = models.make(Model), models.make(Model)
+    engine = engine_of(module)
+    x = tokens()
+    found = {"released": released(module)}
+    engine.eval()
+    with torch.no_grad():
+        found["eval"] = torch.equal(engine(x), plain(x))
+    found["inner"] = torch.equal(module(x), plain(x)) and torch.equal(module.logits(x), plain.logits(x))
+    found["generate"] = torch.equal(module.generate(x, 2 + 3 * rank), plain.generate(x, 2 + 3 * rank))
+    with torch.inference_mode():
+        found["inference mode"] = torch.equal(module(x), plain(x))
+    module.forward, before = module.logits, module.forward
+    found["replaced forward"] = torch.equal(engine(x), plain.logits(x))
+    module.forward = before
+    for child in module.modules():  # as Lightning does before it initializes again
+        child._forward_hooks.clear()
+        child._forward_pre_hooks.clear()
+    engine = engine_of(module)
+    found["hooks put back"] = torch.equal(engine(x), plain(x))
+    found["released again"] = released(module)
+    engine.destroy()
+    found["destroyed"] = (all(type(p) is nn.Parameter and torch.equal(p, q)
+                              for p, q in zip(module.parameters(), plain.parameters()))
+                          and torch.equal(module(x), plain(x)) and not module._forward_hooks
+                          and module.head.weight is module.embed.weight)
+    module.norm.weight.data += 1.0  # private again: nobody else sees it
+    return [name for name, good in found.items() if not good]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_parameters_are_whole_wherever_a_module_runs_and_nowhere_else(ranks, world):
+    assert ranks(world, ways_in) == [[]] * world
+
+
+class Branches(nn.Module):
+    """Ranks run different parts of it, different numbers of times."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, plan):
+        for name in plan:
+            x = x + torch.tanh(getattr(self, name)(x))
+        return x.square().mean()
+
+
+PLANS = ["bc", "abbbc", "ab"]
+
+
+def diverged(rank, world):
+    torch.set_num_threads(1)
+    module = models.make(Branches)
+    engine = engine_of(module, optimizer={"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.01}})
+    for step in range(4):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+        with torch.no_grad():
+            for _ in range(3 * rank):  # a rank that stops early
+                module(x, "c")
+        engine.backward(engine(x, PLANS[(rank + step) % 3]))
+        engine.step()
+    engine.destroy()
+    return models.bits(module)
+
+
+def undiverged(world):
+    """The same in one process with plain torch."""
+    torch.set_num_threads(1)
+    module = models.make(Branches)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.01)
+    for step in range(4):
+        sums = [torch.zeros_like(p) for p in module.parameters()]
+        for rank in range(world):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+            module.zero_grad()
+            module(x, PLANS[(rank + step) % 3]).backward()
+            for total, p in zip(sums, module.parameters()):
+                total += 0 if p.grad is None else p.grad
+        for total, p in zip(sums, module.parameters()):
+            p.grad = total / world
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_ranks_that_run_different_modules_train_as_one_process_would(ranks):
+    results = ranks(3, diverged)
+    assert len(set(results)) == 1
+    found = torch.frombuffer(bytearray(results[0]), dtype=torch.float32)
+    assert torch.allclose(found, undiverged(3), rtol=1e-4, atol=1e-6)
+
+
+# ---- use of other modules' parameters, leaves, checkpointing ----
+
+
+class Uses(nn.Module):
+    """Parameters used outside their modules: read from another's forward, handed out, hidden in an output that is no
+    tensor; a list of parameters; attention that reads its projection's weight; checkpointing, reentrant and not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.hands_out = HandsOut()
+        self.list = nn.ParameterList(nn.Parameter(torch.randn(8) * 0.1) for _ in range(2))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.hidden = Hidden()
+
+    def forward(self, x, reentrant=None):
+        x = F.linear(x, self.first.weight, self.second.bias)
+        x = x * self.hands_out() + sum(p for p in self.list)
+        x = x + self.attention(x, x, x, need_weights=False)[0] + self.hidden(x).value
+        block = lambda y: torch.tanh(self.second(torch.tanh(self.first(y))))  # noqa: E731
+        if reentrant is not None:
+            from torch.utils.checkpoint import checkpoint
+            for _ in range(2):
+                x = checkpoint(block, x, use_reentrant=reentrant)
+        else:
+            x = block(block(x))
+        return x.square().mean()
+
+
+class HandsOut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self):
+        return self.scale
+
+
+class Box:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Hidden(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return Box(F.layer_norm(x, (8,), self.norm))
+
+
+def used(rank, stage, reentrant, leaf, plain_backward):
+    module = models.make(Uses)
+    zero = dict(ALL_SHARDED) if stage == 3 else {}
+    if leaf and stage == 3:
+        zero["leaf_module"] = {"classes": ["MultiheadAttention"], "names": ["hidden"], "name_suffixes": ["first"]}
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(stage, zero=zero))[0]
+    for step in range(3):
+        x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
+        loss = engine(x.requires_grad_(), reentrant)
+        if plain_backward:
+            loss.backward()
+        else:
+            engine.backward(loss)
+        engine.step()
+        assert stage < 3 or released(module)
+    external = [p is module.first.weight for _, p in module.ds_external_parameters()] if stage == 3 else []
+    engine.destroy()
+    return models.bits(module), external
+
+
+def uses(rank, world):
+    torch.set_num_threads(1)
+    wrong = []
+    for reentrant, plain_backward in itertools.product((None, False, True), (False, True)):
+        expected, _ = used(rank, 2, reentrant, False, plain_backward)
+        for leaf in (False, True):
+            found, external = used(rank, 3, reentrant, leaf, plain_backward)
+            if found != expected or not any(external):
+                wrong.append((reentrant, leaf, plain_backward, external))
+    return wrong
+
+
+def test_parameters_used_outside_their_modules_and_checkpointing_change_no_bit(ranks):
+    assert ranks(2, uses) == [[], []]

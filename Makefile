@@ -125,7 +125,7 @@ CORE_C  := $(wildcard csrc/*.c csrc/comm/*.c csrc/kernels/*.c)
 CORE_H  := $(wildcard csrc/*.h csrc/*.def csrc/comm/*.h csrc/kernels/*.h)
 CFLAGS_CORE = -std=c11 -O3 -g -fno-math-errno -ffp-contract=off -pthread -Wall -Wextra -Werror \
               -Wno-missing-field-initializers -Icsrc $(shell pkg-config --cflags libcjson)
-LIBS = $(shell pkg-config --libs libcjson) -lm -pthread
+LIBS = $(shell pkg-config --libs libcjson) -lm -ldl -pthread
 C_TESTS := $(patsubst tests/c/%.c,$(BIN)/%,$(wildcard tests/c/test_*.c))
 
 .PHONY: c-tests

@@ -25,7 +25,7 @@ CFLAGS = [
     "-std=c11", "-O3", "-g", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden", "-pthread",
     "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers",
 ]
-LDFLAGS = ["-pthread", "-lm"]
+LDFLAGS = ["-pthread", "-lm", "-ldl"]
 DLPACK_NEEDED = (1, 3)
 
 

@@ -52,6 +52,23 @@ enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out) {
     return DSC_OK;
 }
 
+/* The page that counts owners stays anonymous. */
+enum dsc_status dsc_arena_map(int descriptor, size_t offset, size_t n_bytes, void **out) {
+    size_t size = dsc_arena_bytes(n_bytes);
+    void *block = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (block == MAP_FAILED || mmap(block, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                                    descriptor, (off_t)offset) == MAP_FAILED) {
+        int error = errno;
+        if (block != MAP_FAILED)
+            (void)munmap(block, size);
+        return DSC_FAIL(DSC_ENOMEM, "could not map %zu bytes of a file: %s", n_bytes,
+                        strerror(error));
+    }
+    dsc__alloc_count(1, (int64_t)n_bytes);
+    *out = block;
+    return DSC_OK;
+}
+
 void dsc_arena_retain(void *block, size_t n_bytes) {
     atomic_fetch_add(more_owners(block, n_bytes), 1);
 }

@@ -1,6 +1,7 @@
 /* Model-sized memory by kind. Today: private (masters, optimizer states, accumulators that only
  * their owner reads). Node-shared memory is a window of the communicator (comm/comm.h), because
- * the ranks that map it must agree on it. Pinned, device and file kinds stand here when they come.
+ * the ranks that map it must agree on it. A part of a file is mapped where its owner streams it and
+ * somebody else wants to see it (swap.h). Pinned and device kinds stand here when they come.
  *
  * Invariant: private arena memory is zero when it is given out, 64-byte aligned, first touched by
  * the rank that owns it, and in huge pages where the kernel gives them. */
@@ -14,6 +15,10 @@
 enum dsc_status dsc_arena_alloc(size_t n_bytes, void **out);
 /* What n_bytes take with what they are rounded up to. */
 size_t dsc_arena_bytes(size_t n_bytes);
+/* A part of a file as memory that may be written to, in pages that come on first touch and that the
+ * kernel may take back: offset and n_bytes are multiples of 4096. It goes as other arena memory,
+ * and may outlive the descriptor. */
+enum dsc_status dsc_arena_map(int descriptor, size_t offset, size_t n_bytes, void **out);
 /* Makes the pages of a range present, so that the first step does not pay for them: of a shared
  * window too, in this rank's mapping. Advice: where the kernel cannot, pages come on first touch.
  */

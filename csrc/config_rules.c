@@ -140,6 +140,19 @@ static enum dsc_status precision_rules(const struct dsc_config *config,
     X(comet_enabled, "comet.enabled")                                                              \
     X(csv_monitor_enabled, "csv_monitor.enabled")
 
+/* Where files go, for "nvme". */
+static enum dsc_status offload_rules(const struct dsc_config *config,
+                                     struct dsc_config_reading *reading) {
+    const char *device = config->zero_offload_optimizer_device;
+    const char *path = config->zero_offload_optimizer_nvme_path;
+    if (strcmp(device, "nvme") == 0 && (!path || !path[0]))
+        return dsc__config_error(
+            reading, "zero_optimization.offload_optimizer.device is \"nvme\" and "
+                     "zero_optimization.offload_optimizer.nvme_path is not given; it names the "
+                     "folder for the files");
+    return DSC_OK;
+}
+
 static enum dsc_status warn_of_figures(const struct dsc_config *config,
                                        struct dsc_config_reading *reading) {
 #define X(field, path)                                                                             \
@@ -219,6 +232,7 @@ enum dsc_status dsc__config_rules(int64_t n_data, const struct dsc_config_layout
     if (n_data > 0 && sizes_are_sound(config, reading))
         DSC_TRY(batch_rule(n_data, config, reading));
     DSC_TRY(precision_rules(config, reading));
+    DSC_TRY(offload_rules(config, reading));
     if (is_given(reading, "optimizer.params") && !is_given(reading, "optimizer.type"))
         DSC_TRY(dsc__config_error(reading, "optimizer.params is given without optimizer.type"));
     if (is_given(reading, "scheduler.params") && !is_given(reading, "scheduler.type"))

@@ -92,23 +92,28 @@ static enum dsc_status compare_models(struct dsc_engine *e) {
     return DSC_OK;
 }
 
+struct dsc_space_needs dsc__engine_needs(const struct dsc_engine *e, size_t s) {
+    const struct dsc_space *space = &e->spaces[s];
+    return dsc_engine_needs(&e->options, &e->ways, space,
+                            dsc_comm_rank(e->ranks.reduce[space->reduce].comm));
+}
+
 static enum dsc_status hold_space(struct dsc_engine *e, size_t s) {
     const struct dsc_space *space = &e->spaces[s];
     struct dsc_holding *holding = &e->holdings[s];
     struct dsc_comm *comm = e->ranks.reduce[space->reduce].comm;
-    struct dsc_space_needs needs =
-        dsc_engine_needs(&e->options, &e->ways, space, dsc_comm_rank(comm));
+    struct dsc_space_needs needs = dsc__engine_needs(e, s);
     holding->space = space;
     holding->comm = comm;
     holding->stepped = needs.stepped;
     holding->owns = needs.owns;
-    size_t n_bytes = dsc_range_size(holding->stepped) * sizeof(float);
     if (needs.master)
-        DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->master));
+        DSC_TRY(dsc__engine_hold(holding, DSC_SWAP_MASTER, &holding->master));
     for (int i = 0; i < needs.n_states; i++)
-        DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->state[i]));
+        DSC_TRY(dsc__engine_hold(holding, DSC_SWAP_STATE + i, &holding->state[i]));
     if (needs.grads)
-        DSC_TRY(dsc_arena_alloc(n_bytes, (void **)&holding->grads));
+        DSC_TRY(dsc_arena_alloc(dsc_range_size(needs.stepped) * sizeof(float),
+                                (void **)&holding->grads));
     if (needs.local)
         DSC_TRY(dsc__engine_need_local(e, s));
     if (!needs.shared)
@@ -125,8 +130,7 @@ enum dsc_status dsc_engine_hold_momentum(struct dsc_engine *e) {
     for (size_t s = 0; e->options.optim == DSC_OPTIM_SGD && s < e->n_spaces; s++) {
         struct dsc_holding *holding = &e->holdings[s];
         if (!holding->state[0])
-            DSC_TRY(dsc_arena_alloc(dsc_range_size(holding->stepped) * sizeof(float),
-                                    (void **)&holding->state[0]));
+            DSC_TRY(dsc__engine_hold(holding, DSC_SWAP_STATE, &holding->state[0]));
     }
     return DSC_OK;
 }
@@ -169,6 +173,7 @@ static enum dsc_status hold_all(struct dsc_engine *e) {
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->local, (void **)&e->local));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->sources, (void **)&e->sources));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->n_folded, (void **)&e->n_folded));
+    DSC_TRY(dsc__engine_open_files(e));
     for (size_t s = 0; s < e->n_spaces; s++)
         DSC_TRY(hold_space(e, s));
     return DSC_OK;
@@ -225,11 +230,13 @@ void dsc_engine_close(struct dsc_engine *e) {
         for (int i = 0; i < DSC_OPTIM_MAX_STATES; i++)
             dsc_arena_free(holding->state[i], n_bytes);
         dsc_arena_free(holding->grads, n_bytes);
+        dsc_swap_close(holding->swap);
         if (e->local)
             dsc_arena_free(e->local[s], e->spaces[s].n_elems * sizeof(float));
     }
     for (size_t g = 0; g < e->ranks.n_reduce; g++)
         dsc_spread_close(e->spread[g]);
+    dsc_io_close(e->io);
     dsc_space_free(e->spaces, e->n_spaces);
     dsc_pool_close(e->pool);
     dsc_free(e->sources);
@@ -488,10 +495,12 @@ struct dsc_engine_counters dsc_engine_counters(const struct dsc_engine *e) {
         size_t n_stepped = dsc_range_size(holding->stepped);
         sum.owned_elems += n_stepped;
         sum.padded_elems += e->spaces[s].n_elems - e->spaces[s].n_used;
-        sum.private_bytes += (holding->master ? 4 : 0) * n_stepped;
         sum.private_bytes += (holding->grads ? 4 : 0) * n_stepped;
+        size_t *states = holding->swap ? &sum.file_bytes : &sum.private_bytes;
+        *states += (holding->master ? 4 : 0) * n_stepped;
         for (int i = 0; i < DSC_OPTIM_MAX_STATES; i++)
-            sum.private_bytes += (holding->state[i] ? 4 : 0) * n_stepped;
+            *states += (holding->state[i] ? 4 : 0) * n_stepped;
+        sum.private_bytes += holding->swap ? dsc_swap_memory_bytes(holding->swap) : 0;
         sum.private_bytes += (e->local[s] ? 4 : 0) * e->spaces[s].n_elems;
         if (!holding->buckets)
             continue;

@@ -17,6 +17,7 @@
 #include "pool.h"
 #include "scaler.h"
 #include "space.h"
+#include "swap.h"
 #include "wire.h"
 
 struct dsc_engine;
@@ -55,8 +56,9 @@ struct dsc_engine_options {
     enum dsc_optim_kind optim;
     bool whole; /* cut between parameters, for a foreign optimizer that needs them whole */
     struct dsc_scaler scaler;
-    int n_threads;  /* of this rank */
-    dsc_team *team; /* whose threads they are; NULL: the engine's own */
+    struct dsc_swap_options swap; /* masters and states in files */
+    int n_threads;                /* of this rank */
+    dsc_team *team;               /* whose threads they are; NULL: the engine's own */
     uint64_t
         names_hash; /* of parameter names, so that ranks with different models are told apart */
 };
@@ -81,7 +83,7 @@ struct dsc_step_report {
 
 struct dsc_engine_counters {
     uint64_t n_settled, n_bytes_settled, n_bytes_settled_in_backward, n_extra_slots;
-    size_t private_bytes, shared_bytes; /* by formula; see docs/zero.md */
+    size_t private_bytes, shared_bytes, file_bytes; /* by formula; see docs/zero.md */
     size_t owned_elems, padded_elems;
 };
 

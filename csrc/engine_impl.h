@@ -48,6 +48,8 @@ struct dsc_engine {
     struct dsc_space *spaces;
     size_t n_spaces;
     struct dsc_holding *holdings; /* per space */
+    struct dsc_io *io;            /* of states in files; NULL: they are in memory */
+    bool file_failed;             /* in an earlier step, which is half done */
     float **local;                /* per space: fp32 sums over micro-steps; NULL until needed */
     bool *folded;                 /* per parameter: in `local` for this step */
     bool *touched;                /* per parameter: has got a gradient in the open step */
@@ -77,6 +79,7 @@ struct dsc_engine {
     char label[64];
 };
 
+struct dsc_space_needs dsc__engine_needs(const struct dsc_engine *e, size_t space);
 const struct dsc_segment *dsc__engine_segment(const struct dsc_engine *e, size_t param);
 bool dsc__engine_is_16bit(const struct dsc_engine *e, size_t param);
 /* Of a space, -1: of no space, which is neither. */
@@ -104,6 +107,15 @@ enum dsc_status dsc__engine_check_whole(const struct dsc_engine *e);
 /* Rounds of all spaces open and end together. sources: what did not arrive; NULL: nothing. */
 void dsc__engine_open_round(struct dsc_engine *e);
 enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources);
+
+/* engine_files.c. Opens them where the options say so; collective. */
+enum dsc_status dsc__engine_open_files(struct dsc_engine *e);
+/* Masters or states of a space, a tensor of swap.h: of its file, or of memory. */
+enum dsc_status dsc__engine_hold(struct dsc_holding *holding, int tensor, float **out);
+/* A step has begun: the first windows are read while gradients are reduced. */
+void dsc__engine_begin_files(struct dsc_engine *e);
+/* A step is over, with this status, which is returned: nothing is under way any more. */
+enum dsc_status dsc__engine_end_files(struct dsc_engine *e, enum dsc_status status);
 
 /* Makes each space's source from the views; see engine_step.c. */
 enum dsc_status dsc__engine_make_sources(struct dsc_engine *e, struct dsc_view *views);

@@ -57,6 +57,12 @@ struct dsc_space_needs dsc_engine_needs(const struct dsc_engine_options *options
     };
     if (needs.owns)
         needs.stepped = dsc_space_owned(space, rank);
+    if (options->swap.folder && dsc_range_size(needs.stepped) > 0) {
+        needs.n_filed = needs.master + dsc_optim_info(options->optim)->n_states;
+        /* The others see all of a parameter at once, through the mapping. */
+        bool streams = options->optim != DSC_OPTIM_LAMB && options->optim != DSC_OPTIM_FOREIGN;
+        needs.n_buffers = streams ? options->swap.n_buffers : 0;
+    }
     needs.local = is_16bit && needs.keeps && ways->folds && options->many_micro_steps;
     return needs;
 }

@@ -31,11 +31,13 @@ struct dsc_space_needs {
     bool owns;                /* that is its own part */
     bool master;
     int n_states; /* from the start */
-    bool grads;   /* for a foreign optimizer */
-    bool spread;  /* new values come from other ranks */
-    bool shared;  /* the reduce group is more than one rank: there are buckets */
-    bool keeps;   /* gradients stay with this rank until the boundary */
-    bool local;   /* fp32 sums over micro-steps, of the whole space, from the start */
+    int n_filed;  /* masters and states that have a place in a file, at once or later; 0: none */
+    int64_t n_buffers; /* windows for them in memory, while they are stepped */
+    bool grads;        /* for a foreign optimizer */
+    bool spread;       /* new values come from other ranks */
+    bool shared;       /* the reduce group is more than one rank: there are buckets */
+    bool keeps;        /* gradients stay with this rank until the boundary */
+    bool local;        /* fp32 sums over micro-steps, of the whole space, from the start */
     struct dsc_bucket_options buckets; /* but for the pool */
 };
 struct dsc_space_needs dsc_engine_needs(const struct dsc_engine_options *options,

@@ -392,7 +392,7 @@ static enum dsc_status update(struct dsc_engine *e, struct dsc_view *views,
     for (size_t s = 0; s < e->n_spaces; s++) {
         struct dsc_update update = update_of(e, views, s, grad_scale);
         if (e->options.optim == DSC_OPTIM_FOREIGN)
-            dsc_update_gradients(&update, &e->holdings[s]);
+            DSC_TRY(dsc_update_gradients(&update, &e->holdings[s]));
         else
             DSC_TRY(dsc_update_run(&update, &e->holdings[s]));
     }
@@ -479,6 +479,7 @@ static enum dsc_status step(struct dsc_engine *e, struct dsc_view *views,
     struct dsc_norm norm;
     double since = dsc_comm_now();
     DSC_TRY(begin_step(e, views, groups, false));
+    dsc__engine_begin_files(e);
     DSC_TRY(dsc__engine_make_sources(e, views));
     DSC_TRY(reduce(e, views, &norm));
     DSC_TRY(meet_norm(e, &norm));
@@ -504,6 +505,10 @@ void dsc_engine_refuse_step(struct dsc_engine *e) {
 /* What an optimizer of torch's has changed before it raised cannot be undone, and differs between
  * ranks: at stage 0 one has stepped in part and the others wholly. */
 enum dsc_status dsc__engine_check_whole(const struct dsc_engine *e) {
+    if (e->file_failed)
+        return DSC_FAIL(DSC_ESTATE,
+                        "an earlier step failed while it read or wrote the file of masters and "
+                        "optimizer states, so it is half done; load a checkpoint into a new job");
     if (!e->torn_by)
         return DSC_OK;
     return DSC_FAIL(DSC_ESTATE,
@@ -521,7 +526,7 @@ enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
                                 const struct dsc_hyper *groups, struct dsc_step_report *report) {
     *report = (struct dsc_step_report){.bad_rank = -1, .bad_param = -1, .changed_param = -1};
     DSC_TRY(dsc__engine_usable(e));
-    if (e->torn_by) {
+    if (e->torn_by || e->file_failed) {
         (void)begin_step(e, NULL, NULL, true);
         return dsc__engine_check_whole(e);
     }
@@ -532,7 +537,7 @@ enum dsc_status dsc_engine_step(struct dsc_engine *e, struct dsc_view *views,
         }
     uint64_t saved = dsc_fp_enter();
     (void)dsc__engine_cover(e, true); /* what follows the plan's meeting follows from it */
-    enum dsc_status status = step(e, views, groups, report);
+    enum dsc_status status = dsc__engine_end_files(e, step(e, views, groups, report));
     (void)dsc__engine_cover(e, false);
     dsc_fp_leave(saved);
     return status;

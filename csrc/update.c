@@ -111,9 +111,44 @@ static void do_runs(void *context, size_t begin, size_t end) {
     }
 }
 
-static void do_range(const struct job *job) {
+static void run(const struct job *job) {
     dsc_pool_run(job->update->pool, (dsc_range_size(job->range) + RUN - 1) / RUN, 8, do_runs,
                  (void *)job);
+}
+
+/* `here`: the job's holding, with masters and states of the window that holds `at`. */
+static enum dsc_status take_window(const struct job *job, size_t at, struct dsc_holding *here) {
+    const struct dsc_holding *holding = job->holding;
+    struct dsc_swap_window window;
+    DSC_TRY(dsc_swap_take(holding->swap, at - holding->stepped.begin, &window));
+    here->stepped = (struct dsc_range){holding->stepped.begin + window.begin,
+                                       holding->stepped.begin + window.end};
+    here->master = window.tensors[DSC_SWAP_MASTER];
+    for (int i = 0; i < DSC_OPTIM_MAX_STATES; i++)
+        here->state[i] = window.tensors[DSC_SWAP_STATE + i];
+    return DSC_OK;
+}
+
+/* Steps stream masters and states, where they are a file's, in pieces short enough for the reads
+ * and writes beside them to be looked after. */
+static enum dsc_status do_range(const struct job *job) {
+    if (!job->holding->swap || job->pass != STEP) {
+        run(job);
+        return DSC_OK;
+    }
+    struct dsc_holding here = *job->holding;
+    struct job piece = *job;
+    size_t elem_size = dsc_dtype_size(here.space->dtype);
+    piece.holding = &here;
+    for (size_t at = job->range.begin; at < job->range.end; at = piece.range.end) {
+        DSC_TRY(take_window(job, at, &here));
+        piece.range = dsc_range_cut((struct dsc_range){at, at + DSC_SPREAD_ELEMS}, here.stepped);
+        piece.range = dsc_range_cut(piece.range, job->range);
+        piece.sums = job->sums ? job->sums + (at - job->range.begin) : NULL;
+        piece.out = job->out ? job->out + (at - job->range.begin) * elem_size : NULL;
+        run(&piece);
+    }
+    return DSC_OK;
 }
 
 /* The owners from whose sums this rank steps: all of them at stage 0, itself elsewhere, nobody (one
@@ -135,16 +170,18 @@ static struct job job_of(const struct dsc_update *update, const struct dsc_holdi
     return job;
 }
 
-static void do_all(const struct dsc_update *update, const struct dsc_holding *holding,
-                   enum pass pass) {
+static enum dsc_status do_all(const struct dsc_update *update, const struct dsc_holding *holding,
+                              enum pass pass) {
     for (int owner = first_owner(holding); owner < end_owner(holding); owner++) {
         struct job job = job_of(update, holding, pass, owner);
-        do_range(&job);
+        DSC_TRY(do_range(&job));
     }
+    return DSC_OK;
 }
 
-void dsc_update_gradients(const struct dsc_update *update, const struct dsc_holding *holding) {
-    do_all(update, holding, GRADIENTS);
+enum dsc_status dsc_update_gradients(const struct dsc_update *update,
+                                     const struct dsc_holding *holding) {
+    return do_all(update, holding, GRADIENTS);
 }
 
 /* ---- LAMB: parameter by parameter ---- */
@@ -241,7 +278,7 @@ static enum dsc_status do_chunk(const struct dsc_update *update, const struct ds
     job.sums += chunk.begin - job.range.begin;
     job.range = chunk;
     job.out = out;
-    do_range(&job);
+    DSC_TRY(do_range(&job));
     dsc_spread_commit(holding->spread);
     return DSC_OK;
 }
@@ -276,9 +313,7 @@ enum dsc_status dsc_update_values(const struct dsc_update *update,
                                   const struct dsc_holding *holding) {
     if (holding->spread)
         return spread(update, holding, VALUES);
-    if (holding->master)
-        do_all(update, holding, VALUES);
-    return DSC_OK;
+    return holding->master ? do_all(update, holding, VALUES) : DSC_OK;
 }
 
 enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc_holding *holding) {
@@ -287,9 +322,10 @@ enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc
         return dsc_update_values(update, holding);
     }
     if (holding->spread)
-        return spread(update, holding, STEP);
-    do_all(update, holding, STEP);
-    return DSC_OK;
+        DSC_TRY(spread(update, holding, STEP));
+    else
+        DSC_TRY(do_all(update, holding, STEP));
+    return holding->swap ? dsc_swap_finish(holding->swap) : DSC_OK;
 }
 
 void dsc_update_load_master(const struct dsc_holding *holding, const struct dsc_segment *segment,

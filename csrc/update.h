@@ -11,6 +11,7 @@
 #include "lamb.h"
 #include "optim.h"
 #include "spread.h"
+#include "swap.h"
 
 #include <stdatomic.h>
 
@@ -26,6 +27,7 @@ struct dsc_holding {
     struct dsc_buckets *buckets;        /* NULL in a group of one */
     struct dsc_spread *spread; /* NULL: what this rank steps is all that it has, or where all have
                                   it */
+    struct dsc_swap *swap; /* masters and states are a file's, mapped; NULL: they are in memory */
 };
 
 struct dsc_update {
@@ -45,7 +47,8 @@ struct dsc_update {
 enum dsc_status dsc_update_run(const struct dsc_update *update, const struct dsc_holding *holding);
 /* Masters take what changed outside; holding->grads = the gradients, averaged, unscaled, clipped.
  */
-void dsc_update_gradients(const struct dsc_update *update, const struct dsc_holding *holding);
+enum dsc_status dsc_update_gradients(const struct dsc_update *update,
+                                     const struct dsc_holding *holding);
 /* Casts what is stepped and spreads it. Collective where holding->spread is set. */
 enum dsc_status dsc_update_values(const struct dsc_update *update,
                                   const struct dsc_holding *holding);

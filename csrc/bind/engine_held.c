@@ -15,14 +15,15 @@ PyObject *dsc_bind_engine_counters(EngineObject *self, PyObject *unused) {
     struct dsc_alloc_counters a = dsc_alloc_counters();
     self->busy = false;
     return Py_BuildValue(
-        "{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:L,s:L}", "n_settled",
+        "{s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:K,s:L,s:L}", "n_settled",
         (unsigned long long)c.n_settled, "n_bytes_settled", (unsigned long long)c.n_bytes_settled,
         "n_bytes_settled_in_backward", (unsigned long long)c.n_bytes_settled_in_backward,
         "n_extra_slots", (unsigned long long)c.n_extra_slots, "private_bytes",
         (unsigned long long)c.private_bytes, "shared_bytes", (unsigned long long)c.shared_bytes,
-        "owned_elems", (unsigned long long)c.owned_elems, "padded_elems",
-        (unsigned long long)c.padded_elems, "alloc_calls", (unsigned long long)a.n_calls,
-        "alloc_live", (long long)a.n_live, "alloc_bytes", (long long)a.n_bytes);
+        "file_bytes", (unsigned long long)c.file_bytes, "owned_elems",
+        (unsigned long long)c.owned_elems, "padded_elems", (unsigned long long)c.padded_elems,
+        "alloc_calls", (unsigned long long)a.n_calls, "alloc_live", (long long)a.n_live,
+        "alloc_bytes", (long long)a.n_bytes);
 }
 
 /* held(index, which) -> (begin, DLPack capsule) of the part that this rank holds, or None. */

@@ -43,6 +43,20 @@ static struct dsc_wire wire_of(const struct dsc_config *config, int n_averaged) 
     return wire;
 }
 
+static struct dsc_swap_options swap_of(const struct dsc_config *config) {
+    bool to_files = strcmp(config->zero_offload_optimizer_device, "nvme") == 0;
+    return (struct dsc_swap_options){
+        .folder = to_files ? config->zero_offload_optimizer_nvme_path : NULL,
+        .n_buffers = (int64_t)dsc_max((size_t)config->zero_offload_optimizer_buffer_count, 1),
+        .io = {.kind = DSC_IO_BEST,
+               .block_bytes = (size_t)config->aio_block_size,
+               .queue_depth = (size_t)config->aio_queue_depth,
+               .n_threads = (int)dsc_min((size_t)config->aio_thread_count, 64),
+               .single_submit = config->aio_single_submit,
+               .in_batches = !config->aio_overlap_events},
+    };
+}
+
 struct dsc_engine_options dsc_bind_engine_options(const struct dsc_config *config,
                                                   enum dsc_optim_kind optimizer, bool whole,
                                                   int n_threads, uint64_t names_hash,
@@ -60,6 +74,7 @@ struct dsc_engine_options dsc_bind_engine_options(const struct dsc_config *confi
         .no_masters = no_masters,
         .sum_only = strcmp(config->gradient_allreduce_op, "sum") == 0,
         .wire = wire_of(config, n_averaged),
+        .swap = swap_of(config),
         .optim = optimizer,
         .whole = whole,
         .n_threads = n_threads,

@@ -11,11 +11,12 @@ LAYERS = [
     ("base", ["dsc", "status", "alloc", "log"]),
     ("kernels and pure arithmetic", [
         "kernels/", "fpenv", "pool", "arena", "lr", "scaler", "clip", "shuffle", "partition", "space", "source", "wire",
+        "file_io", "file_io_*",
         "topo", "tensor", "optim", "lamb", "stepping", "config", "config_*",
     ]),
     ("communication", ["comm/"]),
     ("what the engine is made of", [
-        "bucket", "bucket_*", "fetch", "spread", "store", "update", "moe", "moe_*", "shard",
+        "bucket", "bucket_*", "fetch", "spread", "store", "swap", "update", "moe", "moe_*", "shard",
     ]),
     ("engine", ["engine", "engine_*", "plan"]),
     ("binding", ["bind/"]),
@@ -28,6 +29,7 @@ PRIVATE = {
     "csrc/comm/shm.h": r"csrc/comm/shm",
     "csrc/comm/delegate_impl.h": r"csrc/comm/delegate",
     "csrc/comm/tcp_impl.h": r"csrc/comm/tcp_",
+    "csrc/file_io_impl.h": r"csrc/file_io",
     "csrc/kernels/tier.h": r"csrc/kernels/",
     "csrc/kernels/loops.h": r"csrc/kernels/isa_",
     "csrc/bind/bind.h": r"csrc/bind/",
@@ -36,6 +38,7 @@ PRIVATE = {
 OUTSIDE = {
     r"Python\.h|numpy/|dlpack/": r"csrc/bind/",
     r"cJSON\.h": r"csrc/config|csrc/bind/(bind\.h|config(_source)?\.[ch])",
+    r"liburing\.h": r"csrc/file_io_ring\.c",
     r"\w*intrin\.h|arm_neon\.h|cpuid\.h": r"csrc/(kernels|comm)/(isa_\w+|dispatch)\.c|csrc/fpenv\.h",
 }
 

@@ -1,0 +1,90 @@
+/* The engine's masters and states in files: opening, and what a step does with them.
+ *
+ * Invariant: a rank that cannot read or write its files tells the others, in the open engine's
+ * first meeting or by giving up the communicators, and steps no more: some of its elements have
+ * been stepped then and others not. */
+#include "engine_impl.h"
+
+#include "arena.h"
+#include "log.h"
+
+#include <stdio.h>
+#include <string.h>
+
+static enum dsc_status open_file(struct dsc_engine *e, size_t s) {
+    struct dsc_space_needs needs = dsc__engine_needs(e, s);
+    struct dsc_swap_options options = e->options.swap;
+    char name[64];
+    if (needs.n_filed == 0)
+        return DSC_OK;
+    options.n_buffers = needs.n_buffers;
+    snprintf(name, sizeof name, "rank %d, %s masters and states", e->rank,
+             dsc_dtype_name(e->spaces[s].dtype));
+    return dsc_swap_open(e->io, &options, name, dsc_range_size(needs.stepped),
+                         needs.master ? DSC_SWAP_MASTER : DSC_SWAP_STATE, needs.n_filed,
+                         &e->holdings[s].swap);
+}
+
+/* Local, and the first that may fail on one rank only: all learn of it. */
+enum dsc_status dsc__engine_open_files(struct dsc_engine *e) {
+    if (!e->options.swap.folder)
+        return DSC_OK;
+    enum dsc_status status = dsc_io_open(&e->options.swap.io, &e->io);
+    for (size_t s = 0; status == DSC_OK && s < e->n_spaces; s++)
+        status = open_file(e, s);
+    e->options.swap.folder = NULL; /* the caller's, and from here on everything is open */
+    uint32_t failed = status != DSC_OK;
+    if (e->size > 1)
+        DSC_TRY(dsc_comm_meet(e->comm, "initialize", 6, &failed, sizeof failed, e->meeting));
+    for (int r = 0; status == DSC_OK && e->size > 1 && r < e->size; r++) {
+        memcpy(&failed, e->meeting + (size_t)r * sizeof failed, sizeof failed);
+        if (failed)
+            return DSC_FAIL(DSC_EIO,
+                            "rank %d has no files for its optimizer states (its own error "
+                            "says why)",
+                            r);
+    }
+    return status;
+}
+
+/* Masters or states: of a file, or of memory. */
+enum dsc_status dsc__engine_hold(struct dsc_holding *holding, int tensor, float **out) {
+    if (holding->swap)
+        return dsc_swap_map(holding->swap, tensor, out);
+    return dsc_arena_alloc(dsc_range_size(holding->stepped) * sizeof(float), (void **)out);
+}
+
+static bool streams(const struct dsc_engine *e, size_t s) {
+    return e->holdings[s].swap && dsc_swap_memory_bytes(e->holdings[s].swap) > 0;
+}
+
+void dsc__engine_begin_files(struct dsc_engine *e) {
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (streams(e, s)) {
+            dsc_swap_begin(e->holdings[s].swap);
+            return; /* one space after the other, so that one read does not wait for another's */
+        }
+}
+
+static bool any_failed(const struct dsc_engine *e) {
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (streams(e, s) && dsc_swap_failed(e->holdings[s].swap))
+            return true;
+    return false;
+}
+
+enum dsc_status dsc__engine_end_files(struct dsc_engine *e, enum dsc_status status) {
+    char text[512] = "";
+    if (status != DSC_OK && any_failed(e)) {
+        e->file_failed = true;
+        snprintf(text, sizeof text, "%.400s; %s is half done", dsc_last_error(), e->label);
+        for (size_t g = 0; e->size > 1 && g < e->ranks.n_reduce; g++)
+            dsc_comm_abort(e->ranks.reduce[g].comm, text);
+        if (e->size > 1)
+            dsc_comm_abort(e->comm, text);
+    }
+    for (size_t s = 0; s < e->n_spaces; s++)
+        if (streams(e, s))
+            dsc_swap_drop(e->holdings[s].swap);
+    return text[0] ? DSC_FAIL(DSC_EIO, "%s", text) : status; /* dropping may have failed too */
+}

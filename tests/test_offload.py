@@ -1,0 +1,297 @@
+"""Offload: where masters and optimizer states lie changes no bit, and a file that fails is an error on every rank."""
+import gc
+import hashlib
+import itertools
+import os
+import resource
+import subprocess
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import die
+from torch import nn
+
+import deepspeed_c as deepspeed
+from deepspeed_c.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+)
+
+WINDOW = 524288
+SIDE = 1400  # squared: several windows on each of two ranks, the last one short
+
+
+class Wide(nn.Module):
+    """Enough elements for states to be streamed in several windows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(SIDE, SIDE), nn.Linear(SIDE, 3)])
+
+    def forward(self, x):
+        return self.layers[1](F.gelu(self.layers[0](x))).float().square().mean()
+
+
+def open_engine(stage, dtype, offload, kind=Wide, **more):
+    module = models.make(kind)
+    zero = {"offload_optimizer": offload} if offload else {}
+    config = models.config(stage, dtype, zero=zero, **more)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
+    return engine
+
+
+def train(engine, rank, dtype, steps):
+    for step in steps:
+        x = torch.randn(1, SIDE, generator=torch.Generator().manual_seed(10 * step + rank))
+        engine.backward(engine(x.to(models.DTYPES[dtype])))
+        engine.step()
+
+
+def digest(engine):
+    values = hashlib.sha256(models.bits(engine.module))
+    for p in engine.module.parameters():
+        values.update(safe_get_full_fp32_param(p).numpy().tobytes())
+    return values.hexdigest(), engine.get_global_grad_norm()
+
+
+def nvme(path, **more):
+    return {"device": "nvme", "nvme_path": str(path), **more}
+
+
+def run(rank, stage, dtype, offload, n_steps=3, **more):
+    engine = open_engine(stage, dtype, offload, **more)
+    train(engine, rank, dtype, range(n_steps))
+    result = digest(engine), engine._core.counters()
+    engine.destroy()
+    return result
+
+
+# ---- the same bits ----
+
+AIO = ({}, {"block_size": 100000, "queue_depth": 3, "single_submit": True}, {"overlap_events": False})
+
+
+def matrix(rank, world, dtype, path):
+    torch.set_num_threads(1)
+    wrong = []
+    for stage in (0, 1, 2):
+        expected, in_memory = run(rank, stage, dtype, None)
+        got, counters = run(rank, stage, dtype, {"device": "cpu"})
+        if got != expected or counters["private_bytes"] != in_memory["private_bytes"] or counters["file_bytes"]:
+            wrong.append((stage, "cpu", got, counters))
+        for buffers, aio in zip((1, 2, 4), AIO):
+            got, counters = run(rank, stage, dtype, nvme(path, buffer_count=buffers), aio=aio)
+            states = (3 if dtype == "bf16" else 2) * 4
+            windows = min(buffers, -(-counters["owned_elems"] // WINDOW)) * WINDOW * states
+            if (got != expected or counters["file_bytes"] != counters["owned_elems"] * states or
+                    counters["private_bytes"] != in_memory["private_bytes"] - counters["file_bytes"] + windows):
+                wrong.append((stage, buffers, aio, counters, in_memory))
+    return wrong, os.listdir(path)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_offload_changes_no_bit_at_any_stage(ranks, tmp_path, dtype):
+    assert ranks(2, matrix, dtype, str(tmp_path), timeout=120) == [([], [])] * 2
+
+
+OPTIMIZERS = ({"type": "Lamb", "params": {"lr": 1e-2}}, {"type": "SGD", "params": {"lr": 1e-2, "momentum": 0.9}},
+              {"type": "SGD", "params": {"lr": 1e-2}}, {"type": "Adagrad", "params": {"lr": 1e-2}},
+              {"type": "Lion", "params": {"lr": 1e-3}})
+
+
+def optimizers(rank, world, path):
+    torch.set_num_threads(1)
+    wrong = []
+    for optimizer, dtype in itertools.product(OPTIMIZERS, ("fp32", "bf16")):
+        expected = run(rank, 1, dtype, None, 2, optimizer=optimizer)[0]
+        if run(rank, 1, dtype, nvme(path), 2, optimizer=optimizer)[0] != expected:
+            wrong.append((optimizer, dtype))
+    return wrong
+
+
+def test_every_optimizer_gives_the_same_bits_from_files(ranks, tmp_path):
+    assert ranks(2, optimizers, str(tmp_path), timeout=120) == [[], []]
+
+
+def test_an_optimizer_that_torch_runs_keeps_its_masters_in_files(tmp_path):
+    def trained(offload):
+        module = models.make(Wide).bfloat16()
+        optimizer = torch.optim.RMSprop(module.parameters(), lr=1e-3)
+        config = models.config(1, "bf16", zero={"offload_optimizer": offload})
+        del config["optimizer"]
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        train(engine, 0, "bf16", range(2))
+        result = digest(engine), engine._core.counters()["file_bytes"] // engine._core.counters()["owned_elems"]
+        engine.destroy()
+        return result
+
+    expected, got = trained({"device": "none"}), trained(nvme(tmp_path))
+    assert got[0] == expected[0] and (expected[1], got[1]) == (0, 4)
+
+
+# ---- reading and writing between steps ----
+
+
+def edited(offload):
+    """Trains, edits a state and a master, saves, trains on; a second engine goes on from what was saved."""
+    engine = open_engine(1, "bf16", offload)
+    train(engine, 0, "bf16", range(2))
+    weight = engine.module.layers[0].weight
+    safe_set_full_optimizer_state(weight, safe_get_full_optimizer_state(weight, "exp_avg") * 2, "exp_avg")
+    saved = {key: torch.clone(value) if isinstance(value, torch.Tensor) else value
+             for key, value in engine.optimizer.state_dict().items()}
+    saved["state"] = {i: {k: v.clone() for k, v in state.items()} for i, state in saved["state"].items()}
+    saved["masters"] = {i: master.clone() for i, master in saved["masters"].items()}
+    values = [p.detach().clone() for p in engine.module.parameters()]
+    train(engine, 0, "bf16", range(2, 4))
+    first = digest(engine)
+    engine.destroy()
+    engine = open_engine(1, "bf16", offload)
+    with torch.no_grad():
+        for p, value in zip(engine.module.parameters(), values):
+            p.copy_(value)
+    engine.optimizer.load_state_dict(saved)
+    train(engine, 0, "bf16", range(2, 4))
+    second = digest(engine)
+    engine.destroy()
+    return first, second
+
+
+def test_states_are_read_edited_saved_and_loaded_through_the_files(tmp_path):
+    expected, again = edited(None)
+    assert expected == again and edited(nvme(tmp_path, buffer_count=2)) == (expected, expected)
+
+
+def test_a_skipped_step_leaves_files_as_they_were(tmp_path):
+    def skips(offload):
+        engine = open_engine(1, "fp16", offload)
+        train(engine, 0, "fp16", range(2))
+        x = torch.full((1, SIDE), float("inf"), dtype=torch.float16)
+        engine.backward(engine(x))
+        engine.step()
+        assert not engine.was_step_applied()
+        train(engine, 0, "fp16", range(2, 4))
+        result = digest(engine)
+        engine.destroy()
+        return result
+
+    assert skips(nvme(tmp_path)) == skips(None)
+
+
+# ---- what goes wrong ----
+
+
+def test_nvme_needs_a_path():
+    with pytest.raises(deepspeed.DeepSpeedConfigError, match="nvme_path is not given"):
+        open_engine(1, "fp32", {"device": "nvme"})
+
+
+def descriptors():
+    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                  if os.path.exists(f"/proc/self/fd/{fd}"))
+
+
+def test_many_engines_leave_no_descriptor_mapping_or_file(tmp_path):
+    counts = []
+    for i in range(12):
+        engine = open_engine(1, "bf16", nvme(tmp_path), kind=models.Awkward)
+        models.train(engine, 0, 1, dtype="bf16")
+        if i % 2:
+            engine.destroy()
+        del engine
+        gc.collect()
+        counts.append((len(descriptors()), str(tmp_path) in open("/proc/self/maps").read()))
+    assert counts[-1] == counts[3] and not counts[-1][1] and os.listdir(tmp_path) == []
+
+
+def start_without_space(rank, world, path):
+    try:
+        open_engine(1, "fp32", nvme(path if rank else "/dev/null"))
+    except OSError as error:
+        first = str(error)
+    engine = open_engine(1, "fp32", None)  # nothing is broken
+    train(engine, rank, "fp32", range(1))
+    return first
+
+
+def test_a_rank_that_cannot_make_its_files_fails_all_at_start_and_breaks_nothing(ranks, tmp_path):
+    first, second = ranks(2, start_without_space, str(tmp_path))
+    assert "/dev/null" in first and "Not a directory" in first
+    assert "rank 0 has no files" in second
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_an_exception_at_start(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        with pytest.raises(OSError, match="could not reserve .* bytes for .*No space left on device") as caught:
+            open_engine(1, "fp32", nvme(tmp_path))
+        assert str(tmp_path) in str(caught.value)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def limit_in_step(rank, world, path, stage):
+    """Rank 1 may suddenly not write beyond 2 MiB; what each rank gets, and what it gets then."""
+    torch.set_num_threads(1)
+    engine = open_engine(stage, "bf16", nvme(path))
+    train(engine, rank, "bf16", range(2))
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))
+    errors = []
+    for step in range(2):
+        try:
+            train(engine, rank, "bf16", [step])
+        except (OSError, RuntimeError) as error:
+            errors.append((type(error).__name__, str(error)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    engine.destroy()
+    return errors
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_write_that_fails_in_a_step_is_an_error_on_every_rank_and_the_engine_stops(ranks, tmp_path, stage):
+    outcomes = ranks.outcomes(2, limit_in_step, str(tmp_path), stage, timeout=30)
+    (*_, other), (own, then) = [outcome.value for outcome in outcomes]  # the other one may have ended its part
+    assert own[0] == "OSError" and f" of {tmp_path}/(rank 1, bf16 masters and states) failed at" in own[1]
+    assert "File too large" in own[1] and "step 3 is half done" in own[1]
+    assert other[0] == "CommError" and "File too large" in other[1]
+    assert then[0] in ("RuntimeError", "CommError")
+    assert max(outcome.seconds for outcome in outcomes) < 20 and os.listdir(tmp_path) == []
+
+
+def killed_in_step(rank, world, path):
+    engine = open_engine(2, "bf16", nvme(path))
+    train(engine, rank, "bf16", range(1))
+    if rank == 1:
+        x = torch.randn(1, SIDE).bfloat16()
+        engine.backward(engine(x))
+        die()
+    train(engine, rank, "bf16", range(1, 3))
+
+
+def test_a_killed_job_leaves_nothing_and_the_next_one_starts(ranks, tmp_path):
+    outcomes = ranks.outcomes(2, killed_in_step, str(tmp_path))
+    assert outcomes[1].exit_code == -9 and outcomes[0].error == "CommError"
+    assert os.listdir(tmp_path) == []
+
+
+def a_removed_folder(rank, world, path):
+    engine = open_engine(1, "bf16", nvme(path))
+    train(engine, rank, "bf16", range(1))
+    if rank == 0:
+        os.rmdir(path)
+    train(engine, rank, "bf16", range(1, 3))
+    return digest(engine)
+
+
+def without_files(rank, world):
+    return run(rank, 1, "bf16", None)[0]
+
+
+def test_a_folder_that_is_removed_takes_nothing_away(ranks, tmp_path):
+    assert ranks(2, a_removed_folder, str(tmp_path / "a" / "b")) == ranks(2, without_files)

@@ -25,7 +25,7 @@ struct event {
 struct param {
     size_t n_elems;
     size_t n_users;
-    bool live, kept;
+    bool live;
     bool ahead;                /* gathered and not yet used */
     uint64_t turned;           /* when it was wanted, gathered or released last */
     size_t event, turn, clock; /* of its last use; event NONE: none that counts */
@@ -114,7 +114,7 @@ static void take(struct dsc_fetch *f, size_t param, bool ahead) {
 }
 
 static bool is_idle(const struct param *p) {
-    return p->live && !p->kept && p->n_users == 0;
+    return p->live && p->n_users == 0;
 }
 
 /* Drops idle parameters, those that have been idle longest first. */
@@ -238,18 +238,6 @@ static void look_ahead(struct dsc_fetch *f) {
 
 /* ---- calls ---- */
 
-enum dsc_status dsc_fetch_keep(struct dsc_fetch *f, size_t param, bool kept) {
-    DSC_TRY(check(f, &param, 1));
-    begin_plan(f);
-    struct param *p = &f->params[param];
-    if (kept && !p->live)
-        take(f, param, false);
-    f->ahead -= p->ahead ? p->n_elems : 0;
-    p->ahead = false;
-    p->kept = kept;
-    return DSC_OK;
-}
-
 enum dsc_status dsc_fetch_want(struct dsc_fetch *f, size_t event, const size_t *params,
                                size_t n_params, struct dsc_fetch_plan *plan) {
     size_t n_missing = 0, clock = f->clock;
@@ -265,7 +253,7 @@ enum dsc_status dsc_fetch_want(struct dsc_fetch *f, size_t event, const size_t *
         struct param *p = &f->params[params[i]];
         use(f, p, clock);
         n_missing += p->live ? 0 : p->n_elems;
-        f->counters.n_reused += p->live && !p->kept;
+        f->counters.n_reused += p->live;
     }
     make_room(f, n_missing);
     for (size_t i = 0; i < n_params; i++)
@@ -298,9 +286,13 @@ enum dsc_status dsc_fetch_release(struct dsc_fetch *f, const size_t *params, siz
     return DSC_OK;
 }
 
-/* What is used again only after this need not stay: it would have to be gathered again. */
+/* An end of the order: what is used again only after this need neither stay nor be gathered ahead,
+ * since it would have to be gathered again. */
 void dsc_fetch_forget(struct dsc_fetch *f, struct dsc_fetch_plan *plan) {
     begin_plan(f);
+    if (f->event != NONE)
+        f->events[f->event].turns[f->turn].next = NONE;
+    f->event = NONE;
     for (size_t i = 0; i < f->n_params; i++) {
         struct param *p = &f->params[i];
         if (p->event != NONE)

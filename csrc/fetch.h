@@ -18,7 +18,7 @@ struct dsc_fetch;
 
 struct dsc_fetch_limits {
     size_t ahead; /* elements gathered and not yet used */
-    size_t live;  /* elements gathered in all, the caller's kept ones included */
+    size_t live;  /* elements gathered in all */
     size_t reuse; /* elements fetched until a parameter is used again, up to which it stays */
 };
 
@@ -41,9 +41,6 @@ void dsc_fetch_close(struct dsc_fetch *fetch);
 
 /* Parameters are numbered from 0. */
 enum dsc_status dsc_fetch_add(struct dsc_fetch *fetch, size_t n_elems, size_t *param);
-/* A kept parameter is never dropped. It is gathered by whoever keeps it. */
-enum dsc_status dsc_fetch_keep(struct dsc_fetch *fetch, size_t param, bool kept);
-
 /* Not an event: a use that is not part of an order, and predicts nothing. */
 #define DSC_FETCH_ASIDE SIZE_MAX
 
@@ -53,7 +50,7 @@ enum dsc_status dsc_fetch_want(struct dsc_fetch *fetch, size_t event, const size
                                size_t n_params, struct dsc_fetch_plan *plan);
 enum dsc_status dsc_fetch_release(struct dsc_fetch *fetch, const size_t *params, size_t n_params,
                                   struct dsc_fetch_plan *plan);
-/* Values have changed: drops whatever is neither in use nor kept. */
+/* Values have changed: drops whatever is not in use, and begins a new order. */
 void dsc_fetch_forget(struct dsc_fetch *fetch, struct dsc_fetch_plan *plan);
 
 /* Whether a parameter is gathered, or about to be. */

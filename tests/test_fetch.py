@@ -1,9 +1,12 @@
 """Fetching where ranks share no memory: parts of many tensors in one operation, and when (ZeRO-3 over `delegate`)."""
 import os
 
+import models
 import pytest
 import torch
+import torch.utils.checkpoint
 
+import deepspeed_c as deepspeed
 from deepspeed_c import distributed
 
 NODES = {2: None, 3: None, 4: "aabb"}
@@ -61,3 +64,196 @@ def gathered(rank, world):
 @pytest.mark.parametrize("n", [2, 4])
 def test_parts_of_many_tensors_come_in_one_operation(ranks, n):
     assert ranks(n, gathered) == ["delegate"] * n
+
+
+# ---- training ----
+
+
+def run(rank, stage, dtype, gas, zero=None, kind=models.Awkward, n_steps=3):
+    module = models.make(kind)
+    zero = {"stage3_param_persistence_threshold": 0, **(zero or {})}
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(stage, dtype, gas, zero=zero))[0]
+    models.train(engine, rank, n_steps, gas, dtype)
+    norm = engine.get_global_grad_norm()
+    engine.destroy()
+    return models.bits(module), norm
+
+
+ONE_BY_ONE = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
+AHEAD = {"stage3_prefetch_bucket_size": 300, "stage3_max_reuse_distance": 100, "stage3_max_live_parameters": 500}
+PERSISTENT = {"stage3_param_persistence_threshold": 100}
+
+
+def equal_to_other_stages(rank, world):
+    opened(rank, world)
+    wrong = []
+    for dtype, gas in (("fp32", 1), ("bf16", 1), ("fp16", 3)):
+        expected = run(rank, 2, dtype, gas)
+        for zero in (ONE_BY_ONE, AHEAD, PERSISTENT, {}):
+            if run(rank, 3, dtype, gas, zero) != expected:
+                wrong.append((dtype, gas, zero))
+        if gas == 1:
+            wrong += [(dtype, stage) for stage in (0, 1) if run(rank, stage, dtype, gas) != expected]
+    return wrong
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_stages_change_no_bit(ranks, n):
+    assert ranks(n, equal_to_other_stages) == [[]] * n
+
+
+# ---- limits, and what is freed ----
+
+N_LAYERS, WIDTH = 6, 40
+LAYER = WIDTH * WIDTH + WIDTH
+
+
+class Deep(torch.nn.Module):
+    def __init__(self, checkpointed=None):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(N_LAYERS))
+        self.checkpointed = checkpointed
+        self.seen = None
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.checkpointed is None:
+                x = torch.relu(layer(x))
+            else:
+                x = torch.utils.checkpoint.checkpoint(lambda x, layer=layer: torch.relu(layer(x)), x,
+                                                      use_reentrant=self.checkpointed)
+        if self.seen is not None:
+            self.seen.append(held(self))
+        return x.square().mean()
+
+
+def held(module):
+    """Bytes of storage behind the whole tensors of sharded parameters."""
+    return sum(p.ds_full.untyped_storage().nbytes() for p in module.parameters())
+
+
+def deep(rank, zero, checkpointed=None, stage=3, n_steps=4, watch=None):
+    torch.manual_seed(1)
+    module = Deep(checkpointed)
+    zero = {"stage3_param_persistence_threshold": 0, **zero}
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(stage, zero=zero))[0]
+    if stage == 3:
+        home_of(module).counters(True)
+    for step in range(n_steps):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank)).requires_grad_()
+        engine.backward(engine(x))
+        engine.step()
+        if watch is not None:
+            watch(step, module)
+    engine.destroy()
+    return models.bits(module)
+
+
+def home_of(module):
+    return next(module.parameters()).ds_home
+
+
+def limits(rank, world):
+    opened(rank, world)
+    expected = deep(rank, {}, stage=2)
+    found = {}
+
+    def watch(name):
+        def look(step, module):
+            counters = home_of(module).counters()
+            found.setdefault(name, []).append((counters["peak"] / LAYER, counters["live"], held(module), counters))
+        return look
+
+    for name, zero in {
+        "nothing ahead": {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0},
+        "two ahead": {"stage3_prefetch_bucket_size": 2 * LAYER, "stage3_max_reuse_distance": 0},
+        "three live": {"stage3_max_live_parameters": 3 * LAYER},
+        "all": {},
+    }.items():
+        assert deep(rank, zero, watch=watch(name)) == expected, name
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_limits_are_kept_and_change_no_bit(ranks, n):
+    for found in ranks(n, limits):
+        for name, n_live in {"nothing ahead": 1, "two ahead": 3, "three live": 3, "all": N_LAYERS}.items():
+            assert all(live == 0 and size == 0 for _, live, size, _ in found[name]), name
+            assert found[name][-1][0] <= n_live, name
+        fetched = {name: steps[-1][-1]["fetched"] - steps[-2][-1]["fetched"] for name, steps in found.items()}
+        ahead = {name: steps[-1][-1]["ahead"] - steps[-2][-1]["ahead"] for name, steps in found.items()}
+        # Two parameters in each layer; the last one's backward follows its forward at once.
+        assert fetched["nothing ahead"] == 2 * (2 * N_LAYERS - 1) and ahead["nothing ahead"] == 0
+        assert fetched["two ahead"] == 2 and ahead["two ahead"] == 2 * (2 * N_LAYERS - 2)
+        assert fetched["all"] == 2 and ahead["all"] == 2 * (N_LAYERS - 1)
+
+
+def saved(rank, world):
+    """What autograd has saved keeps no storage alive, and is whole again in backward."""
+    opened(rank, world)
+    torch.manual_seed(1)
+    module = Deep()
+    module.seen = []
+    zero = {"stage3_param_persistence_threshold": 0, **ONE_BY_ONE}
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(3, zero=zero))[0]
+    storages = []
+
+    def keep(t):
+        if t.untyped_storage().nbytes() >= 4 * WIDTH * WIDTH:
+            storages.append(t.untyped_storage())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = engine(torch.ones(3, WIDTH, requires_grad=True) + rank)
+    assert len(storages) == N_LAYERS
+    assert [storage.nbytes() for storage in storages[:-1]] == [0] * (N_LAYERS - 1)
+    engine.backward(loss)
+    assert [storage.nbytes() for storage in storages] == [0] * N_LAYERS
+    return module.seen
+
+
+def test_what_autograd_saved_is_freed_at_release(ranks):
+    assert ranks(2, saved) == [[0]] * 2
+
+
+def checkpointed(rank, world):
+    opened(rank, world)
+    expected = deep(rank, {}, stage=2)
+    return [(how, name) for how in (True, False) for name, zero in {"one": ONE_BY_ONE, "all": {}}.items()
+            if deep(rank, zero, checkpointed=how) != expected]
+
+
+def test_activation_checkpointing_changes_no_bit(ranks):
+    assert ranks(2, checkpointed) == [[]] * 2
+
+
+# ---- ranks that differ ----
+
+
+def diverges(rank, world, how):
+    opened(rank, world)
+    torch.manual_seed(1)
+    module = Deep()
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(3, zero={"stage3_param_persistence_threshold": 0}))[0]
+    for step in range(3):
+        if step == 2 and rank == 1:
+            if how == "skips a module":
+                module.layers = module.layers[1:]
+            elif how == "another order":
+                module.layers = torch.nn.ModuleList(reversed(module.layers))
+            elif how == "stops":
+                engine.eval()
+                torch.distributed.barrier()
+        engine.backward(engine(torch.ones(2, WIDTH) + rank))
+        engine.step()
+
+
+@pytest.mark.parametrize("how", ["skips a module", "another order"])
+def test_a_rank_that_runs_other_modules_is_an_error_on_all(ranks, how):
+    for outcome in ranks.outcomes(3, diverges, how):
+        assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
+        assert "layers." in outcome.text and "rank 0 called" in outcome.text, outcome.text

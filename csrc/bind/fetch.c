@@ -88,17 +88,6 @@ static PyObject *fetch_add(FetchObject *self, PyObject *args) {
     return status == DSC_OK ? PyLong_FromSize_t(param) : raise_status(self, status);
 }
 
-PyDoc_STRVAR(keep_doc, "keep(param, kept)\n\nWhether it is never dropped. The caller gathers it.");
-
-static PyObject *fetch_keep(FetchObject *self, PyObject *args) {
-    Py_ssize_t param;
-    int kept;
-    if (!PyArg_ParseTuple(args, "np:keep", &param, &kept))
-        return NULL;
-    enum dsc_status status = dsc_fetch_keep(self->core, (size_t)param, kept);
-    return status == DSC_OK ? Py_NewRef(Py_None) : raise_status(self, status);
-}
-
 PyDoc_STRVAR(want_doc,
              "want(event, params) -> (drop, now, ahead)\n\n"
              "Before a use of parameters: what to drop, then to gather for it, then to gather\n"
@@ -145,14 +134,22 @@ static PyObject *fetch_release(FetchObject *self, PyObject *sequence) {
     return status == DSC_OK ? list_of(plan.drop, plan.n_drop) : raise_status(self, status);
 }
 
-PyDoc_STRVAR(forget_doc,
-             "forget() -> drop\n\nValues have changed: all that is neither in use nor kept.");
+PyDoc_STRVAR(forget_doc, "forget() -> drop\n\nValues have changed: all that is not in use.");
 
 static PyObject *fetch_forget(FetchObject *self, PyObject *unused) {
     struct dsc_fetch_plan plan;
     (void)unused;
     dsc_fetch_forget(self->core, &plan);
     return list_of(plan.drop, plan.n_drop);
+}
+
+PyDoc_STRVAR(is_live_doc, "is_live(param) -> bool\n\nWhether it is gathered, or about to be.");
+
+static PyObject *fetch_is_live(FetchObject *self, PyObject *number) {
+    size_t param = PyLong_AsSize_t(number);
+    if (param == (size_t)-1 && PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(dsc_fetch_is_live(self->core, param));
 }
 
 PyDoc_STRVAR(counters_doc,
@@ -175,10 +172,10 @@ static PyObject *fetch_counters(FetchObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"add", (PyCFunction)fetch_add, METH_VARARGS, add_doc},
-    {"keep", (PyCFunction)fetch_keep, METH_VARARGS, keep_doc},
     {"want", (PyCFunction)fetch_want, METH_VARARGS, want_doc},
     {"release", (PyCFunction)fetch_release, METH_O, release_doc},
     {"forget", (PyCFunction)fetch_forget, METH_NOARGS, forget_doc},
+    {"is_live", (PyCFunction)fetch_is_live, METH_O, is_live_doc},
     {"counters", (PyCFunction)fetch_counters, METH_VARARGS, counters_doc},
     {NULL},
 };

@@ -23,8 +23,9 @@ class Homes:
     def _make(self, comm):
         if comm.backend in ("self", "shm"):
             return SharedHome(comm, self._settings)
-        raise NotImplementedError("ZeRO stage 3 over ranks that share no memory (the delegate communicator) is not "
-                                  "yet; allowed: ranks of one machine, or stages 0 to 2")
+        from .remote import RemoteHome  # few need it
+
+        return RemoteHome(comm, self._settings)
 
     def settle(self):
         """All ranks see the values of what was added. Collective."""

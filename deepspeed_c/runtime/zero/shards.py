@@ -135,10 +135,19 @@ class Shards:
         for p in self._persistent:
             p.ds_seen = p._version
 
-    def bind(self, core, params):
-        """`core` steps params, in its order, from now on. Collective."""
+    def bind(self, core, parameters):
+        """`core` steps these model.Parameters from now on. Collective."""
         for home in self._homes:
-            home.bind(core, params)
+            home.bind(core, parameters.tensors)
+        parts = [p.ds_home.stepped(p) for p in parameters.tensors]
+        if any(part is not None for part in parts):
+            parameters.parts = parts
+            core.keep_parts(parts)
+
+    def empty(self):
+        """Gives back what is gathered and not in use."""
+        for home in self._homes:
+            home.empty()
 
     def replace(self, taken):
         """[(index, old, new)]: ordinary Parameters take the places of sharded ones. Collective."""

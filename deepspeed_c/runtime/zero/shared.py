@@ -100,6 +100,12 @@ class SharedHome:
     def bind(self, core, params):
         """Nothing: the core steps the memory that is here."""
 
+    def stepped(self, p):
+        """The memory that the engine steps apart from the whole: none."""
+
+    def empty(self):
+        """Gives back what is gathered and not in use: nothing is."""
+
     def keep(self, params):
         """These stay gathered from now on."""
         new = tuple(p for p in params if not p.ds_persist)

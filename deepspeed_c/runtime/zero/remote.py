@@ -1,0 +1,270 @@
+"""Parameters where ranks share no memory: each rank keeps a part, and a fetch gathers them, ahead of use where it can.
+
+What is gathered when is csrc/fetch.h's decision; here it happens: a parameter's whole tensor has storage while it is
+gathered and none while it is not, so that views which autograd saved see the values again and keep no memory alive.
+Invariant: all ranks make the same calls in the same order; what differs (a module, a parameter, a cut) is a CommError
+on every rank that names both sides, before any value has moved.
+"""
+import weakref
+
+import torch
+
+from ... import _core
+from ...model import flat
+from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error
+
+_OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
+_BATCH = 1 << 20  # elements after which an operation is long enough: who waits for its first waits for all of it
+
+
+class _Slot:
+    """Where a parameter is. full: the whole tensor, with storage or without. part: this rank's elements
+    [cut[rank], cut[rank + 1]), in the order of memory. work: the gathering that is under way, or None."""
+
+    __slots__ = ("full", "n_bytes", "part", "cut", "work", "param")
+
+    def __init__(self, p, full):
+        self.full, self.n_bytes = full, full.untyped_storage().nbytes()
+        self.part = self.cut = self.work = None
+        self.param = weakref.ref(p)
+
+    def wait(self):
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+    def take_part(self, rank, cut):
+        """Keeps another part of a whole that is here. cut: list of size + 1."""
+        self.cut = torch.tensor(cut)
+        self.part = flat(self.full)[cut[rank]:cut[rank + 1]].clone()
+
+
+class RemoteHome:
+    """The parameters of one communicator that were placed together.
+
+    settings: prefetch, max_live and max_reuse, in elements: ``stage3_prefetch_bucket_size`` and so on.
+    early: backward shall release each parameter as soon as its gradient is done.
+    """
+
+    early = True
+
+    def __init__(self, comm, settings):
+        self.comm = comm
+        self._order = _core.Fetch(ahead=settings["prefetch"], live=settings["max_live"], reuse=settings["max_reuse"])
+        self._slots = []  # by number; None where a parameter was removed
+        self._numbers = {}  # ds_id -> number
+        self._batch = min(_BATCH, settings["max_live"])
+        self._events = {}  # the modules' numbers -> ours, without holes
+        self._new = []  # slots that hold what this rank thinks; settle() makes parts of it
+
+    # ---- placing ----
+
+    def add(self, p):
+        """An ordinary Parameter takes its place; the first rank's values count. Collective in order; settle() after
+        the last. One on the meta device starts as zeros."""
+        with torch.inference_mode(False):
+            full = torch.zeros(p.numel(), dtype=p.dtype).as_strided(p.shape, p.stride())
+            if p.is_meta:
+                marks = dict(vars(p))
+                torch.utils.swap_tensors(p, torch.nn.Parameter(empty(p.dtype), p.requires_grad))
+                vars(p).update(marks)
+            elif self.comm.rank == 0:
+                full.copy_(p.data)
+        make(p, self, full)
+        self._numbers[p.ds_id] = self._order.add(p.ds_numel)
+        self._slots.append(_Slot(p, full))
+        self._new.append(self._slots[-1])
+        if sum(slot.full.numel() for slot in self._new) > self._batch:
+            self.settle()
+
+    def settle(self):
+        """After add() of several: the first rank's values are in everybody's parts. Collective."""
+        new, self._new = self._new, []
+        if new:
+            self._share(new, 0, f"placing parameters of ZeRO stage 3: {_names(new)}")
+        for slot in new:
+            size, n = self.comm.size, slot.full.numel()
+            each = -(-n // size)
+            slot.take_part(self.comm.rank, [min(r * each, n) for r in range(size + 1)])
+            self._drop_storage(slot)
+
+    def _share(self, slots, rank, label):
+        """One rank's whole values become those of all."""
+        mine = self.comm.rank == rank
+        wholes = [flat(slot.full) for slot in slots]
+        cuts = [torch.tensor([0] * (rank + 1) + [whole.numel()] * (self.comm.size - rank)) for whole in wholes]
+        self.comm.gather_parts(wholes, [whole if mine else whole[:0] for whole in wholes], cuts, label)
+
+    def bind(self, core, params):
+        """`core` steps params, in its order, from now on: each rank keeps what it steps. Collective."""
+        mine = [(i, p) for i, p in enumerate(params) if getattr(p, "ds_home", None) is self]
+        while mine:
+            batch, n = [], 0
+            while mine and (not batch or n + mine[0][1].ds_numel <= self._batch):
+                batch.append(mine.pop(0))
+                n += batch[-1][1].ds_numel
+            held = tuple(p for _, p in batch)
+            self.fetch(OUTSIDE, held, "the engine's parts")
+            for i, p in batch:
+                starts = [core.part(i, r) for r in range(self.comm.size)]
+                self._slot(p).take_part(self.comm.rank, _cut_of(starts, p.ds_numel))
+            self.release(held, "the engine's parts")
+
+    def stepped(self, p):
+        """The part of p that this rank's engine steps."""
+        return self._slot(p).part
+
+    def part(self, p):
+        """This rank's part of p: what it keeps."""
+        return self._slot(p).part
+
+    # ---- fetching ----
+
+    def fetch(self, event, params, label):
+        """Makes params whole, and starts gathering what the recorded order says is next. Undone by release(), once for
+        each fetch. Collective. CommError where ranks fetch different things."""
+        if self._new:
+            self.settle()
+        numbers = [self._numbers[p.ds_id] for p in params]
+        place = -1 if event == OUTSIDE else self._events.setdefault(event, len(self._events))
+        drop, now, ahead = self._order.want(place, numbers)
+        self._drop(drop)
+        self._gather(now, label)
+        while ahead:
+            batch, n = [], 0
+            while ahead and n < _BATCH:
+                batch.append(ahead.pop(0))
+                n += self._numel(batch[-1])
+            self._gather(batch, f"ahead of {label}")
+        for number in numbers:
+            self._slots[number].wait()
+        for p in params:
+            if p.ds_count == 0:
+                p.data = p.ds_full
+                p.ds_seen = p._version
+                p.ds_status = _IN
+            p.ds_count += 1
+
+    def release(self, params, label):
+        """Undoes one fetch(). RuntimeError, after all are released, where one was written to meanwhile."""
+        written = None
+        for p in params:
+            p.ds_count -= 1
+            if p.ds_count == 0:
+                if self.is_written(p):
+                    written = p
+                p.data = empty(p.ds_full.dtype)
+                p.ds_status = _OUT
+        self._drop(self._order.release([self._numbers[p.ds_id] for p in params]))
+        if written is not None:
+            raise write_error(written, label)
+
+    def _slot(self, p):
+        return self._slots[self._numbers[p.ds_id]]
+
+    def _numel(self, number):
+        slot = self._slots[number]
+        return 0 if slot is None else slot.full.numel()
+
+    def _gather(self, numbers, label):
+        slots = [slot for slot in (self._slots[number] for number in numbers) if slot is not None]
+        if not slots:
+            return
+        for slot in slots:
+            slot.full.untyped_storage().resize_(slot.n_bytes)
+        work = self.comm.gather_parts([slot.full for slot in slots], [slot.part for slot in slots],
+                                      [slot.cut for slot in slots], f"{label}: {_names(slots)}", True)
+        for slot in slots:
+            slot.work = work
+
+    def _drop(self, numbers):
+        for number in numbers:
+            if self._slots[number] is not None:
+                self._drop_storage(self._slots[number])
+
+    def _drop_storage(self, slot):
+        slot.wait()
+        slot.full.untyped_storage().resize_(0)
+
+    def counters(self, reset_peak=False):
+        """{"live": elements gathered now, "peak": at most since the last reset, "fetched", "ahead", "reused",
+        "evicted": parameters}."""
+        return self._order.counters(reset_peak)
+
+    # ---- values ----
+
+    def keep(self, params):
+        """These stay gathered from now on."""
+        new = tuple(p for p in params if not p.ds_persist)
+        for p in new:
+            p.ds_persist = True
+        if new:
+            self.fetch(OUTSIDE, new, "all modules")
+
+    def after_step(self):
+        """New values are in the parts: what is in use is gathered again, the rest dropped. Collective."""
+        self._drop(self._order.forget())
+        self._gather([number for number in range(len(self._slots)) if self._order.is_live(number)], "after the step")
+        for slot in self._slots:
+            if slot is not None:
+                slot.wait()
+
+    def empty(self):
+        """Gives back what was gathered ahead, or stays to be used again. All ranks, as part of their order."""
+        self._drop(self._order.forget())
+
+    def is_written(self, p):
+        """Whether a gathered parameter's values or its storage were changed since it was fetched."""
+        return p.ds_private == 0 and (p._version != p.ds_seen or p.data_ptr() != p.ds_full.data_ptr())
+
+    def note(self, p):
+        """What stands in p now is its value."""
+        torch.autograd.graph.increment_version(p)
+        p.ds_seen = p._version
+
+    def copy(self, p):
+        """A private copy of p's whole values. Collective where it is not gathered."""
+        self.fetch(OUTSIDE, (p,), "a copy")
+        try:
+            return p.ds_full.clone(memory_format=torch.preserve_format)
+        finally:
+            self.release((p,), "a copy")
+
+    def write(self, params, rank):
+        """The given rank's p.data become the values of all, of parameters that are gathered. Collective."""
+        slots = [self._slot(p) for p in params]
+        if self.comm.rank == rank:
+            for p in params:
+                p.ds_full.copy_(p.data)
+        self._share(slots, rank, f"GatheredParameters: {_names(slots)}")
+        for slot in slots:
+            begin = int(slot.cut[self.comm.rank])
+            slot.part.copy_(flat(slot.full)[begin:begin + slot.part.numel()])
+
+    def move(self, old, new):
+        """`new` takes the place of `old`, which becomes an ordinary Parameter with a copy of its values. Collective."""
+        values = self.copy(old)
+        self._slot(old).param = weakref.ref(new)
+        succeed(old, new, values)
+
+    def remove(self, p):
+        """p is an ordinary Parameter with a private copy of its values from now on. Collective."""
+        values = p.data.clone() if p.ds_private else self.copy(p)
+        number = self._numbers.pop(p.ds_id)
+        self._drop_storage(self._slots[number])
+        self._slots[number] = None
+        make_ordinary(p, values)
+
+
+def _names(slots):
+    """Of parameters, for a text that ranks compare."""
+    return ", ".join(p.ds_name if p is not None else "?" for p in (slot.param() for slot in slots))
+
+
+def _cut_of(parts, n):
+    """[(begin, n) of each rank, in order] as size + 1 edges. Empty parts may say anything."""
+    cut = [0]
+    for begin, length in parts:
+        cut.append(begin + length if length else cut[-1])
+    assert cut[-1] == n
+    return cut

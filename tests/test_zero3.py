@@ -264,3 +264,233 @@ def uses(rank, world):
 
 def test_parameters_used_outside_their_modules_and_checkpointing_change_no_bit(ranks):
     assert ranks(2, uses) == [[], []]
+
+
+# ---- GatheredParameters ----
+
+
+def full_values(module):
+    with deepspeed.zero.GatheredParameters(module.parameters()):
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def gathered_shapes(rank, world):
+    """Every shape of argument that clients pass, and what writing does."""
+    torch.set_num_threads(1)
+    Gathered = deepspeed.zero.GatheredParameters
+    plain, module = models.make(Model), models.make(Model)
+    engine = engine_of(module)
+    before = dict(plain.named_parameters())
+    fresh = nn.Linear(3, 3)
+    weight = module.layers[0].weight
+    found = {}
+
+    def whole(name, p=weight):
+        found[name] = torch.equal(p, before["layers.0.weight"])
+
+    with Gathered(weight):
+        whole("one")
+        found["status"] = weight.ds_status.name == "AVAILABLE"
+    with Gathered([weight, None, weight, fresh.weight, torch.ones(2), *module.parameters()]):
+        whole("a list")
+    with Gathered([]), Gathered(None), Gathered(fresh.parameters(), modifier_rank=0):
+        fresh.weight.data.fill_(1.0)
+    with Gathered(p for p in module.parameters()):
+        whole("a generator")
+    with Gathered(module.state_dict(keep_vars=True).values(), modifier_rank=0):
+        whole("a state dict")
+    with Gathered(weight), Gathered([weight, module.norm.weight], modifier_rank=None):
+        whole("nested")
+    with Gathered(weight, modifier_rank=0, enabled=False):
+        found["disabled"] = weight.shape == (0,)
+    found["released"] = released(module)
+
+    with Gathered(weight, modifier_rank=world - 1):
+        with torch.no_grad():
+            weight.fill_(float(rank))
+        with Gathered(weight, modifier_rank=0):  # nested, by another rank
+            whole_rank = weight.clone()
+    found["nested writing"] = bool((whole_rank == rank).all())
+    values = full_values(module)
+    found["the rank's values"] = bool((values["layers.0.weight"] == (0.0)).all())
+    with Gathered(weight, modifier_rank=world - 1):
+        weight.data = weight.data.clone().fill_(rank + 1.0)
+    found["another storage"] = bool((full_values(module)["layers.0.weight"] == world).all())
+    try:
+        with Gathered(weight, modifier_rank=0):
+            weight.data.zero_()
+            raise KeyError("the block failed")
+    except KeyError:
+        found["a block that failed"] = bool((full_values(module)["layers.0.weight"] == world).all())
+    try:
+        with Gathered(weight, modifier_rank=0):
+            weight.data = torch.ones(3)
+    except RuntimeError as error:
+        found["another shape"] = "layers.0.weight is (3,)" in str(error)
+    found["forward"] = engine(tokens(rank)).item() == engine(tokens(rank)).item()
+    engine.destroy()
+    return [name for name, good in found.items() if not good], "another shape" in found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_gathered_parameters_take_what_clients_pass(ranks, world):
+    assert ranks(world, gathered_shapes) == [([], True)] * world
+
+
+def written_outside(rank, world):
+    torch.set_num_threads(1)
+    texts = []
+
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.how = None
+
+        def forward(self, x):
+            x = self.inner(x)
+            return x.sum()
+
+    def write(module, args, output):
+        with torch.no_grad():
+            module.weight.mul_(1.0)
+
+    for threshold, where in ((0, "hook"), (0, "reading"), (100, "persistent")):
+        module = models.make(Writes)
+        engine = engine_of(module, {"stage3_param_persistence_threshold": threshold})
+        try:
+            if where == "reading":
+                with deepspeed.zero.GatheredParameters(module.inner.bias):
+                    module.inner.bias.data = torch.ones(4)
+            elif where == "hook":
+                module.inner.register_forward_hook(write, prepend=True)
+                engine(torch.ones(2, 4))
+            else:
+                with torch.no_grad():
+                    module.inner.weight.mul_(1.0)
+                engine.backward(engine(torch.ones(2, 4)))
+                engine.step()
+        except RuntimeError as error:
+            texts.append(str(error))
+        engine.destroy()
+    return texts
+
+
+def test_a_write_outside_gathered_parameters_names_module_and_parameter(ranks):
+    hook, reading, persistent = ranks(1, written_outside)[0]
+    assert "inner.weight was written to" in hook and "module inner (Linear)" in hook
+    assert "inner.bias was written to" in reading and "GatheredParameters" in reading
+    assert "inner.weight was written to" in persistent and "stage3_param_persistence_threshold" in persistent
+
+
+def written_between_steps(rank, world, dtype, gathered):
+    """A rank's values replace a parameter's between steps, in place and by a new parameter; masters follow."""
+    torch.set_num_threads(1)
+    results = []
+    for stage in (2, 3):
+        module = models.make(Model)
+        engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                      config=models.config(stage, dtype, zero=dict(ALL_SHARDED)))[0]
+        for step in range(4):
+            engine.backward(engine(tokens(rank, step)))
+            engine.step()
+            new = torch.full((12, 12), 0.01 * step)
+            if step == 1 and gathered:
+                with deepspeed.zero.GatheredParameters(module.layers[1].weight, modifier_rank=0):
+                    module.layers[1].weight.data.copy_(new if stage == 2 or rank == 0 else 0 * new)
+            elif step == 1:
+                with deepspeed.zero.GatheredParameters(module.layers[1].weight, modifier_rank=0):
+                    module.layers[1].weight = nn.Parameter(new.to(module.norm.weight.dtype))
+        engine.destroy()
+        results.append(models.bits(module))
+    return results[0] == results[1]
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_values_written_between_steps_train_on_as_at_stage_2(ranks, gathered):
+    assert ranks(2, written_between_steps, "bf16", gathered) == [True, True]
+
+
+# ---- zero.Init ----
+
+
+class Built(nn.Module):
+    """Made under zero.Init: initialises after the base class did, ties, reads sizes, applies a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 12)
+        self.body = nn.Sequential(*(Custom() for _ in range(2)))
+        self.head = nn.Linear(12, 9, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.full((12,), 0.5))
+        self.register_buffer("table", torch.arange(12.0) / 100)
+        self.apply(self.init_weights)
+
+    @staticmethod
+    def init_weights(module):
+        if isinstance(module, nn.Linear):
+            with torch.no_grad():
+                module.weight.mul_(0.5)
+
+    def forward(self, x):
+        h = self.body(self.embed(x)) * self.scale + self.table
+        return F.cross_entropy(self.head(h).float().flatten(0, 1), x.flatten())
+
+
+class Custom(nn.Linear):
+    def __init__(self):
+        super().__init__(12, 12)
+        with torch.no_grad():
+            self.bias.fill_(0.25)  # after Linear.__init__, in this class's own
+
+
+def built(rank, world, dtype):
+    torch.set_num_threads(1)
+    found = {}
+    config = models.config(3, dtype, zero=dict(ALL_SHARDED))
+    torch.set_default_dtype(models.DTYPES[dtype])  # what Init does to the tensors made inside
+    plain = models.make(Built)
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(3 + rank)  # only the first rank's values count
+    with deepspeed.zero.Init(config_dict_or_path=config, remote_device="none", pin_memory=True):
+        made = Built.__new__(Built)
+        made.__init__()
+        found["dtype of tensors"] = torch.zeros(3, dtype=torch.float32).dtype == models.DTYPES[dtype]
+
+        class Late(nn.Linear):
+            pass
+
+        late = Late(12, 12)
+    found["torch is as before"] = (torch.zeros(3).dtype == torch.float32 and nn.Linear(2, 2).weight.shape == (2, 2)
+                                   and "__init_subclass__" not in vars(nn.Module))
+    found["released at once"] = released(made) and made.head.weight is made.embed.weight and released(late)
+    sizes = made.embed.weight.ds_numel, tuple(made.embed.weight.ds_shape), made.embed.weight.partition_numel()
+    found["sizes"] = sizes == (108, (9, 12), -(-108 // world))
+    values = full_values(made)
+    found["values"] = all(torch.equal(values[name], p) for name, p in plain.named_parameters())
+    x = tokens(rank)
+    made._is_hf_initialized = made.embed.weight._is_hf_initialized = True
+    with torch.no_grad():
+        found["runs before initialize"] = torch.equal(made(x), plain(x))
+    trained = []
+    for module, stage in ((plain, 2), (made, 3)):
+        engine = deepspeed.initialize(model=module, model_parameters=module.parameters(), config={
+            **config, "zero_optimization": {**config["zero_optimization"], "stage": stage}})[0]
+        if stage == 3:
+            module.late = late
+            found["attached late"] = module.late(torch.ones(1, 12, dtype=models.DTYPES[dtype])).shape == (1, 12)
+            del module.late
+        for step in range(3):
+            engine.backward(engine(tokens(rank, step)))
+            engine.step()
+        engine.destroy()
+        trained.append(models.bits(module))
+    found["trained"] = trained[0] == trained[1]
+    found["attributes survive"] = made.embed.weight._is_hf_initialized
+    return [name for name, good in found.items() if not good]
+
+
+@pytest.mark.parametrize("world, dtype", [(1, "fp32"), (2, "bf16")])
+def test_a_module_built_under_init_trains_as_one_built_without(ranks, world, dtype):
+    assert ranks(world, built, dtype) == [[]] * world

@@ -59,6 +59,11 @@ class Unit:
         if module is not None:
             _EXTERNAL.setdefault(module, {})[id(p)] = p
 
+    def replace(self, known):
+        """Other Parameters, {id of the earlier: Parameter}, stand where earlier ones stood."""
+        self.params = tuple(known.get(id(p), p) for p in self.params)
+        self._group()
+
     def enter(self, module, args):
         """Before the module's forward."""
         if _holds and not _active and _current_task() == -1:

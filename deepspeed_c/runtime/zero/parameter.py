@@ -9,8 +9,6 @@ from enum import Enum
 
 import torch
 
-from ...model import flat
-
 _ids = itertools.count()
 OUTSIDE = -1  # the event of what no module fetches
 _EMPTY = {}  # dtype -> the data of every released parameter
@@ -219,19 +217,21 @@ def take_private(params, label):
 def give_private_back(params, rank):
     """Undoes take_private(). rank: of the parameter's ranks, whose values everyone has from now on; None: they are
     dropped. Collective."""
-    if rank is not None:
+    try:
+        if rank is not None:
+            for p in params:
+                _check_writable(p, rank)
+            for home, mine in by_home(params):
+                home.write(mine, rank)
+    finally:
         for p in params:
-            _check_writable(p, rank)
-        for home, mine in by_home(params):
-            home.write(mine, rank)
-    for p in params:
-        p.ds_private -= 1
-        if p.ds_private == 0:
-            p.data = p.ds_full
-            p.ds_home.note(p)
-        elif rank is not None:
-            flat(p.data).copy_(flat(p.ds_full))
-    release(params, "partition()")
+            p.ds_private -= 1
+            if p.ds_private == 0:
+                p.data = p.ds_full
+                p.ds_home.note(p)
+            elif rank is not None:
+                p.data = p.ds_home.copy(p)
+        release(params, "GatheredParameters")
 
 
 def _check_writable(p, rank):

@@ -151,10 +151,14 @@ class Shards:
 
     def replace(self, taken):
         """[(index, old, new)]: ordinary Parameters take the places of sharded ones. Collective."""
+        known = {}
         for _, old, new in taken:
-            self._take_over(old, new)
-        self._params = [{id(old): new for _, old, new in taken}.get(id(p), p) for p in self._params]
-        self._register_deepspeed_module(self.module)
+            _take_over(old, new)
+            known[id(old)] = new
+        self._params = [known.get(id(p), p) for p in self._params]
+        self._persistent = [known.get(id(p), p) for p in self._persistent]
+        for unit in self._units:
+            unit.replace(known)
 
     def release(self):
         """Every parameter is an ordinary one with values of its own; no hook is left."""
@@ -212,6 +216,6 @@ def _take_over(old, new):
     """An ordinary Parameter, equal on all ranks, stands where a sharded one stood: same place, its own values."""
     home, values = old.ds_home, new.data
     home.move(old, new)
-    take_private((new,), "a parameter that was replaced")
-    new.data.copy_(values)
-    give_private_back((new,), 0)
+    gathered, new.data = new.data, values
+    home.write((new,), 0)
+    new.data = gathered  # in a graph that has new already its version must not change

@@ -150,6 +150,20 @@ static enum dsc_status offload_rules(const struct dsc_config *config,
             reading, "zero_optimization.offload_optimizer.device is \"nvme\" and "
                      "zero_optimization.offload_optimizer.nvme_path is not given; it names the "
                      "folder for the files");
+    path = config->zero_offload_param_nvme_path;
+    if (strcmp(config->zero_offload_param_device, "nvme") != 0)
+        return DSC_OK;
+    if (config->zero_stage != 3)
+        return dsc__config_error(
+            reading,
+            "zero_optimization.offload_param.device is \"nvme\" and "
+            "zero_optimization.stage is %lld; parameters are shared out at stage 3 only",
+            (long long)config->zero_stage);
+    if (!path || !path[0])
+        return dsc__config_error(
+            reading, "zero_optimization.offload_param.device is \"nvme\" and "
+                     "zero_optimization.offload_param.nvme_path is not given; it names the folder "
+                     "for the files");
     return DSC_OK;
 }
 

@@ -21,9 +21,10 @@ struct dsc_store_counters {
     size_t n_slabs; /* opened so far */
 };
 
-/* Local. The communicator must stay open while pieces are taken. DSC_ENOTYET where its ranks share
- * no memory. */
-enum dsc_status dsc_store_open(struct dsc_comm *comm, struct dsc_store **out);
+/* Local. The communicator must stay open while pieces are taken. folder: slabs are files there
+ * (file_io.h), whole from the start, whose pages the kernel may write out; NULL: memory.
+ * DSC_ENOTYET where ranks share no memory. */
+enum dsc_status dsc_store_open(struct dsc_comm *comm, const char *folder, struct dsc_store **out);
 /* NULL is fine; local, also once the communicator is closed. Pieces stay. */
 void dsc_store_close(struct dsc_store *store);
 
@@ -33,7 +34,7 @@ static inline size_t dsc_store_bytes(size_t n_bytes) {
 }
 /* n_bytes zeroed bytes (> 0) at DSC_STORE_ALIGN in *memory; the caller owns a share of *slab.
  * Collective whenever a slab is full: what ranks have taken is compared then. Its pages are there
- * on return, in this rank's mapping. */
+ * on return, in this rank's mapping, unless they are a file's. */
 enum dsc_status dsc_store_take(struct dsc_store *store, size_t n_bytes, struct dsc_slab **slab,
                                void **memory);
 /* Whether all ranks have taken the same so far. Collective. */

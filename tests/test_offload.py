@@ -21,7 +21,7 @@ from deepspeed_c.utils import (
 )
 
 WINDOW = 524288
-SIDE = 1400  # squared: several windows on each of two ranks, the last one short
+SIDE = 1100  # squared: several windows on each of two ranks, the last one short
 
 
 class Wide(nn.Module):
@@ -35,9 +35,11 @@ class Wide(nn.Module):
         return self.layers[1](F.gelu(self.layers[0](x))).float().square().mean()
 
 
-def open_engine(stage, dtype, offload, kind=Wide, **more):
+def open_engine(stage, dtype, offload, kind=Wide, offload_param=None, **more):
     module = models.make(kind)
     zero = {"offload_optimizer": offload} if offload else {}
+    if offload_param:
+        zero.update(offload_param=offload_param, stage3_param_persistence_threshold=0)
     config = models.config(stage, dtype, zero=zero, **more)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
     return engine
@@ -51,7 +53,8 @@ def train(engine, rank, dtype, steps):
 
 
 def digest(engine):
-    values = hashlib.sha256(models.bits(engine.module))
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        values = hashlib.sha256(models.bits(engine.module))
     for p in engine.module.parameters():
         values.update(safe_get_full_fp32_param(p).numpy().tobytes())
     return values.hexdigest(), engine.get_global_grad_norm()
@@ -71,24 +74,26 @@ def run(rank, stage, dtype, offload, n_steps=3, **more):
 
 # ---- the same bits ----
 
-AIO = ({}, {"block_size": 100000, "queue_depth": 3, "single_submit": True}, {"overlap_events": False})
+AIO = ({}, {"block_size": 100000, "queue_depth": 3, "single_submit": True}, {"overlap_events": False}, {})
 
 
 def matrix(rank, world, dtype, path):
     torch.set_num_threads(1)
     wrong = []
-    for stage in (0, 1, 2):
+    for stage, buffers, aio in zip((0, 1, 2, 3), (2, 1, 4, 2), AIO):
         expected, in_memory = run(rank, stage, dtype, None)
         got, counters = run(rank, stage, dtype, {"device": "cpu"})
         if got != expected or counters["private_bytes"] != in_memory["private_bytes"] or counters["file_bytes"]:
             wrong.append((stage, "cpu", got, counters))
-        for buffers, aio in zip((1, 2, 4), AIO):
-            got, counters = run(rank, stage, dtype, nvme(path, buffer_count=buffers), aio=aio)
-            states = (3 if dtype == "bf16" else 2) * 4
-            windows = min(buffers, -(-counters["owned_elems"] // WINDOW)) * WINDOW * states
-            if (got != expected or counters["file_bytes"] != counters["owned_elems"] * states or
-                    counters["private_bytes"] != in_memory["private_bytes"] - counters["file_bytes"] + windows):
-                wrong.append((stage, buffers, aio, counters, in_memory))
+        got, counters = run(rank, stage, dtype, nvme(path, buffer_count=buffers), aio=aio)
+        states = (3 if dtype == "bf16" else 2) * 4
+        windows = min(buffers, -(-counters["owned_elems"] // WINDOW)) * WINDOW * states
+        if (got != expected or counters["file_bytes"] != counters["owned_elems"] * states or
+                counters["private_bytes"] != in_memory["private_bytes"] - counters["file_bytes"] + windows):
+            wrong.append((stage, buffers, aio, counters, in_memory))
+    for device in ({"device": "cpu"}, nvme(path)):  # parameters too, at stage 3
+        if run(rank, 3, dtype, nvme(path), offload_param=device)[0] != expected:
+            wrong.append(("offload_param", device))
     return wrong, os.listdir(path)
 
 
@@ -184,9 +189,25 @@ def test_a_skipped_step_leaves_files_as_they_were(tmp_path):
 # ---- what goes wrong ----
 
 
-def test_nvme_needs_a_path():
-    with pytest.raises(deepspeed.DeepSpeedConfigError, match="nvme_path is not given"):
+def test_nvme_needs_a_path_and_parameters_stage_3():
+    with pytest.raises(deepspeed.DeepSpeedConfigError, match="offload_optimizer.nvme_path is not given"):
         open_engine(1, "fp32", {"device": "nvme"})
+    with pytest.raises(deepspeed.DeepSpeedConfigError, match="offload_param.nvme_path is not given"):
+        open_engine(3, "fp32", None, offload_param={"device": "nvme"})
+    with pytest.raises(deepspeed.DeepSpeedConfigError, match="stage is 2; parameters are shared out at stage 3 only"):
+        open_engine(2, "fp32", None, offload_param=nvme("here"))
+    with pytest.raises(ValueError, match="nvme_path of the configuration is not given"):
+        deepspeed.zero.Init(remote_device="nvme")
+
+
+def test_init_places_parameters_in_files_which_all_ranks_map(tmp_path):
+    config = models.config(3, zero={"offload_param": nvme(tmp_path)})
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        module = models.make(Wide)
+    weight = module.layers[0].weight.ds_full
+    names = [line.split(maxsplit=5)[5] for line in open("/proc/self/maps")
+             if int(line.split("-")[0], 16) <= weight.data_ptr() < int(line.split("-")[1].split()[0], 16)]
+    assert names[0].startswith(str(tmp_path)) and os.listdir(tmp_path) == []
 
 
 def descriptors():
@@ -208,19 +229,23 @@ def test_many_engines_leave_no_descriptor_mapping_or_file(tmp_path):
 
 
 def start_without_space(rank, world, path):
-    try:
-        open_engine(1, "fp32", nvme(path if rank else "/dev/null"))
-    except OSError as error:
-        first = str(error)
+    """Rank 0 cannot make its states' file, then nobody the parameters'."""
+    errors = []
+    for stage, own, shared in ((1, path if rank else "/dev/null", None), (3, None, nvme("/dev/null"))):
+        try:
+            open_engine(stage, "fp32", own and nvme(own), offload_param=shared)
+        except OSError as error:
+            errors.append(str(error))
     engine = open_engine(1, "fp32", None)  # nothing is broken
     train(engine, rank, "fp32", range(1))
-    return first
+    return errors
 
 
 def test_a_rank_that_cannot_make_its_files_fails_all_at_start_and_breaks_nothing(ranks, tmp_path):
-    first, second = ranks(2, start_without_space, str(tmp_path))
-    assert "/dev/null" in first and "Not a directory" in first
-    assert "rank 0 has no files" in second
+    (own, params), (others, others_params) = ranks(2, start_without_space, str(tmp_path))
+    for text in (own, params):
+        assert "/dev/null" in text and "Not a directory" in text
+    assert "rank 0 has no files" in others and "rank 0 has no file for parameters" in others_params
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

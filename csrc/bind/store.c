@@ -60,17 +60,18 @@ static int enter(StoreObject *self) {
 }
 
 static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *kwargs) {
-    static char *keys[] = {"comm", NULL};
+    static char *keys[] = {"comm", "folder", NULL};
     PyObject *comm;
+    const char *folder = NULL;
     struct dsc_bind_state *state = dsc_bind_state_of(type);
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O:Store", keys, &comm))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O|z:Store", keys, &comm, &folder))
         return NULL;
     struct dsc_comm *core_comm = dsc_bind_comm(state, comm);
     StoreObject *self = core_comm ? (StoreObject *)type->tp_alloc(type, 0) : NULL;
     if (!self)
         return NULL;
     self->comm = Py_NewRef(comm);
-    enum dsc_status status = dsc_store_open(core_comm, &self->core);
+    enum dsc_status status = dsc_store_open(core_comm, folder, &self->core);
     if (status == DSC_OK)
         return (PyObject *)self;
     dsc_bind_raise(state, status);
@@ -191,7 +192,8 @@ static PyType_Slot store_slots[] = {
     {Py_tp_traverse, store_traverse},
     {Py_tp_clear, store_clear},
     {Py_tp_methods, store_methods},
-    {Py_tp_doc, "Store(comm)\n\nMemory of the ranks of a Comm, which they hold once."},
+    {Py_tp_doc, "Store(comm, folder=None)\n\nMemory of the ranks of a Comm, which they hold once; "
+                "files in a folder where one is named."},
     {0, NULL},
 };
 

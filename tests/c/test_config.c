@@ -217,7 +217,6 @@ static void names_are_equal_in_any_case_and_come_back_canonical(void) {
 
 static void what_is_not_there_says_not_yet(void) {
     static const char *const rows[][2] = {
-        {"\"zero_optimization\": {\"stage\": 3}", "zero_optimization.stage is 3: not yet"},
         {"\"zero_optimization\": {\"zero_quantized_weights\": true}",
          "zero_quantized_weights is true: not yet"},
         {"\"sparse_attention\": {\"mode\": \"fixed\"}",

@@ -104,7 +104,7 @@ static void model_share(struct model *model, enum dsc_dtype dtype,
                         const struct dsc_engine_ranks *ranks, const struct dsc_param *params) {
     struct dsc_store *store[3];
     for (size_t g = 0; g < ranks->n_reduce; g++)
-        CHECK_OK(dsc_store_open(ranks->reduce[g].comm, &store[g]));
+        CHECK_OK(dsc_store_open(ranks->reduce[g].comm, NULL, &store[g]));
     for (int p = 0; p < N_PARAMS; p++) {
         struct dsc_comm *comm = ranks->reduce[params[p].reduce].comm;
         void *memory;

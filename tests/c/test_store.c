@@ -46,7 +46,7 @@ static void shares(struct dsc_comm *comm, int rank, void *arg) {
     struct pieces pieces;
     int size = dsc_comm_size(comm);
     (void)arg;
-    CHECK_OK(dsc_store_open(comm, &store));
+    CHECK_OK(dsc_store_open(comm, NULL, &store));
     take_all(store, &pieces);
     CHECK_OK(dsc_comm_barrier(comm, "before"));
     for (int k = rank; k < N_PIECES; k += size)
@@ -78,7 +78,7 @@ static void large(struct dsc_comm *comm, int rank, void *arg) {
     void *memory[4];
     static const size_t n_bytes[4] = {1000, (64 << 20) + 4096, 40 << 20, 40 << 20};
     (void)arg;
-    CHECK_OK(dsc_store_open(comm, &store));
+    CHECK_OK(dsc_store_open(comm, NULL, &store));
     for (int k = 0; k < 4; k++)
         CHECK_OK(dsc_store_take(store, n_bytes[k], &slab[k], &memory[k]));
     CHECK(slab[0] != slab[1] && slab[1] != slab[2] && slab[2] != slab[3]);
@@ -102,7 +102,7 @@ static int outlives_body(struct dsc_comm *comm, int rank, void *arg) {
     struct dsc_store *store;
     struct pieces pieces;
     (void)arg;
-    CHECK_OK(dsc_store_open(comm, &store));
+    CHECK_OK(dsc_store_open(comm, NULL, &store));
     take_all(store, &pieces);
     CHECK_OK(dsc_comm_barrier(comm, "taken"));
     if (rank == 1)
@@ -141,7 +141,7 @@ static int leaves_nothing_body(struct dsc_comm *comm, int rank, void *arg) {
     for (int i = 0; i < 60; i++) {
         struct dsc_store *store;
         struct pieces pieces;
-        CHECK_OK(dsc_store_open(comm, &store));
+        CHECK_OK(dsc_store_open(comm, NULL, &store));
         take_all(store, &pieces);
         dsc_store_close(store);
         release_all(&pieces);
@@ -167,8 +167,8 @@ static void two_groups(struct dsc_comm *world, int rank, void *arg) {
     (void)arg;
     CHECK_OK(dsc_comm_open_group(world, NULL, rank % 2 ? (int[]){3, 1} : (int[]){0, 2}, 2,
                                  rank % 2 ? "odd" : "even", &pair));
-    CHECK_OK(dsc_store_open(world, &of_world));
-    CHECK_OK(dsc_store_open(pair, &of_pair));
+    CHECK_OK(dsc_store_open(world, NULL, &of_world));
+    CHECK_OK(dsc_store_open(pair, NULL, &of_pair));
     take_all(of_world, &all);
     take_all(of_pair, &mine);
     CHECK_OK(dsc_comm_barrier(world, "taken"));
@@ -195,7 +195,7 @@ static void differs(struct dsc_comm *comm, int rank, void *arg) {
     struct dsc_store *store;
     struct dsc_slab *slab[3];
     void *memory;
-    CHECK_OK(dsc_store_open(comm, &store));
+    CHECK_OK(dsc_store_open(comm, NULL, &store));
     CHECK_OK(dsc_store_take(store, 1000, &slab[0], &memory));
     CHECK_OK(dsc_store_take(store, rank == 1 ? 2000 : 3000, &slab[1], &memory));
     enum dsc_status status = arg ? dsc_store_agree(store, "initialize")
@@ -219,7 +219,7 @@ static int forked_body(struct dsc_comm *comm, int rank, void *arg) {
     struct pieces pieces;
     int end;
     (void)arg;
-    CHECK_OK(dsc_store_open(comm, &store));
+    CHECK_OK(dsc_store_open(comm, NULL, &store));
     take_all(store, &pieces);
     CHECK_OK(dsc_comm_barrier(comm, "taken"));
     if (rank == 0)

@@ -5,13 +5,28 @@ _KEYS = {"prefetch": "prefetch_bucket_size", "max_live": "max_live_parameters", 
 _DEFAULTS = {"prefetch": 50_000_000, "max_live": 1_000_000_000, "max_reuse": 1_000_000_000}
 
 
-class Homes:
-    """The Homes of parameters that are placed together, one for each communicator. config: a _core.Config, or None."""
+def _folder(config, device):
+    """Where files of parameters go; None where parameters are in memory."""
+    if device is None:
+        device = "none" if config is None else config.get("zero_optimization.offload_param.device")
+    if device != "nvme":
+        return None
+    folder = None if config is None else config.get("zero_optimization.offload_param.nvme_path")
+    if not folder:
+        raise ValueError("parameters go to files (device nvme) and zero_optimization.offload_param.nvme_path of the "
+                         "configuration is not given; it names the folder for them")
+    return folder
 
-    def __init__(self, config=None):
+
+class Homes:
+    """The Homes of parameters that are placed together, one for each communicator. config: a _core.Config, or None.
+    device: in place of the configuration's offload_param.device."""
+
+    def __init__(self, config=None, device=None):
         self._settings = dict(_DEFAULTS)
         if config is not None:
             self._settings = {name: config.get(f"zero_optimization.stage3_{key}") for name, key in _KEYS.items()}
+        self._settings["folder"] = _folder(config, device)
         self._homes = {}
 
     def of(self, comm):
@@ -23,6 +38,9 @@ class Homes:
     def _make(self, comm):
         if comm.backend in ("self", "shm"):
             return SharedHome(comm, self._settings)
+        if self._settings["folder"]:
+            raise NotImplementedError("zero_optimization.offload_param.device \"nvme\" over ranks that share no memory "
+                                      "is not yet; allowed: \"none\", \"cpu\"")
         from .remote import RemoteHome  # few need it
 
         return RemoteHome(comm, self._settings)

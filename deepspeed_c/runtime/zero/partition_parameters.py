@@ -90,11 +90,12 @@ class Init:
     module: an existing module whose parameters are sharded at once. data_parallel_group, sequence_data_parallel_group,
     mpu: which ranks share them out (default: all). config_dict_or_path (config: its old name): a dict, file, JSON text
     or base64 of it, of which the dtype and the persistence thresholds are read. dtype: of floating tensors made inside,
-    instead of the configuration's; without both, float16. remote_device: None, "none" or "cpu": parameters are in
-    memory. enabled: False does nothing. mem_efficient_linear, pin_memory: accepted, nothing to steer here.
+    instead of the configuration's; without both, float16. remote_device: "none" or "cpu": parameters are in memory;
+    "nvme": in files, in the configuration's offload_param.nvme_path; None: as its offload_param.device says. enabled:
+    False does nothing. mem_efficient_linear, pin_memory: accepted, nothing to steer here.
 
-    NotImplementedError for remote_device "nvme", quantized weights, zero_param_parallel_group, param_swapper and
-    tensor_overrides. Collective: all ranks build the same modules in the same order; the first rank's values count.
+    NotImplementedError for quantized weights, zero_param_parallel_group, param_swapper and tensor_overrides.
+    Collective: all ranks build the same modules in the same order; the first rank's values count.
     """
 
     def __init__(self, module=None, data_parallel_group=None, mem_efficient_linear=True, remote_device=None,
@@ -113,7 +114,7 @@ class Init:
         self._dtype = dtype or _dtype_of(self._config)
         init_distributed()
         self._comm = engine_comm(_ranks(data_parallel_group, sequence_data_parallel_group, mpu))
-        self._homes = Homes(self._config)
+        self._homes = Homes(self._config, remote_device)
         self._kept, self._left = [], None
         self._construction = Construction(self._done, _apply)
         if module is not None:
@@ -170,9 +171,7 @@ def _refuse(**given):
 
 
 def _check_device(remote_device):
-    if remote_device == "nvme":
-        raise NotImplementedError("zero.Init(remote_device='nvme') is not yet; allowed: None, 'none', 'cpu'")
-    if remote_device not in (None, "none", "cpu"):
+    if remote_device not in (None, "none", "cpu", "nvme"):
         raise ValueError(f"zero.Init: remote_device is {remote_device!r}; allowed: None, 'none', 'cpu', 'nvme'")
 
 

@@ -23,7 +23,7 @@ class SharedHome:
 
     def __init__(self, comm, settings=None):
         self.comm = comm
-        self._store = _core.Store(comm)
+        self._store = _core.Store(comm, (settings or {}).get("folder"))
 
     def add(self, p):
         """An ordinary Parameter takes its place; the first rank's values count. Collective in order; settle() after

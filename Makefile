@@ -18,7 +18,7 @@ PIP = $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 help:
 	@echo "demo      train the CIFAR-10 example on two ranks (sets everything up first)"
 	@echo "test      run the test suite (sets everything up first); test-long adds what takes minutes"
-	@echo "test-clients  Transformers and Accelerate, unmodified, and a script for DeepSpeed, over the name deepspeed"
+	@echo "test-clients  Transformers, Accelerate and PEFT, unmodified, and a script for DeepSpeed, over the name deepspeed"
 	@echo "build     set up $(VENV) and build the extension in place"
 	@echo "compat    install the distribution that is called deepspeed into $(VENV)"
 	@echo "lint      check C and Python style; format: apply it"

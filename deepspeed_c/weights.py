@@ -20,7 +20,7 @@ class EngineWeights:
 
     def module_state_dict(self, destination=None, prefix="", keep_vars=False, exclude_frozen_parameters=False):
         """The module's own state_dict(), by reference: at stage 3 parameters are empty there, shape (0,), on every
-        rank. exclude_frozen_parameters: without those that require no gradient."""
+        rank, but for those that stay whole. exclude_frozen_parameters: without those that require no gradient."""
         self._refuse_offloaded("module_state_dict", PARAMETERS)
         state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
@@ -49,7 +49,7 @@ class EngineWeights:
         fetch = list(self.module.parameters()) if fetch_z3_params else []
         if z3_params_to_fetch is not None:
             fetch = list(z3_params_to_fetch)
-        fetch = [p for p in fetch if hasattr(p, "ds_id")]
+        fetch += [p for p in self.module.parameters() if getattr(p, "ds_persist", False)]  # whole already
         if custom_load_fn is not None:
             with GatheredParameters(fetch, modifier_rank=0):
                 custom_load_fn(src=state, dst=self.module)

@@ -11,15 +11,16 @@ import deepspeed_c as deepspeed
 from deepspeed_c import utils
 from deepspeed_c.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 EVERYTHING = tuple(OffloadStateTypeEnum)
 
 
-def engine_of(stage=0, dtype="fp32", kind=models.Awkward, **more):
-    module = models.make(kind)
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(),
-                                      config=models.config(stage, dtype, **more))
-    return engine
+def engine_of(stage=0, dtype="fp32", threshold=0, gather=True):
+    """threshold: parameters of as many elements at most stay whole at stage 3."""
+    module = models.make()
+    zero = {"stage3_param_persistence_threshold": threshold, "stage3_gather_16bit_weights_on_model_save": gather}
+    return deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                config=models.config(stage, dtype, zero=zero))[0]
 
 
 def tiny(**more):
@@ -124,7 +125,7 @@ def saving(rank, world, folder):
     for dtype in ("fp32", "bf16"):
         expected = expected_state(dtype)
         for stage in STAGES:
-            engine = engine_of(stage, dtype, zero={"stage3_gather_16bit_weights_on_model_save": True})
+            engine = engine_of(stage, dtype)
             models.train(engine, rank, 2, dtype=dtype)
             assert engine.save_16bit_model(f"{folder}/new/{dtype}/{stage}") is True
             assert engine.save_fp16_model(folder, "short") is True
@@ -153,10 +154,6 @@ def test_a_file_that_cannot_be_written_is_an_error_and_the_old_one_stays(tmp_pat
     engine, path = tiny(), tmp_path / "pytorch_model.bin"
     assert engine.save_16bit_model(tmp_path)
     before = path.read_bytes()
-
-    def full(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
@@ -167,12 +164,104 @@ def test_a_file_that_cannot_be_written_is_an_error_and_the_old_one_stays(tmp_pat
     engine.destroy()
 
 
+# ---- stage 3 ----
+
 def test_below_stage_3_nothing_is_consolidated():
     engine = tiny(stage=1)
     with pytest.raises(ValueError, match="zero_optimization.stage is 1; allowed: 3"):
         engine._zero3_consolidated_16bit_state_dict()
     assert engine.empty_partition_cache() is None and not engine.is_first_weights_partition_group()
     engine.destroy()
+
+
+def test_without_the_key_nothing_is_written_at_stage_3(tmp_path):
+    engine = engine_of(3, gather=False)
+    assert engine.zero_gather_16bit_weights_on_model_save() is False
+    assert engine.save_16bit_model(tmp_path) is False and os.listdir(tmp_path) == []
+    assert engine._zero3_consolidated_16bit_state_dict()["empty"].shape == (0, 4)
+    engine.destroy()
+
+
+def consolidated(rank, world, dtype, threshold):
+    """(what is wrong about the state dict, about a model that loaded it, about one that loaded a part of it)."""
+    torch.set_num_threads(1)
+    expected, wrong = expected_state(dtype), []
+    engine = engine_of(3, dtype, threshold)
+    models.train(engine, rank, 2, dtype=dtype)
+    state = engine._zero3_consolidated_16bit_state_dict()
+    part = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+    empty = engine.module_state_dict()
+    if rank == 0:
+        wrong += differences(state, expected) + sorted(set(state) - set(part))
+        if state["head.weight"] is not state["embed.weight"]:
+            wrong.append("tied weights are two")
+        if sum(empty[name].numel() for name in dict(engine.module.named_parameters())) != (13 if threshold else 0):
+            wrong.append("parameters are whole in module_state_dict()")
+    elif state is not None or part is not None:
+        wrong.append("ranks other than 0 have a state dict")
+    before = [p.ds_status for p in engine.module.parameters()]
+    if loaded_again(engine, rank, dtype, expected):
+        wrong.append("what was loaded is not there")
+    if [p.ds_status for p in engine.module.parameters()] != before:
+        wrong.append("loading left parameters whole")
+    engine.destroy()
+    return wrong
+
+
+def loaded_again(engine, rank, dtype, expected):
+    """Names whose values are not those that were loaded; fp32 masters included."""
+    state = {name: value + 1 if value.is_floating_point() else value for name, value in expected.items()}
+    engine.load_module_state_dict({"module": state if rank == 0 else expected}, fetch_z3_params=True)
+    wrong = []
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(p):
+            wrong += [] if torch.equal(p, state[name]) else [name]
+    models.train(engine, rank, 1, dtype=dtype)
+    moved = utils.safe_get_full_fp32_param(engine.module.twice.weight) - state["twice.weight"].float()
+    return wrong + ([] if 0 < moved.abs().max() < 0.1 else ["the master did not follow"])
+
+
+@pytest.mark.parametrize("dtype, threshold", [("fp32", 0), ("bf16", 0), ("bf16", 5)])
+def test_the_consolidated_state_dict_is_whole_on_rank_0_and_loads_again(ranks, dtype, threshold):
+    assert ranks(2, consolidated, dtype, threshold) == [["frozen.bias", "frozen.weight"], []]
+
+
+@pytest.mark.parametrize("threshold", [0, 5])
+def test_whole_values_are_refused_where_they_are_not_to_be_fetched(threshold):
+    engine = engine_of(3, threshold=threshold)
+    state = engine._zero3_consolidated_16bit_state_dict()
+    with pytest.raises(ValueError, match=r"transposed is \(20, 7\) in the checkpoint, .* fetch_z3_params=True"):
+        engine.load_module_state_dict({"module": state})
+    engine.load_module_state_dict({"module": engine.module_state_dict()})  # parameters are empty: they stay
+    models.train(engine, 0, 1)
+    engine.load_module_state_dict({"module": state}, fetch_z3_params=True)
+    again = engine._zero3_consolidated_16bit_state_dict()
+    assert differences(again, state) == []
+    only = {"twice.bias": torch.ones(20)}
+    engine.load_module_state_dict({"module": only}, strict=False, z3_params_to_fetch=[engine.module.twice.bias])
+    assert differences(engine._zero3_consolidated_16bit_state_dict(), {**state, **only}) == []
+    loads = []
+    engine.load_module_state_dict({"module": state}, fetch_z3_params=True, custom_load_fn=lambda src, dst: loads.append(
+        dst.load_state_dict(src)))
+    assert loads and differences(engine._zero3_consolidated_16bit_state_dict(), state) == []
+    engine.destroy()
+
+
+def cannot_write(rank, world, folder):
+    engine = engine_of(3)
+    if rank == 0:
+        os.fsync = full
+    engine.save_16bit_model(folder)
+
+
+def full(file):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_that_rank_0_cannot_write_is_an_error_on_every_rank(ranks, tmp_path):
+    first, second = ranks.outcomes(2, cannot_write, str(tmp_path))
+    assert (first.error, second.error) == ("OSError", "RuntimeError") and os.listdir(tmp_path) == []
+    assert "rank 0 could not write" in second.text and "pytorch_model.bin" in second.text
 
 
 # ---- states put aside ----
@@ -246,8 +335,8 @@ def with_and_without(rank, world):
                     engine.offload_states(include=EVERYTHING[:step + 2], pin_memory=False, non_blocking=True)
                     engine.offload_states()
                     engine.reload_states()
-            results.append(models.bits(engine.module))
             engine.destroy()
+            results.append(models.bits(engine.module))
     return [a == b for a, b in zip(results[::2], results[1::2])]
 
 

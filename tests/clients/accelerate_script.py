@@ -26,12 +26,16 @@ def from_torch(i):
 
 
 def train(stage, from_json, precision):
-    """(loss of each step over all ranks, norm of each step, all ranks' batches, the parameters' dtype)."""
+    """(loss of each step over all ranks, norm of each step, all ranks' batches, the parameters' dtype, whether the
+    state dict that Accelerate gives has the values of the trained model)."""
     if from_json:
         plugin = DeepSpeedPlugin(gradient_clipping=CLIP, hf_ds_config={
-            **JSON, "gradient_accumulation_steps": ACCUMULATION, "zero_optimization": {"stage": stage}})
+            **JSON, "gradient_accumulation_steps": ACCUMULATION, "zero_optimization": {
+                "stage": stage, "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True}})
     else:
-        plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=ACCUMULATION, gradient_clipping=CLIP)
+        plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=ACCUMULATION, gradient_clipping=CLIP,
+                                 zero3_init_flag=False, zero3_save_16bit_model=True)
     accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision=precision,
                               kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     assert accelerator.num_processes == dist.get_world_size() == 2
@@ -59,17 +63,21 @@ def train(stage, from_json, precision):
     everyones = [None, None]
     dist.all_gather_object(everyones, seen)
     dtype = str(accelerator.unwrap_model(model).dtype)
+    state, whole = accelerator.get_state_dict(model), plain.tiny_llama()
+    if accelerator.is_main_process:
+        whole.to(accelerator.unwrap_model(model).dtype).load_state_dict(state)
+    saved = plain.same_weights(whole, accelerator.unwrap_model(model)) or not accelerator.is_main_process
     accelerator.free_memory()
     AcceleratorState._reset_state(reset_partial_state=True)  # the next case is a script of its own
     return [sum(losses[i:i + ACCUMULATION]) / ACCUMULATION for i in range(0, len(losses), ACCUMULATION)], norms, \
-        everyones, dtype
+        everyones, dtype, saved
 
 
 def main(folder):
     results = []
     for case, (from_json, precision) in CASES.items():
-        for stage in (0, 1, 2):
-            losses, norms, batches, dtype = train(stage, from_json, precision)
+        for stage in plain.STAGES:
+            losses, norms, batches, dtype, saved = train(stage, from_json, precision)
             # From the JSON the engine steps the schedule, one behind; a schedule of torch's Accelerate steps as often
             # as there are ranks.
             rate = (lambda i: min(1.0, max(i - 1, 0) / WARMUP)) if from_json else (lambda i: from_torch(2 * i))
@@ -77,7 +85,7 @@ def main(folder):
                 plain.tiny_llama(), batches, ACCUMULATION,
                 lambda model: torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=DECAY), rate, CLIP)
             results.append({"case": case, "stage": stage, "dtype": dtype, "losses": losses, "norms": norms,
-                            "expected": expected, "expected_norms": expected_norms})
+                            "saved": saved, "expected": expected, "expected_norms": expected_norms})
     plain.write(folder, results)
 
 

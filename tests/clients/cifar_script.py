@@ -38,7 +38,7 @@ def settings(args):
         "zero_optimization": {
             "stage": args.stage, "allgather_partitions": True, "reduce_scatter": True,
             "allgather_bucket_size": 50000000, "reduce_bucket_size": 50000000, "overlap_comm": True,
-            "contiguous_gradients": True, "cpu_offload": False},
+            "contiguous_gradients": True, "cpu_offload": False, "stage3_param_persistence_threshold": 0},
     }
 
 
@@ -91,8 +91,10 @@ def main(args):
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
+    with deepspeed.zero.GatheredParameters(model.last.weight):
+        weights = model.last.weight.double().sum().item()
     plain.write(args.folder, {"losses": losses, "rank": engine.global_rank, "dtype": str(model.last.weight.dtype),
-                              "weights": model.last.weight.double().sum().item()})
+                              "weights": weights})
 
 
 if __name__ == "__main__":

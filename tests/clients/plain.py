@@ -13,6 +13,7 @@ import torch
 
 TESTS = pathlib.Path(__file__).resolve().parent
 VOCABULARY, LENGTH = 32, 8
+STAGES = (0, 1, 2, 3)
 
 
 def tiny_llama():
@@ -23,6 +24,31 @@ def tiny_llama():
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=LENGTH, tie_word_embeddings=True))
+
+
+def keep_llama(folder):
+    """Saves the same model for loaded_llama(), before anything is configured."""
+    tiny_llama().save_pretrained(pathlib.Path(folder, f"initial{os.environ['RANK']}"))
+
+
+def loaded_llama(folder):
+    """What keep_llama() saved, by from_pretrained(), which at stage 3 shards it while it loads."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(pathlib.Path(folder, f"initial{os.environ['RANK']}"))
+    assert all(hasattr(p, "ds_id") for p in model.parameters())
+    return model
+
+
+def same_weights(ordinary, trained):
+    """Whether an ordinary model has the values of one that an engine trains. Every rank calls."""
+    import deepspeed
+
+    same = []
+    for a, b in zip(ordinary.parameters(), trained.parameters(), strict=True):
+        with deepspeed.zero.GatheredParameters(b):
+            same.append(torch.equal(a, b))
+    return all(same)
 
 
 def tokens(n):

@@ -51,7 +51,7 @@ def check_close(row, dtype):
     assert row["losses"][-1] < row["losses"][0]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", plain.STAGES)
 @pytest.mark.parametrize("case", FP32)
 def test_trainer_equals_plain_torch(trainer, case, stage):
     for row in rows(trainer, case, stage):
@@ -60,28 +60,40 @@ def test_trainer_equals_plain_torch(trainer, case, stage):
         assert row["saved"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", plain.STAGES)
 def test_trainer_in_bf16_is_close_to_plain_torch(trainer, stage):
     for row in rows(trainer, "bf16", stage):
         check_close(row, "torch.bfloat16")
         assert row["saved"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", plain.STAGES)
 @pytest.mark.parametrize("case", ["JSON", "torch's optimizer and schedule"])
 def test_accelerate_equals_plain_torch(accelerate, case, stage):
     for row in rows(accelerate, case, stage):
         check_equal(row)
+        assert row["saved"]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", plain.STAGES)
 @pytest.mark.parametrize("case, dtype", [("bf16", "torch.bfloat16"), ("fp16", "torch.float16")])
 def test_accelerate_in_16_bits_is_close_to_plain_torch(accelerate, case, dtype, stage):
     for row in rows(accelerate, case, stage):
         check_close(row, dtype)
+        assert row["saved"]
 
 
-@pytest.mark.parametrize("dtype, stage", [("bf16", 0), ("fp16", 2), ("fp32", 1)])
+def test_peft_trains_an_adapter_over_a_frozen_base_as_plain_torch(tmp_path):
+    for rank in plain.start("torch.distributed.run --standalone --nproc-per-node 2", "peft_script.py", tmp_path):
+        assert [row["stage"] for row in rank] == [2, 3]
+        for row in rank:
+            assert row["losses"] == pytest.approx(row["expected"], abs=1e-4)
+            assert row["evaluations"] == pytest.approx([row["evaluations"][0]] * 3, abs=1e-4)
+            assert row["evaluations"][0] < row["untrained"] - 1e-3
+        assert rank[0]["held"] == rank[0]["parameters"] == rank[1]["parameters"] > rank[1]["held"] == 0
+
+
+@pytest.mark.parametrize("dtype, stage", [("bf16", 0), ("fp16", 2), ("fp32", 1), ("fp32", 3)])
 def test_a_script_for_deepspeed_runs_by_the_deepspeed_command(tmp_path, dtype, stage):
     command = pathlib.Path(sys.executable).parent / "deepspeed"
     done = subprocess.run(

@@ -6,6 +6,7 @@ import plain
 import torch
 import torch.distributed as dist
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 RATE, DECAY, WARMUP, ACCUMULATION, STEPS = 5e-3, 0.1, 3, 2, 8
 OPTIMIZER = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
@@ -39,7 +40,9 @@ def train(folder, stage, sections, bf16, seen):
     config = {
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": "auto"}, **sections,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+                              "stage3_param_persistence_threshold": "auto",
+                              "stage3_gather_16bit_weights_on_model_save": True}, **sections,
     }
 
     def collate(rows):
@@ -52,16 +55,17 @@ def train(folder, stage, sections, bf16, seen):
         gradient_accumulation_steps=ACCUMULATION, max_steps=STEPS, learning_rate=RATE, weight_decay=DECAY,
         warmup_steps=WARMUP, lr_scheduler_type="linear", logging_steps=1, save_strategy="no", report_to="none",
         disable_tqdm=True, optim="adamw_torch")
-    model = plain.tiny_llama()
+    model = plain.tiny_llama() if stage < 3 else plain.loaded_llama(folder)  # sharded as it is loaded
     trainer = Trainer(model=model, args=arguments, data_collator=collate, train_dataset=Sequences(64))
     trainer.train()
     steps = [row for row in trainer.state.log_history if "loss" in row]
     evaluated = trainer.evaluate(Sequences(8))["eval_loss"]
     trainer.save_model()
     dist.barrier()
+    unset_hf_deepspeed_config()
     saved = type(model).from_pretrained(folder, dtype=model.dtype)
     return [row["loss"] for row in steps], [row["grad_norm"] for row in steps], str(model.dtype), evaluated, \
-        all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
+        plain.same_weights(saved, model)
 
 
 def decay_everything(model):
@@ -87,8 +91,9 @@ def logarithmic(i):
 
 def main(folder):
     results = []
+    plain.keep_llama(folder)
     for case, (sections, bf16) in CASES.items():
-        for stage in (0, 1, 2):
+        for stage in plain.STAGES:
             seen = []
             losses, norms, dtype, evaluated, saved = train(folder, stage, sections, bf16, seen)
             everyones = [None] * dist.get_world_size()

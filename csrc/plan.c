@@ -5,6 +5,7 @@
 #include "arena.h"
 #include "engine_needs.h"
 #include "spread.h"
+#include "store.h"
 
 #include <math.h>
 #include <string.h>
@@ -27,6 +28,8 @@ struct planner {
     int *param_space;
     size_t *param_segment;
     size_t *largest; /* per space: elements of its largest parameter */
+    /* Per reduce group: what parameters take where they lie. */
+    size_t param_bytes[DSC_REDUCE_MAX], frozen_bytes[DSC_REDUCE_MAX];
 };
 
 static size_t scaled(const struct planner *p, size_t n) {
@@ -104,7 +107,6 @@ static void count_space(const struct planner *p, size_t s, int rank, struct tall
     int n_states = needs.n_states;
     if (job->options->optim == DSC_OPTIM_SGD && job->model.momentum)
         n_states = dsc_optim_info(DSC_OPTIM_SGD)->n_states;
-    t->own[DSC_PLAN_PARAMETERS] += space->n_used * dsc_dtype_size(space->dtype);
     hold(t, DSC_PLAN_MASTERS, needs.master ? array : 0);
     for (int i = 0; i < n_states; i++)
         hold(t, DSC_PLAN_STATES, array);
@@ -132,11 +134,27 @@ static int place_in(const struct dsc_plan_group *group, int rank) {
     return rank / group->stride % group->n_ranks;
 }
 
+/* At stage 3 the ranks of a group have parameters once, in the store; who is alone has the store's
+ * memory for itself, in huge pages. */
+static void count_params(const struct planner *p, size_t g, int rank, struct tally *t) {
+    const struct dsc_plan_group *group = &p->job->reduce[g];
+    bool in_store = p->job->options->stage == 3;
+    size_t *mine = in_store && group->n_ranks > 1 ? t->shared : t->own;
+    size_t n_bytes = p->param_bytes[g] + p->frozen_bytes[g];
+    if (mine == t->shared && place_in(group, rank) != 0)
+        return;
+    if (in_store && mine == t->own)
+        t->own[DSC_PLAN_ROUNDING] += dsc_arena_bytes(n_bytes) - n_bytes;
+    mine[DSC_PLAN_PARAMETERS] += p->param_bytes[g];
+    mine[DSC_PLAN_FROZEN] += p->frozen_bytes[g];
+}
+
 static void count_rank(const struct planner *p, int rank, struct tally *t) {
     const struct dsc_plan_job *job = p->job;
     bool spreads[DSC_REDUCE_MAX] = {false};
     memset(t, 0, sizeof *t);
-    t->own[DSC_PLAN_FROZEN] = scaled(p, job->model.frozen_bytes);
+    for (size_t g = 0; g < job->n_reduce; g++)
+        count_params(p, g, rank, t);
     t->own[DSC_PLAN_BUFFERS] = scaled(p, job->model.buffer_bytes);
     t->own[DSC_PLAN_STAGING] = job->comm_private_bytes;
     t->shared[DSC_PLAN_STAGING] = job->comm_shared_bytes;
@@ -153,16 +171,10 @@ static void count_rank(const struct planner *p, int rank, struct tally *t) {
     }
 }
 
-/* Private bytes in a phase. While a model is cast, its old and new values meet one parameter at a
+/* While a model is cast, or moves to where it lies, old and new values meet one parameter at a
  * time; the core allocates after that. */
-static size_t in_phase(const struct planner *p, const struct tally *t, int phase) {
-    size_t n_bytes = t->grads[phase];
-    for (int k = 0; k < DSC_PLAN_KIND_COUNT; k++)
-        n_bytes += t->own[k];
-    if (phase != DSC_PLAN_INITIALIZE)
-        return n_bytes;
-    const struct dsc_plan_model *model = &p->job->model;
-    return dsc_max(n_bytes, scaled(p, model->given_bytes) + scaled(p, model->cast_bytes));
+static size_t given(const struct planner *p) {
+    return scaled(p, p->job->model.given_bytes) + scaled(p, p->job->model.cast_bytes);
 }
 
 /* ---- all ranks ---- */
@@ -185,7 +197,8 @@ static size_t most_of(const size_t *bytes, size_t n) {
 static void take_rank(const struct planner *p, const struct tally *t, struct dsc_plan *out) {
     size_t phases[DSC_PLAN_PHASE_COUNT];
     for (int phase = 0; phase < DSC_PLAN_PHASE_COUNT; phase++)
-        phases[phase] = in_phase(p, t, phase);
+        phases[phase] = sum_of(t->own, DSC_PLAN_KIND_COUNT) + t->grads[phase];
+    phases[DSC_PLAN_INITIALIZE] = dsc_max(phases[DSC_PLAN_INITIALIZE], given(p));
     for (int k = 0; k < DSC_PLAN_TRAFFIC_COUNT; k++) {
         struct dsc_plan_bytes *most = &out->traffic[k];
         most->times = t->traffic[k].times > most->times ? t->traffic[k].times : most->times;
@@ -213,10 +226,13 @@ static void add_up(const struct planner *p, struct dsc_plan *out) {
             for (int k = 0; k < DSC_PLAN_KIND_COUNT; k++)
                 shared[k] += t.shared[k];
             for (int phase = 0; phase < DSC_PLAN_PHASE_COUNT; phase++)
-                phases[phase] += in_phase(p, &t, phase) + sum_of(t.shared, DSC_PLAN_KIND_COUNT);
+                phases[phase] += sum_of(t.own, DSC_PLAN_KIND_COUNT) + t.grads[phase] +
+                                 sum_of(t.shared, DSC_PLAN_KIND_COUNT);
             for (int k = 0; k < DSC_PLAN_TRAFFIC_COUNT; k++)
                 between[k] += t.traffic[k].between_nodes;
         }
+        phases[DSC_PLAN_INITIALIZE] =
+            dsc_max(phases[DSC_PLAN_INITIALIZE], (size_t)n_local * given(p));
         for (int k = 0; k < DSC_PLAN_TRAFFIC_COUNT; k++)
             out->traffic[k].between_nodes = dsc_max(out->traffic[k].between_nodes, between[k]);
         if (most_of(phases, DSC_PLAN_PHASE_COUNT) <= most_of(out->node_bytes, DSC_PLAN_PHASE_COUNT))
@@ -227,6 +243,20 @@ static void add_up(const struct planner *p, struct dsc_plan *out) {
 }
 
 /* ---- one plan ---- */
+
+static size_t placed(const struct planner *p, size_t n_bytes) {
+    return p->job->options->stage == 3 ? dsc_store_bytes(n_bytes) : n_bytes;
+}
+
+static void place_params(struct planner *p) {
+    const struct dsc_plan_model *model = &p->job->model;
+    for (size_t i = 0; i < model->n_params; i++)
+        p->param_bytes[p->params[i].reduce] +=
+            placed(p, p->params[i].n_elems * dsc_dtype_size(p->params[i].dtype));
+    for (size_t i = 0; i < model->n_frozen; i++)
+        p->frozen_bytes[model->frozen[i].reduce] +=
+            placed(p, scaled(p, model->frozen[i].n_elems) * model->frozen[i].elem_size);
+}
 
 static enum dsc_status lay_out(struct planner *p) {
     const struct dsc_plan_job *job = p->job;
@@ -242,6 +272,7 @@ static enum dsc_status lay_out(struct planner *p) {
         p->params[i] = job->model.params[i];
         p->params[i].n_elems = scaled(p, p->params[i].n_elems);
     }
+    place_params(p);
     DSC_TRY(dsc_space_build(p->params, n, &cutting, &p->spaces, &p->n_spaces, p->param_space,
                             p->param_segment));
     DSC_TRY(dsc_alloc(p->n_spaces * sizeof *p->largest, (void **)&p->largest));
@@ -259,6 +290,10 @@ enum dsc_status dsc_plan_make(const struct dsc_plan_job *job, double scale, stru
                         "%d ranks on %d nodes; allowed: 1 or more nodes with equally many ranks",
                         job->n_ranks, job->n_nodes);
     DSC_TRY(dsc_engine_check_options(job->options));
+    if (job->options->stage == 3 && job->n_nodes > 1)
+        return DSC_FAIL(DSC_ENOTYET,
+                        "a plan of zero_optimization.stage 3 on %d nodes: not yet; allowed: 1 node",
+                        job->n_nodes);
     struct planner p = {.job = job, .scale = scale};
     p.ways = dsc_engine_ways_of(job->options, job->reduce[0].n_ranks, job->n_nodes > 1);
     enum dsc_status status = lay_out(&p);

@@ -43,10 +43,17 @@ struct dsc_plan_group {
     int n_ranks, stride;
 };
 
+struct dsc_plan_frozen {
+    size_t n_elems, elem_size;
+    int reduce;
+};
+
 struct dsc_plan_model {
     const struct dsc_param *params; /* those that are trained, as they are trained; groups unused */
     size_t n_params;
-    size_t frozen_bytes, buffer_bytes;
+    const struct dsc_plan_frozen *frozen; /* parameters that are not */
+    size_t n_frozen;
+    size_t buffer_bytes;
     size_t given_bytes; /* of all parameters and buffers as the model is made, before the cast */
     size_t cast_bytes;  /* of the largest parameter that changes its type; 0: none does */
     double foreign_state_bytes; /* per element, of an optimizer that torch runs */

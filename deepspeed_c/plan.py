@@ -53,18 +53,20 @@ def make_model(path, keywords=None):
     return module
 
 
-def plan(module, config, world_size, nodes=1, memory=None):
+def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
     """What training `module` takes: a dict of numbers.
 
     module: an nn.Module, best on the meta device; it is cast as `initialize` does. config: a _core.Config over
     world_size ranks, which are parallel over data, on `nodes` machines. memory: bytes of a machine that may be used
-    (default: this one's). Keys: those of _core.plan, elements, memory, optimizer. PlanError, ValueError or
-    NotImplementedError where it cannot be trained.
+    (default: this one's). zero_init: the module is made inside zero.Init, so no rank ever holds all of it. Keys: those
+    of _core.plan, elements, memory, optimizer. PlanError, ValueError or NotImplementedError where it cannot be trained.
     """
     if world_size < 1:
         raise PlanError(f"--world-size is {world_size}; allowed: >= 1")
     if nodes < 1 or world_size % nodes:
         raise PlanError(f"--nodes is {nodes} and --world-size {world_size}; allowed: nodes with equally many ranks")
+    if zero_init and config.get("zero_optimization.stage") != 3:
+        raise PlanError(f"--zero-init with zero_optimization.stage {config.get('zero_optimization.stage')}; allowed: 3")
     memory = machine_memory() if memory is None else memory
     given, before = _bytes(module), {p: p.dtype for p in module.parameters()}
     model_setup.cast(module, torch.float16 if config.get("fp16.enabled") else
@@ -72,13 +74,14 @@ def plan(module, config, world_size, nodes=1, memory=None):
     optimizer, trained, said = _optimizer(module, config)
     kind, whole = optimizer_choice.kind_of(optimizer, config.get("zero_optimization.stage"),
                                            config.get("zero_allow_untested_optimizer"))
-    groups, place = _groups(trained, world_size, config.get("use_data_before_expert_parallelism"))
+    groups, place = _groups(module, world_size, config.get("use_data_before_expert_parallelism"))
     known = {id(p) for p in trained.values()}
     frozen = [p for p in module.parameters() if id(p) not in known]
+    buffers = sum(b.nbytes for b in module.buffers())
     staging = 0 if nodes == 1 else STAGING_BYTES
     found = _core.plan(
         config, kind, whole, [_described(name, p, place(p)) for name, p in trained.items()], groups, world_size, nodes,
-        sum(p.nbytes for p in frozen), sum(b.nbytes for b in module.buffers()), given,
+        [(p.numel(), p.element_size(), place(p)) for p in frozen], buffers, buffers if zero_init else given,
         max((p.nbytes for p, dtype in before.items() if p.dtype != dtype), default=0),
         _foreign_state_bytes(config) if kind == "foreign" else 0.0,
         any(group.get("momentum") for group in optimizer.param_groups),
@@ -113,10 +116,10 @@ def _foreign_state_bytes(config):
     return sum(t.nbytes for t in optimizer.state[p].values() if torch.is_tensor(t) and t.dim()) / p.numel()
 
 
-def _groups(trained, world_size, data_first):
+def _groups(module, world_size, data_first):
     """(((ranks, stride), ...) of the reduce groups, a parameter's place among them)."""
     groups, places = [(world_size, 1)], {}
-    for name, p in trained.items():
+    for name, p in module.named_parameters():
         group = getattr(p, "group_name", None)
         if not is_expert(p) or group in places:
             continue
@@ -181,6 +184,7 @@ def _parser():
     parser.add_argument("--world-size", "--world_size", type=int, required=True, metavar="N", help="ranks, all nodes'")
     parser.add_argument("--nodes", type=int, default=1, metavar="M", help="machines (1)")
     parser.add_argument("--memory", type=_size, metavar="BYTES", help="of a machine (this one's)")
+    parser.add_argument("--zero-init", "--zero_init", action="store_true", help="the model is made inside zero.Init")
     parser.add_argument("--json", action="store_true", help="numbers as JSON")
     return parser
 
@@ -240,7 +244,7 @@ def main(arguments=None):
             raise PlanError(f"--world-size is {options.world_size}; allowed: >= 1")
         config = _core.Config(options.config, options.world_size)
         module = make_model(options.model, options.kwargs)
-        found = plan(module, config, options.world_size, options.nodes, options.memory)
+        found = plan(module, config, options.world_size, options.nodes, options.memory, options.zero_init)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -67,14 +67,15 @@ CASES = [("awkward", models.config(stage, dtype, gas, zero={"overlap_comm": over
                                                             ("bf16", 1, True))]
 CASES += [("awkward", models.config(stage, dtype, optimizer=optimizer)) for optimizer in OPTIMIZERS.values()
           for stage, dtype in ((0, "fp32"), (2, "fp16"))]
-CASES += [("mixed", models.config(stage)) for stage in (0, 1, 2)]
+CASES += [("awkward", models.config(3, dtype, gas)) for dtype, gas in (("fp32", 1), ("bf16", 2))]
+CASES += [("mixed", models.config(stage)) for stage in (0, 2, 3)]
 CASES += [("awkward", models.config(1, "bf16", 2, bf16={"enabled": True, "bf16_master_weights_and_grads": True}))]
-WITH_EXPERTS = [("experts", models.config(stage, dtype)) for stage in (0, 1, 2) for dtype in ("fp32", "bf16")]
+WITH_EXPERTS = [("experts", models.config(stage, dtype)) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
 
 
 def held(rank, world, cases):
-    """(private bytes, bytes of states that torch's optimizer keeps, shared bytes, padding) that an engine says it
-    holds, after a step where something comes with it."""
+    """(private bytes, bytes of states that torch's optimizer keeps, shared bytes, padding, bytes of parameters in
+    stores) that an engine says it holds, after a step where something comes with it."""
     torch.set_num_threads(1)
     found = []
     for kind, config in cases:
@@ -86,7 +87,10 @@ def held(rank, world, cases):
         foreign = config["optimizer"]["type"] == "RMSprop"
         states = sum(t.nbytes for state in engine.basic_optimizer.state.values() if foreign
                      for t in state.values() if torch.is_tensor(t) and t.dim())
-        found.append((counters["private_bytes"], states, counters["shared_bytes"], 4 * counters["padded_elems"]))
+        homes = engine._shards._homes if engine._shards is not None else ()
+        stored = sum(home._store.counters()["n_bytes"] for home in homes if home.comm.rank == 0)
+        padding = 4 * counters["padded_elems"]
+        found.append((counters["private_bytes"], states, counters["shared_bytes"], padding, stored))
         engine.destroy()
     return found
 
@@ -105,14 +109,16 @@ def compare(per_rank, cases, world, nodes=1):
         planned_bytes = sum(found["private"][k] for k in HELD) - of_comm
         # torch's states have no padding.
         assert 0 <= planned_bytes - (mine[0] + mine[1]) <= (mine[3] if mine[1] else 0), (kind, config)
-        assert all(found["shared"][k] == 0 for k in found["shared"] if k not in HELD)
+        parameters = sum(found["private"][k] * world + found["shared"][k] for k in ("parameters", "frozen parameters"))
+        assert config["zero_optimization"]["stage"] < 3 or parameters == sum(rank[i][4] for rank in per_rank)
         sums, staging = found["shared"]["reduced sums"], found["shared"]["staging"]
         assert sums <= sum(rank[i][2] for rank in per_rank) <= sums + staging, (kind, config)
 
 
 @pytest.mark.parametrize("world", [1, 3])
 def test_what_is_planned_is_what_the_engine_holds(ranks, world):
-    compare(ranks(world, held, CASES), CASES, world)
+    cases = CASES if world > 1 else CASES[::4]
+    compare(ranks(world, held, cases), cases, world)
 
 
 def test_plans_with_experts(ranks):
@@ -120,21 +126,21 @@ def test_plans_with_experts(ranks):
 
 
 def test_plans_where_ranks_share_no_memory(ranks):
-    cases = [case for case in CASES if not case[1]["zero_optimization"].get("overlap_comm")]
+    cases = [(kind, config) for kind, config in CASES
+             if config["zero_optimization"]["stage"] < 3 and not config["zero_optimization"].get("overlap_comm")]
     compare(ranks(2, held, cases, env=FORCED), cases, 2, nodes=2)
 
 
 def resident(rank, world, cases):
-    """What the kernel counts for this rank, with its part of shared memory: after initialize, where gradients are
-    there, and after a step."""
+    """What the kernel counts for this rank, with its part of shared memory: where gradients are there, and after a
+    step."""
     torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):  # what torch's kernels keep for themselves
-        layer = nn.Linear(test_memory.WIDTH, test_memory.WIDTH, dtype=dtype)
-        layer(torch.ones(2, test_memory.WIDTH, dtype=dtype)).sum().backward()
-    del layer
-    warm, *_ = deepspeed.initialize(model=nn.Linear(2, 2), config=models.config())
-    warm.backward(warm(torch.ones(1, 2)).sum())
-    warm.step()
+    for dtype in "fp32", "bf16":  # what torch and the communicator keep for themselves
+        warm = deepspeed.initialize(model=models.grown(test_memory.WIDTH), config=models.config(0, dtype))[0]
+        warm.backward(warm(torch.ones(2, test_memory.WIDTH, dtype=models.DTYPES[dtype])).sum())
+        warm.step()
+        warm.destroy()
+    del warm
     found = []
     for config in cases:
         test_memory.trimmed_kib()
@@ -148,10 +154,14 @@ def resident(rank, world, cases):
                 engine.step()
             else:
                 engine.backward(engine(x))
+            deepspeed.comm.barrier()  # who has touched shared memory counts his part of it
             test_memory.trimmed_kib()
             sizes.append(1024 * (sum(test_memory.private_kib()) - before))
-        found.append(sizes)
-        deepspeed.comm.barrier()  # until then others have their part of what is shared
+        # Slots beyond those that are there from the start: this rank was ahead.
+        slots = engine._core.counters()["shared_bytes"] - 4 * test_memory.N_ELEMS // world - (16 << 20)
+        early = world > 1 and config["zero_optimization"]["stage"] > 1
+        found.append([size - (max(slots, 0) if early else 0) for size in sizes])
+        deepspeed.comm.barrier()
         engine.destroy()
         del engine, module
     return found
@@ -159,8 +169,8 @@ def resident(rank, world, cases):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_kernel_agrees_within_two_percent(ranks, world):
-    cases = [models.config(stage, dtype)
-             for stage, dtype in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"))[:4 if world > 1 else 2]]
+    stages = ((3, "bf16"), (1, "bf16"), (2, "fp32"), (0, "fp32")) if world > 1 else ((3, "fp32"), (0, "bf16"))
+    cases = [models.config(stage, dtype) for stage, dtype in stages]
     per_rank = ranks(world, resident, cases)
     for i, config in enumerate(cases):
         with torch.device("meta"):

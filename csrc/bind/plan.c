@@ -15,6 +15,26 @@ static enum dsc_dtype dtype_named(const char *name) {
     return (enum dsc_dtype)DSC_TRAIN_DTYPE_COUNT;
 }
 
+/* [(n_elems, bytes of one, reduce group), ...] */
+static int read_frozen(PyObject *list, size_t n_reduce, struct dsc_plan_frozen *frozen) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
+        Py_ssize_t n_elems, elem_size;
+        int reduce;
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "nni:frozen", &n_elems, &elem_size,
+                              &reduce))
+            return -1;
+        if (n_elems < 0 || elem_size < 1 || reduce < 0 || reduce >= (int)n_reduce) {
+            PyErr_Format(PyExc_ValueError,
+                         "frozen[%zd] is (%zd, %zd, %d); allowed: a number of elements, the bytes "
+                         "of one, and one of %zu groups",
+                         i, n_elems, elem_size, reduce, n_reduce);
+            return -1;
+        }
+        frozen[i] = (struct dsc_plan_frozen){(size_t)n_elems, (size_t)elem_size, reduce};
+    }
+    return 0;
+}
+
 /* [(n_elems, dtype, reduce group), ...] */
 static int read_params(PyObject *list, size_t n_reduce, struct dsc_param *params) {
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); i++) {
@@ -108,67 +128,85 @@ out:
 
 PyDoc_STRVAR(
     plan_doc,
-    "plan(config, optimizer, whole, params, groups, n_ranks, n_nodes, frozen_bytes, buffer_bytes,\n"
+    "plan(config, optimizer, whole, params, groups, n_ranks, n_nodes, frozen, buffer_bytes,\n"
     "     given_bytes, cast_bytes, foreign_state_bytes, momentum, comm_bytes, n_bytes) -> dict\n\n"
     "Bytes that training takes. optimizer, whole: as Engine has them. params: list of (elements,\n"
     "'fp32', 'bf16' or 'fp16', reduce group) of what is trained. groups: ((ranks, stride), ...);\n"
-    "the first has all ranks. given_bytes: of the model as it is made; cast_bytes: of the largest\n"
+    "the first has all ranks. frozen: list of (elements, bytes of one, reduce group). given_bytes: "
+    "of the model as it is made; cast_bytes: of the largest\n"
     "parameter that is cast. foreign_state_bytes: per element. comm_bytes: (private, shared) of a\n"
     "rank's communicator. n_bytes: of a node; `scale` is by what every tensor can grow to fill "
     "it.\n"
     "The dict: private (fullest rank) and shared (fullest node) {kind: bytes}, rank and node\n"
     "{phase: bytes}, traffic {what: {times, sent, received, between nodes}} of a step, scale.");
 
+/* Fills what points to `params` and `frozen`, which the caller frees. */
+static int read_model(struct dsc_plan_job *job, PyObject *params, PyObject *frozen,
+                      struct dsc_param **param_list, struct dsc_plan_frozen **frozen_list) {
+    struct dsc_plan_model *model = &job->model;
+    model->n_params = (size_t)PyList_GET_SIZE(params);
+    model->n_frozen = (size_t)PyList_GET_SIZE(frozen);
+    if (dsc_alloc(model->n_params * sizeof **param_list, (void **)param_list) != DSC_OK ||
+        dsc_alloc(model->n_frozen * sizeof **frozen_list, (void **)frozen_list) != DSC_OK) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    model->params = *param_list;
+    model->frozen = *frozen_list;
+    return read_params(params, job->n_reduce, *param_list) < 0 ||
+                   read_frozen(frozen, job->n_reduce, *frozen_list) < 0
+               ? -1
+               : 0;
+}
+
+static PyObject *make(struct dsc_bind_state *state, const struct dsc_plan_job *job,
+                      size_t n_bytes) {
+    struct dsc_plan made;
+    double scale;
+    enum dsc_status status = dsc_plan_make(job, 1.0, &made);
+    if (status == DSC_OK)
+        status = dsc_plan_fit(job, n_bytes, &scale);
+    return status == DSC_OK ? dict_of(&made, scale) : dsc_bind_raise(state, status);
+}
+
 static PyObject *plan(PyObject *module, PyObject *args, PyObject *kwargs) {
     static char *keys[] = {"config",       "optimizer",   "whole",      "params",
-                           "groups",       "n_ranks",     "n_nodes",    "frozen_bytes",
+                           "groups",       "n_ranks",     "n_nodes",    "frozen",
                            "buffer_bytes", "given_bytes", "cast_bytes", "foreign_state_bytes",
                            "momentum",     "comm_bytes",  "n_bytes",    NULL};
     struct dsc_bind_state *state = dsc_bind_module_state(module);
-    PyObject *config, *params, *groups; /* borrowed from args */
+    PyObject *config, *params, *groups, *frozen; /* borrowed from args */
     const char *optimizer;
     int whole, momentum;
-    Py_ssize_t frozen, buffers, given, cast, comm_private, comm_shared, n_bytes;
+    Py_ssize_t n_bytes;
+    enum dsc_optim_kind kind;
     struct dsc_plan_job job = {0};
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OspO!O!iinnnndp(nn)n:plan", keys, &config,
+    struct dsc_plan_model *model = &job.model;
+    _Static_assert(sizeof(Py_ssize_t) == sizeof(size_t), "bytes are read as Py_ssize_t");
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OspO!O!iiO!nnndp(nn)n:plan", keys, &config,
                                      &optimizer, &whole, &PyList_Type, &params, &PyTuple_Type,
-                                     &groups, &job.n_ranks, &job.n_nodes, &frozen, &buffers, &given,
-                                     &cast, &job.model.foreign_state_bytes, &momentum,
-                                     &comm_private, &comm_shared, &n_bytes))
+                                     &groups, &job.n_ranks, &job.n_nodes, &PyList_Type, &frozen,
+                                     &model->buffer_bytes, &model->given_bytes, &model->cast_bytes,
+                                     &model->foreign_state_bytes, &momentum,
+                                     &job.comm_private_bytes, &job.comm_shared_bytes, &n_bytes))
         return NULL;
     const struct dsc_config *core_config = dsc_bind_config(state, config);
-    enum dsc_optim_kind kind;
     if (!core_config || read_groups(groups, &job) < 0)
         return NULL;
     if (dsc_optim_find(optimizer, &kind) != DSC_OK)
         return dsc_bind_raise(state, DSC_EINVAL);
-    struct dsc_param *list = NULL;
-    size_t n = (size_t)PyList_GET_SIZE(params);
-    if (dsc_alloc(n * sizeof *list, (void **)&list) != DSC_OK)
-        return dsc_bind_raise(state, DSC_ENOMEM);
     struct dsc_engine_options options =
         dsc_bind_engine_options(core_config, kind, whole, 1, 0, job.reduce[0].n_ranks);
     job.options = &options;
     job.n_micro_steps = (uint64_t)core_config->gradient_accumulation_steps;
-    job.model = (struct dsc_plan_model){list,
-                                        n,
-                                        (size_t)frozen,
-                                        (size_t)buffers,
-                                        (size_t)given,
-                                        (size_t)cast,
-                                        job.model.foreign_state_bytes,
-                                        momentum};
-    job.comm_private_bytes = (size_t)comm_private, job.comm_shared_bytes = (size_t)comm_shared;
+    model->momentum = momentum;
+    struct dsc_param *param_list = NULL;
+    struct dsc_plan_frozen *frozen_list = NULL;
     PyObject *result = NULL;
-    struct dsc_plan made;
-    double scale = 0;
-    if (read_params(params, job.n_reduce, list) == 0) {
-        enum dsc_status status = dsc_plan_make(&job, 1.0, &made);
-        if (status == DSC_OK)
-            status = dsc_plan_fit(&job, (size_t)n_bytes, &scale);
-        result = status == DSC_OK ? dict_of(&made, scale) : dsc_bind_raise(state, status);
-    }
-    dsc_free(list);
+    if (read_model(&job, params, frozen, &param_list, &frozen_list) == 0)
+        result = make(state, &job, (size_t)n_bytes);
+    dsc_free(param_list);
+    dsc_free(frozen_list);
     return result;
 }
 

@@ -7,6 +7,7 @@ import torch
 
 from deepspeed_c.moe.layer import MoE
 from deepspeed_c.reduction import is_expert as is_moe_param
+from deepspeed_c.whole import whole
 
 __all__ = ["configure_moe_param_groups", "has_moe_layers", "is_moe_param", "is_moe_param_group",
            "split_params_grads_into_shared_and_expert_params",
@@ -76,11 +77,12 @@ def _chunks(params, max_elements):
     """Consecutive parts of at most max_elements elements, none empty."""
     chunks, size = [], 0
     for p in params:
-        if not chunks or (max_elements is not None and size + p.numel() > max_elements):
+        n_elems = whole(p).numel()
+        if not chunks or (max_elements is not None and size + n_elems > max_elements):
             chunks.append([])
             size = 0
         chunks[-1].append(p)
-        size += p.numel()
+        size += n_elems
     return chunks
 
 

@@ -7,6 +7,7 @@
 #include "alloc.h"
 
 #include <signal.h>
+#include <unistd.h>
 
 enum { N_PIECES = 6 };
 static const size_t piece_bytes[N_PIECES] = {1, 64, 4000, 63, 1 << 20, 130};
@@ -45,8 +46,7 @@ static void shares(struct dsc_comm *comm, int rank, void *arg) {
     struct dsc_store *store;
     struct pieces pieces;
     int size = dsc_comm_size(comm);
-    (void)arg;
-    CHECK_OK(dsc_store_open(comm, NULL, &store));
+    CHECK_OK(dsc_store_open(comm, arg, &store)); /* a folder, or NULL */
     take_all(store, &pieces);
     CHECK_OK(dsc_comm_barrier(comm, "before"));
     for (int k = rank; k < N_PIECES; k += size)
@@ -68,6 +68,35 @@ static void pieces_are_one_memory_on_all_ranks(void) {
     CHECK_OK(dsc_comm_open_self(&options, &self));
     shares(self, 0, NULL);
     dsc_comm_close(self);
+    CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
+}
+
+static void slabs_may_be_files(void) {
+    char folder[] = "/var/tmp/dsc_test_XXXXXX";
+    struct dsc_comm *self;
+    struct dsc_comm_options options = {.timeout_s = 5};
+    CHECK(mkdtemp(folder));
+    run_threads(3, 5, false, shares, folder);
+    CHECK_OK(dsc_comm_open_self(&options, &self));
+    shares(self, 0, folder);
+    dsc_comm_close(self);
+    CHECK_EQ_INT(rmdir(folder), 0);
+    CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
+}
+
+static void no_file(struct dsc_comm *comm, int rank, void *arg) {
+    struct dsc_store *store;
+    struct dsc_slab *slab;
+    void *memory;
+    CHECK_OK(dsc_store_open(comm, arg, &store));
+    CHECK_EQ_INT(dsc_store_take(store, 1, &slab, &memory), DSC_EIO);
+    CHECK(strstr(dsc_last_error(), rank == 0 ? "/dev/null" : "rank 0 has no file"));
+    CHECK_OK(dsc_comm_barrier(comm, "nothing is broken"));
+    dsc_store_close(store);
+}
+
+static void ranks_fail_together_where_there_is_no_file(void) {
+    run_threads(3, 5, false, no_file, "/dev/null");
     CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
 }
 
@@ -255,6 +284,8 @@ static void a_forked_child_reads_what_its_parent_has(void) {
 
 static const struct test_case cases[] = {
     CASE(pieces_are_one_memory_on_all_ranks),
+    CASE(slabs_may_be_files),
+    CASE(ranks_fail_together_where_there_is_no_file),
     CASE(a_piece_may_be_larger_than_a_slab),
     CASE(pieces_outlive_store_and_communicator),
     CASE(many_stores_leave_no_descriptor_and_no_mapping),

@@ -1,4 +1,5 @@
 """Fetching where ranks share no memory: parts of many tensors in one operation, and when (ZeRO-3 over `delegate`)."""
+import copy
 import os
 
 import models
@@ -230,6 +231,82 @@ def test_activation_checkpointing_changes_no_bit(ranks):
     assert ranks(2, checkpointed) == [[]] * 2
 
 
+# ---- what a script does with parameters ----
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(10, 20), torch.nn.Linear(20, 20)
+        self.frozen = torch.nn.Linear(20, 20).requires_grad_(False)
+        self.c = torch.nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.c(self.frozen(torch.relu(self.b(torch.relu(self.a(x)))))).square().mean()
+
+
+def pair():
+    """Engines at stages 2 and 3 over equal networks; the second one's was made under zero.Init."""
+    torch.manual_seed(0)
+    whole = Net()
+    torch.manual_seed(0)
+    config = models.config(3, zero={"stage3_param_persistence_threshold": 0})
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        sharded = Net()
+    assert all(p.shape == (0,) for p in sharded.parameters())
+    return [deepspeed.initialize(model=module, model_parameters=module.parameters(), config=of)[0]
+            for module, of in ((whole, models.config(2)), (sharded, config))]
+
+
+def same_values(whole, sharded):
+    values = zip(whole.state_dict().values(), sharded.state_dict().values(), strict=True)
+    return all(torch.equal(p, q) for p, q in values)
+
+
+def used(rank, world):
+    opened(rank, world)
+    engines = pair()
+    whole, sharded = (engine.module for engine in engines)
+
+    def train(step):
+        for engine in engines:
+            x = torch.randn(4, 10, generator=torch.Generator().manual_seed(step * 7 + rank))
+            engine.backward(engine(x))
+            engine.step()
+            engine.empty_partition_cache()
+        assert same_values(whole, copy.deepcopy(sharded)), step
+
+    train(0)
+    with deepspeed.zero.GatheredParameters([sharded.a.weight], modifier_rank=1):
+        if rank == 1:
+            sharded.a.weight.data.mul_(2)
+    with torch.no_grad():
+        whole.a.weight.mul_(2)
+    train(1)
+    failing = sharded.b.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engines[1](torch.ones(4, 10))
+    failing.remove()
+    assert all(p.shape == (0,) for p in sharded.parameters())
+    for module in (whole, sharded):
+        module.b.bias = torch.nn.Parameter(torch.full((20,), 0.5))
+    train(2)
+    for engine in engines:
+        engine.eval()
+    with torch.no_grad():
+        x = torch.ones(4, 10)
+        assert torch.equal(whole(x), sharded(x))
+    assert torch.equal(deepspeed.utils.safe_get_full_fp32_param(sharded.a.weight), whole.a.weight)
+    engines[1].destroy()
+    assert type(sharded.a.weight) is torch.nn.Parameter and sharded.a.weight.shape == (20, 10)
+    return same_values(whole, sharded)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_what_a_script_does_with_parameters_changes_no_bit(ranks, n):
+    assert ranks(n, used) == [True] * n
+
+
 # ---- ranks that differ ----
 
 
@@ -245,9 +322,8 @@ def diverges(rank, world, how):
                 module.layers = module.layers[1:]
             elif how == "another order":
                 module.layers = torch.nn.ModuleList(reversed(module.layers))
-            elif how == "stops":
-                engine.eval()
-                torch.distributed.barrier()
+            else:
+                deepspeed.comm.barrier()
         engine.backward(engine(torch.ones(2, WIDTH) + rank))
         engine.step()
 

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import deepspeed_c as deepspeed
+from deepspeed_c import utils
 from deepspeed_c.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 
 
 def config(stage=0, dtype="fp32", gas=1, optimizer=None, **more):
     out = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": gas, "gradient_clipping": 0,
-           "zero_optimization": {"stage": stage, "reduce_bucket_size": 2000},
+           "zero_optimization": {"stage": stage, "reduce_bucket_size": 2000,
+                                 "stage3_param_persistence_threshold": 0},
            "optimizer": optimizer or {"type": "SGD", "params": {"lr": 0.5}}}
     if dtype != "fp32":
         out[dtype] = {"enabled": True, **({"loss_scale": 8} if dtype == "fp16" else {})}
@@ -429,6 +431,11 @@ def test_memory_breakdown_and_dump_state(lines):
 # ---- full gradients ----
 
 
+def values_of(module):
+    with deepspeed.zero.GatheredParameters(module.parameters()):
+        return [p.detach().clone() for p in module.parameters()]
+
+
 def reads_and_sets(rank, world, stage, dtype, overlap):
     settings = config(stage, dtype, gas=2)
     settings["zero_optimization"]["overlap_comm"] = overlap
@@ -444,7 +451,7 @@ def reads_and_sets(rank, world, stage, dtype, overlap):
             again = [safe_get_full_grad(p) for p in engine.module.parameters()]
             assert all(torch.equal(a, b) for a, b in zip(grads, again))
         engine.step()
-        outs.append([p.detach().clone() for p in engine.module.parameters()])
+        outs.append(values_of(engine.module))
         engine.destroy()
     assert all(torch.equal(a, b) for a, b in zip(*outs)), "looking changed the step"
     engine, *_ = deepspeed.initialize(model=net(), config=config(stage, dtype, zero_optimization={
@@ -461,7 +468,7 @@ def reads_and_sets(rank, world, stage, dtype, overlap):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("stage, overlap", [(0, False), (0, True), (1, False), (1, True), (2, False)])
+@pytest.mark.parametrize("stage, overlap", [(0, False), (0, True), (1, False), (1, True), (2, False), (3, False)])
 def test_full_gradients_are_what_the_step_uses_and_can_be_replaced(ranks, stage, overlap, dtype):
     one, two = ranks(2, reads_and_sets, stage, dtype, overlap)
     assert one == two
@@ -479,33 +486,78 @@ def states(rank, world, stage, dtype, kind):
     from deepspeed_c.utils import safe_get_local_fp32_param as local
     from deepspeed_c.utils import safe_set_full_fp32_param
     from deepspeed_c.utils import safe_set_full_optimizer_state as put
+    from deepspeed_c.utils import safe_set_local_fp32_param as set_local
     settings = config(stage, dtype, optimizer={"type": kind, "params": {"lr": 0.1}})
     engine, *_ = deepspeed.initialize(model=net(), config=settings)
     engine.backward(loss_of(engine, batch(rank, 0)))
     engine.step()
     p = engine.module[0].weight
     m = get(p, "exp_avg")
-    assert m.shape == p.shape and m.abs().sum() > 0
+    assert m.shape == (40, 12) and m.abs().sum() > 0
     put(p, m * 2, "exp_avg")
     assert torch.equal(get(p, "exp_avg"), m * 2)
     master = safe_get_full_fp32_param(p)
     safe_set_full_fp32_param(p, master + 1)
-    assert torch.equal(safe_get_full_fp32_param(p), master + 1) and torch.equal(p, (master + 1).to(p.dtype))
+    assert torch.equal(safe_get_full_fp32_param(p), master + 1)
+    assert torch.equal(values_of(engine.module)[0], (master + 1).to(p.dtype))
     with pytest.raises(ValueError, match="optim_state_key is 'exp_avgg'"):
         get(p, "exp_avgg")
     with pytest.raises(ValueError, match=r"shape \(3,\)"):
         safe_set_full_fp32_param(p, torch.zeros(3))
     part = local(p)
+    if part is not None:
+        set_local(p, part + 1)
+        assert torch.equal(local(p), part + 1)
+    torch.distributed.barrier()
+    assert torch.equal(safe_get_full_fp32_param(p), master + 1 + 1)
     assert safe_get_full_fp32_param(torch.nn.Parameter(torch.zeros(2))) is None
     return m.tolist(), 0 if part is None else part.numel()
 
 
 @pytest.mark.parametrize("kind", ["Adam", "NAdam"])  # the core's, torch's
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_masters_and_states_by_parameter(ranks, stage, dtype, kind):
     (m0, n0), (m1, n1) = ranks(2, states, stage, dtype, kind)
     assert m0 == m1 and (n0 + n1 == 480 if stage else n0 == n1 == 480)
+
+
+@pytest.mark.parametrize("dtype, kind", [("fp32", "Adam"), ("bf16", "NAdam")])
+def test_masters_and_states_over_a_delegate_at_stage_3(ranks, dtype, kind):
+    (m0, n0), (m1, n1) = ranks(2, states, 3, dtype, kind, env={"DSC_COMM_BACKEND": "delegate"})
+    assert m0 == m1 and n0 + n1 == 480
+
+
+def test_full_gradients_over_a_delegate_at_stage_3_are_those_over_shared_memory(ranks):
+    over = ranks(2, reads_and_sets, 3, "fp32", False, env={"DSC_COMM_BACKEND": "delegate"})
+    assert over == ranks(2, reads_and_sets, 3, "fp32", False)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_by_parameter_on_one_rank_at_stage_3(dtype):
+    model = net()
+    model[2].bias.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=config(3, dtype, gas=2))
+    p, frozen = model[0].weight, model[2].bias
+    engine.backward(loss_of(engine, batch(0, 0)))
+    engine.step()
+    engine.backward(loss_of(engine, batch(0, 1)))
+    assert p.shape == (0,) and safe_get_full_grad(p).shape == (40, 12)
+    for value in (torch.ones(40, 12), torch.full((40, 12), 2.0)):
+        safe_set_full_grad(p, value)
+        assert torch.equal(safe_get_full_grad(p), value)
+    utils.safe_set_local_grad(p, torch.full((480,), 3.0))
+    utils.safe_update_full_grad_vectorized([p, frozen], lambda grad, param: grad + 1)
+    assert torch.equal(safe_get_full_grad(p), torch.full((40, 12), 4.0))
+    before = safe_get_full_fp32_param(p)
+    engine.step()
+    assert torch.equal(safe_get_full_fp32_param(p), before - 0.5 * 4)
+    for kind in ("full_fp32_param", "full_grad", "local_fp32_param", "local_grad"):
+        assert getattr(utils, f"safe_get_{kind}")(frozen) is None
+    assert utils.safe_get_full_optimizer_state(frozen, "momentum_buffer") is None
+    with pytest.raises(ValueError, match=r"no engine trains this parameter \(5,\)"):
+        utils.safe_set_full_fp32_param(frozen, torch.zeros(5))
+    engine.destroy()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

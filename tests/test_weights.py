@@ -221,9 +221,11 @@ def loaded_again(engine, rank, dtype, expected):
     return wrong + ([] if 0 < moved.abs().max() < 0.1 else ["the master did not follow"])
 
 
-@pytest.mark.parametrize("dtype, threshold", [("fp32", 0), ("bf16", 0), ("bf16", 5)])
-def test_the_consolidated_state_dict_is_whole_on_rank_0_and_loads_again(ranks, dtype, threshold):
-    assert ranks(2, consolidated, dtype, threshold) == [["frozen.bias", "frozen.weight"], []]
+@pytest.mark.parametrize("dtype, threshold, backend", [("fp32", 0, "shm"), ("bf16", 5, "shm"), ("bf16", 0, "delegate"),
+                                                       ("fp32", 5, "delegate")])
+def test_the_consolidated_state_dict_is_whole_on_rank_0_and_loads_again(ranks, dtype, threshold, backend):
+    wrong = ranks(2, consolidated, dtype, threshold, env={"DSC_COMM_BACKEND": backend})
+    assert wrong == [["frozen.bias", "frozen.weight"], []]
 
 
 @pytest.mark.parametrize("threshold", [0, 5])

@@ -46,6 +46,14 @@ struct dsc_fetch {
     struct dsc_fetch_plan plan;
 };
 
+/* What is in use is gathered whatever the limits say; what stays, or comes early, obeys them. */
+size_t dsc_fetch_most(const struct dsc_fetch_limits *limits, size_t total, size_t kept,
+                      size_t used) {
+    size_t needed = dsc_min(kept + used, total);
+    size_t idle = dsc_min(limits->ahead, total) + dsc_min(limits->reuse, total);
+    return dsc_min(total, dsc_max(needed, dsc_min(limits->live, needed + idle)));
+}
+
 /* ---- life ---- */
 
 enum dsc_status dsc_fetch_open(const struct dsc_fetch_limits *limits, struct dsc_fetch **out) {

@@ -22,6 +22,11 @@ struct dsc_fetch_limits {
     size_t reuse; /* elements fetched until a parameter is used again, up to which it stays */
 };
 
+/* The most elements that are ever gathered, of `total` with `kept` among them, where no use needs
+ * more than `used` others at a time. */
+size_t dsc_fetch_most(const struct dsc_fetch_limits *limits, size_t total, size_t kept,
+                      size_t used);
+
 /* Valid until the next call. */
 struct dsc_fetch_plan {
     const size_t *drop, *now, *ahead;

@@ -12,9 +12,10 @@
 
 /* One rank's bytes. */
 struct tally {
-    size_t own[DSC_PLAN_KIND_COUNT];    /* private; gradients: unused */
+    size_t own[DSC_PLAN_KIND_COUNT];    /* private; what comes and goes: unused */
     size_t shared[DSC_PLAN_KIND_COUNT]; /* its part of what the node shares */
-    size_t grads[DSC_PLAN_PHASE_COUNT];
+    size_t file[DSC_PLAN_KIND_COUNT];
+    size_t grads[DSC_PLAN_PHASE_COUNT], gathered[DSC_PLAN_PHASE_COUNT]; /* come and go */
     struct dsc_plan_bytes traffic[DSC_PLAN_TRAFFIC_COUNT];
 };
 
@@ -28,9 +29,15 @@ struct planner {
     int *param_space;
     size_t *param_segment;
     size_t *largest; /* per space: elements of its largest parameter */
-    /* Per reduce group: what parameters take where they lie. */
+    /* Per reduce group: what parameters take where they lie; of all, elements and bytes. */
     size_t param_bytes[DSC_REDUCE_MAX], frozen_bytes[DSC_REDUCE_MAX];
+    size_t whole_elems[DSC_REDUCE_MAX], whole_bytes[DSC_REDUCE_MAX];
 };
+
+/* At stage 3 a group's parameters are in parts where its ranks share no memory, else in a store. */
+static bool in_parts(const struct planner *p, int reduce) {
+    return p->job->options->stage == 3 && p->ways.remote && p->job->reduce[reduce].n_ranks > 1;
+}
 
 static size_t scaled(const struct planner *p, size_t n) {
     return p->scale == 1.0 ? n : (size_t)llround((double)n * p->scale);
@@ -107,9 +114,15 @@ static void count_space(const struct planner *p, size_t s, int rank, struct tall
     int n_states = needs.n_states;
     if (job->options->optim == DSC_OPTIM_SGD && job->model.momentum)
         n_states = dsc_optim_info(DSC_OPTIM_SGD)->n_states;
-    hold(t, DSC_PLAN_MASTERS, needs.master ? array : 0);
-    for (int i = 0; i < n_states; i++)
-        hold(t, DSC_PLAN_STATES, array);
+    if (needs.n_filed > 0) {
+        t->file[DSC_PLAN_MASTERS] += dsc_swap_file_bytes(n, needs.master);
+        t->file[DSC_PLAN_STATES] += dsc_swap_file_bytes(n, needs.n_filed - needs.master);
+        hold(t, DSC_PLAN_STAGING, dsc_swap_private_bytes(n, needs.n_filed, needs.n_buffers));
+    } else {
+        hold(t, DSC_PLAN_MASTERS, needs.master ? array : 0);
+        for (int i = 0; i < n_states; i++)
+            hold(t, DSC_PLAN_STATES, array);
+    }
     if (needs.grads) {
         hold(t, DSC_PLAN_SUMS, array);
         t->own[DSC_PLAN_STATES] += (size_t)llround((double)n * job->model.foreign_state_bytes);
@@ -119,6 +132,9 @@ static void count_space(const struct planner *p, size_t s, int rank, struct tall
     count_grads(p, &needs, s, t);
     if (!needs.shared)
         return;
+    struct dsc_parts it = dsc_parts(space, dsc_space_owned(space, rank));
+    while (in_parts(p, space->reduce) && dsc_parts_next(&it))
+        t->own[DSC_PLAN_PARAMETERS] += dsc_range_size(it.part) * dsc_dtype_size(space->dtype);
     struct dsc_bucket_sizes sizes = dsc_bucket_sizes_of(space, rank, &needs.buckets);
     hold(t, DSC_PLAN_SUMS, dsc_range_size(sizes.held) * sizeof(float));
     for (int i = 0; i < 2; i++) /* to send from, and to receive in */
@@ -134,8 +150,39 @@ static int place_in(const struct dsc_plan_group *group, int rank) {
     return rank / group->stride % group->n_ranks;
 }
 
-/* At stage 3 the ranks of a group have parameters once, in the store; who is alone has the store's
- * memory for itself, in huge pages. */
+static size_t share_of(size_t bytes, size_t part, size_t whole) {
+    return whole == 0 ? 0 : (size_t)llround((double)bytes * ((double)part / (double)whole));
+}
+
+/* Parameters in parts: what is gathered at most, and how it travels. What stays from one use to the
+ * next travels once per step, else before each forward and each backward pass. */
+static void count_gathered(const struct planner *p, size_t g, struct tally *t) {
+    const struct dsc_plan_job *job = p->job;
+    const struct dsc_plan_group *group = &job->reduce[g];
+    size_t all = p->whole_elems[g], bytes = p->whole_bytes[g];
+    size_t kept = dsc_min(scaled(p, group->kept_elems), all);
+    size_t forward = dsc_fetch_most(&job->fetch, all, kept, scaled(p, group->forward_elems));
+    size_t backward = dsc_fetch_most(&job->fetch, all, kept, scaled(p, group->backward_elems));
+    for (int phase = 0; phase < DSC_PLAN_PHASE_COUNT; phase++)
+        t->gathered[phase] += share_of(bytes, kept, all);
+    t->gathered[DSC_PLAN_FORWARD] += share_of(bytes, forward - kept, all);
+    t->gathered[DSC_PLAN_BACKWARD] += share_of(bytes, backward - kept, all);
+    t->own[DSC_PLAN_FROZEN] += p->frozen_bytes[g];
+
+    uint64_t times = forward == all && job->fetch.reuse >= all ? 1 : 2 * job->n_micro_steps;
+    size_t n_ranks = (size_t)group->n_ranks;
+    size_t n_nodes = dsc_min((size_t)job->n_nodes, n_ranks), n_local = (size_t)job->n_ranks;
+    n_local /= (size_t)job->n_nodes;
+    size_t moved = share_of(bytes, kept, all) + times * share_of(bytes, all - kept, all);
+    struct dsc_plan_bytes *gather = &t->traffic[DSC_PLAN_GATHER];
+    gather->times = times > gather->times ? times : gather->times;
+    gather->sent += moved / n_ranks * (n_ranks - 1);
+    gather->received += moved / n_ranks * (n_ranks - 1);
+    gather->between_nodes += moved / n_nodes * (n_nodes - 1) / n_local;
+}
+
+/* At stage 3 ranks that share memory have parameters once, in the store; who is alone has the
+ * store's memory for itself, in huge pages. */
 static void count_params(const struct planner *p, size_t g, int rank, struct tally *t) {
     const struct dsc_plan_group *group = &p->job->reduce[g];
     bool in_store = p->job->options->stage == 3;
@@ -153,8 +200,12 @@ static void count_rank(const struct planner *p, int rank, struct tally *t) {
     const struct dsc_plan_job *job = p->job;
     bool spreads[DSC_REDUCE_MAX] = {false};
     memset(t, 0, sizeof *t);
-    for (size_t g = 0; g < job->n_reduce; g++)
-        count_params(p, g, rank, t);
+    for (size_t g = 0; g < job->n_reduce; g++) {
+        if (in_parts(p, (int)g))
+            count_gathered(p, g, t);
+        else
+            count_params(p, g, rank, t);
+    }
     t->own[DSC_PLAN_BUFFERS] = scaled(p, job->model.buffer_bytes);
     t->own[DSC_PLAN_STAGING] = job->comm_private_bytes;
     t->shared[DSC_PLAN_STAGING] = job->comm_shared_bytes;
@@ -193,11 +244,15 @@ static size_t most_of(const size_t *bytes, size_t n) {
     return most;
 }
 
+static size_t in_phase(const struct tally *t, int phase) {
+    return sum_of(t->own, DSC_PLAN_KIND_COUNT) + t->grads[phase] + t->gathered[phase];
+}
+
 /* out takes over what is more than it has. */
 static void take_rank(const struct planner *p, const struct tally *t, struct dsc_plan *out) {
     size_t phases[DSC_PLAN_PHASE_COUNT];
     for (int phase = 0; phase < DSC_PLAN_PHASE_COUNT; phase++)
-        phases[phase] = sum_of(t->own, DSC_PLAN_KIND_COUNT) + t->grads[phase];
+        phases[phase] = in_phase(t, phase);
     phases[DSC_PLAN_INITIALIZE] = dsc_max(phases[DSC_PLAN_INITIALIZE], given(p));
     for (int k = 0; k < DSC_PLAN_TRAFFIC_COUNT; k++) {
         struct dsc_plan_bytes *most = &out->traffic[k];
@@ -210,6 +265,7 @@ static void take_rank(const struct planner *p, const struct tally *t, struct dsc
     memcpy(out->rank_bytes, phases, sizeof phases);
     memcpy(out->private_bytes, t->own, sizeof t->own);
     out->private_bytes[DSC_PLAN_GRADIENTS] = most_of(t->grads, DSC_PLAN_PHASE_COUNT);
+    out->private_bytes[DSC_PLAN_GATHERED] = most_of(t->gathered, DSC_PLAN_PHASE_COUNT);
 }
 
 static void add_up(const struct planner *p, struct dsc_plan *out) {
@@ -217,17 +273,19 @@ static void add_up(const struct planner *p, struct dsc_plan *out) {
     int n_local = job->n_ranks / job->n_nodes;
     memset(out, 0, sizeof *out);
     for (int node = 0; node < job->n_nodes; node++) {
-        size_t shared[DSC_PLAN_KIND_COUNT] = {0}, phases[DSC_PLAN_PHASE_COUNT] = {0};
+        size_t shared[DSC_PLAN_KIND_COUNT] = {0}, file[DSC_PLAN_KIND_COUNT] = {0};
+        size_t phases[DSC_PLAN_PHASE_COUNT] = {0};
         size_t between[DSC_PLAN_TRAFFIC_COUNT] = {0};
         struct tally t;
         for (int rank = node * n_local; rank < (node + 1) * n_local; rank++) {
             count_rank(p, rank, &t);
             take_rank(p, &t, out);
-            for (int k = 0; k < DSC_PLAN_KIND_COUNT; k++)
+            for (int k = 0; k < DSC_PLAN_KIND_COUNT; k++) {
                 shared[k] += t.shared[k];
+                file[k] += t.file[k];
+            }
             for (int phase = 0; phase < DSC_PLAN_PHASE_COUNT; phase++)
-                phases[phase] += sum_of(t.own, DSC_PLAN_KIND_COUNT) + t.grads[phase] +
-                                 sum_of(t.shared, DSC_PLAN_KIND_COUNT);
+                phases[phase] += in_phase(&t, phase) + sum_of(t.shared, DSC_PLAN_KIND_COUNT);
             for (int k = 0; k < DSC_PLAN_TRAFFIC_COUNT; k++)
                 between[k] += t.traffic[k].between_nodes;
         }
@@ -239,23 +297,34 @@ static void add_up(const struct planner *p, struct dsc_plan *out) {
             continue;
         memcpy(out->node_bytes, phases, sizeof phases);
         memcpy(out->shared_bytes, shared, sizeof shared);
+        memcpy(out->file_bytes, file, sizeof file);
     }
 }
 
 /* ---- one plan ---- */
 
-static size_t placed(const struct planner *p, size_t n_bytes) {
-    return p->job->options->stage == 3 ? dsc_store_bytes(n_bytes) : n_bytes;
-}
-
+/* At stage 3 a store rounds each piece up; parts are as equal as whole elements can be. */
 static void place_params(struct planner *p) {
     const struct dsc_plan_model *model = &p->job->model;
-    for (size_t i = 0; i < model->n_params; i++)
-        p->param_bytes[p->params[i].reduce] +=
-            placed(p, p->params[i].n_elems * dsc_dtype_size(p->params[i].dtype));
-    for (size_t i = 0; i < model->n_frozen; i++)
-        p->frozen_bytes[model->frozen[i].reduce] +=
-            placed(p, scaled(p, model->frozen[i].n_elems) * model->frozen[i].elem_size);
+    bool rounds = p->job->options->stage == 3;
+    for (size_t i = 0; i < model->n_params; i++) {
+        int g = p->params[i].reduce;
+        size_t n_bytes = p->params[i].n_elems * dsc_dtype_size(p->params[i].dtype);
+        p->whole_elems[g] += p->params[i].n_elems;
+        p->whole_bytes[g] += n_bytes;
+        p->param_bytes[g] += rounds ? dsc_store_bytes(n_bytes) : n_bytes;
+    }
+    for (size_t i = 0; i < model->n_frozen; i++) {
+        int g = model->frozen[i].reduce;
+        size_t n = scaled(p, model->frozen[i].n_elems), size = model->frozen[i].elem_size;
+        size_t n_ranks = (size_t)p->job->reduce[g].n_ranks;
+        p->whole_elems[g] += n;
+        p->whole_bytes[g] += n * size;
+        if (in_parts(p, g))
+            p->frozen_bytes[g] += (n + n_ranks - 1) / n_ranks * size;
+        else
+            p->frozen_bytes[g] += rounds ? dsc_store_bytes(n * size) : n * size;
+    }
 }
 
 static enum dsc_status lay_out(struct planner *p) {
@@ -290,10 +359,6 @@ enum dsc_status dsc_plan_make(const struct dsc_plan_job *job, double scale, stru
                         "%d ranks on %d nodes; allowed: 1 or more nodes with equally many ranks",
                         job->n_ranks, job->n_nodes);
     DSC_TRY(dsc_engine_check_options(job->options));
-    if (job->options->stage == 3 && job->n_nodes > 1)
-        return DSC_FAIL(DSC_ENOTYET,
-                        "a plan of zero_optimization.stage 3 on %d nodes: not yet; allowed: 1 node",
-                        job->n_nodes);
     struct planner p = {.job = job, .scale = scale};
     p.ways = dsc_engine_ways_of(job->options, job->reduce[0].n_ranks, job->n_nodes > 1);
     enum dsc_status status = lay_out(&p);

@@ -7,11 +7,13 @@
 #define DSC_PLAN_H
 
 #include "engine.h"
+#include "fetch.h"
 
 /* What memory is for: name, in a table. */
 #define DSC_PLAN_KIND_MAP(X)                                                                       \
     X(DSC_PLAN_PARAMETERS, "parameters")                                                           \
     X(DSC_PLAN_FROZEN, "frozen parameters")                                                        \
+    X(DSC_PLAN_GATHERED, "gathered parameters")                                                    \
     X(DSC_PLAN_BUFFERS, "buffers")                                                                 \
     X(DSC_PLAN_GRADIENTS, "gradients")                                                             \
     X(DSC_PLAN_MICRO_SUMS, "sums over micro-steps")                                                \
@@ -30,7 +32,8 @@
 #define DSC_PLAN_TRAFFIC_MAP(X)                                                                    \
     X(DSC_PLAN_REDUCE, "gradients to their owners")                                                \
     X(DSC_PLAN_SHARE_SUMS, "sums to all ranks")                                                    \
-    X(DSC_PLAN_SPREAD, "new values to all ranks")
+    X(DSC_PLAN_SPREAD, "new values to all ranks")                                                  \
+    X(DSC_PLAN_GATHER, "parameters to all ranks")
 
 #define X(name, text) name,
 enum dsc_plan_kind { DSC_PLAN_KIND_MAP(X) DSC_PLAN_KIND_COUNT };
@@ -41,6 +44,9 @@ enum dsc_plan_traffic { DSC_PLAN_TRAFFIC_MAP(X) DSC_PLAN_TRAFFIC_COUNT };
 /* A reduce group: rank r of the job is its rank r / stride % n_ranks. */
 struct dsc_plan_group {
     int n_ranks, stride;
+    /* At stage 3: elements that stay gathered, and the most others that are used at a time in a
+     * forward and in a backward pass. */
+    size_t kept_elems, forward_elems, backward_elems;
 };
 
 struct dsc_plan_frozen {
@@ -67,6 +73,7 @@ struct dsc_plan_job {
     int n_ranks, n_nodes;   /* n_nodes divides n_ranks; more than one: ranks share no memory */
     struct dsc_plan_group reduce[DSC_REDUCE_MAX]; /* the first is of all ranks */
     size_t n_reduce;
+    struct dsc_fetch_limits fetch;                /* stage 3, where ranks share no memory */
     size_t comm_private_bytes, comm_shared_bytes; /* of a rank's communicator */
 };
 
@@ -78,9 +85,10 @@ struct dsc_plan_bytes {
 };
 
 struct dsc_plan {
-    /* private_bytes: of the rank with most in all; shared_bytes: of the node with most. Gradients
-     * as in the phase that has most. */
+    /* private_bytes: of the rank with most in all; the others of the node with most. Gradients and
+     * gathered parameters as in the phase that has most. */
     size_t private_bytes[DSC_PLAN_KIND_COUNT], shared_bytes[DSC_PLAN_KIND_COUNT];
+    size_t file_bytes[DSC_PLAN_KIND_COUNT];
     size_t rank_bytes[DSC_PLAN_PHASE_COUNT]; /* private, of that rank */
     size_t node_bytes[DSC_PLAN_PHASE_COUNT]; /* of that node: all its ranks, and what they share */
     struct dsc_plan_bytes traffic[DSC_PLAN_TRAFFIC_COUNT];

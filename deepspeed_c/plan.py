@@ -75,12 +75,16 @@ def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
     kind, whole = optimizer_choice.kind_of(optimizer, config.get("zero_optimization.stage"),
                                            config.get("zero_allow_untested_optimizer"))
     groups, place = _groups(module, world_size, config.get("use_data_before_expert_parallelism"))
+    gathered = [(0, 0, 0)] * len(groups)
+    if config.get("zero_optimization.stage") == 3:
+        gathered = _gathered(module, config, [place(p) for p in module.parameters()], len(groups))
     known = {id(p) for p in trained.values()}
     frozen = [p for p in module.parameters() if id(p) not in known]
     buffers = sum(b.nbytes for b in module.buffers())
     staging = 0 if nodes == 1 else STAGING_BYTES
     found = _core.plan(
-        config, kind, whole, [_described(name, p, place(p)) for name, p in trained.items()], groups, world_size, nodes,
+        config, kind, whole, [_described(name, p, place(p)) for name, p in trained.items()],
+        tuple(group + both for group, both in zip(groups, gathered)), world_size, nodes,
         [(p.numel(), p.element_size(), place(p)) for p in frozen], buffers, buffers if zero_init else given,
         max((p.nbytes for p, dtype in before.items() if p.dtype != dtype), default=0),
         _foreign_state_bytes(config) if kind == "foreign" else 0.0,
@@ -134,6 +138,31 @@ def _groups(module, world_size, data_first):
         if size > 1:
             groups.append((world_size // size, 1 if data_first else size))
     return tuple(groups), lambda p: places[p.group_name] if is_expert(p) else 0
+
+
+def _gathered(module, config, places, n_groups):
+    """For each reduce group: (elements that stay gathered at stage 3, the most others that are in use at a time in a
+    forward and in a backward pass): those of a module and of the modules around it. Frozen ones have no gradient that
+    says when they are done with, and stay until a backward pass ends."""
+    from .runtime.zero.shards import persistent
+    from .utils.leaf_modules import z3_leaf_module
+
+    kept = {id(p) for p in persistent({p: p.numel() for p in module.parameters()}, config)}
+    place = {id(p): g for p, g in zip(module.parameters(), places)}
+
+    def count(parameters, g, wanted):
+        return sum(p.numel() for p in parameters if place[id(p)] == g and wanted(p))
+
+    def in_use(child, g, wanted):
+        leaf = z3_leaf_module(child)
+        return count(child.parameters(recurse=leaf), g, wanted) + max(
+            (in_use(c, g, wanted) for c in child.children() if not leaf), default=0)
+
+    return [(count(module.parameters(), g, lambda p: id(p) in kept),
+             in_use(module, g, lambda p: id(p) not in kept),
+             in_use(module, g, lambda p: id(p) not in kept and p.requires_grad)
+             + count(module.parameters(), g, lambda p: id(p) not in kept and not p.requires_grad))
+            for g in range(n_groups)]
 
 
 def _described(name, p, place):
@@ -204,6 +233,7 @@ def _count(n):
 
 
 def _table(head, rows):
+    head = head[:len(rows[0])]  # the last columns may have nothing to show
     rows = [head, *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     return ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
@@ -217,9 +247,10 @@ def report(found, world_size, nodes):
            + f"; {world_size} rank{'s' * (world_size > 1)} on {nodes} node{'s' * (nodes > 1)}; optimizer "
            + found["optimizer"])
     yield ""
-    kinds = [(kind, own, found["shared"][kind]) for kind, own in found["private"].items()]
-    yield from _table(("model states and staging", "private, per rank", "shared, per node"),
-                      [(kind, _amount(own), _amount(shared)) for kind, own, shared in kinds if own or shared])
+    columns = ("private", "shared", "file") if any(found["file"].values()) else ("private", "shared")
+    kinds = [(kind, *(found[column][kind] for column in columns)) for kind in found["private"]]
+    yield from _table(("model states and staging", "private, per rank", "shared, per node", "files, per node"),
+                      [(kind, *map(_amount, sizes)) for kind, *sizes in kinds if any(sizes)])
     yield ""
     yield from _table(("peak, without activations", "private, per rank", "all ranks, per node"),
                       [(phase, _amount(own), _amount(found["node"][phase])) for phase, own in found["rank"].items()])

@@ -57,7 +57,7 @@ static int read_params(PyObject *list, size_t n_reduce, struct dsc_param *params
     return 0;
 }
 
-/* ((n_ranks, stride), ...) */
+/* ((n_ranks, stride, kept_elems, forward_elems, backward_elems), ...) */
 static int read_groups(PyObject *groups, struct dsc_plan_job *job) {
     job->n_reduce = (size_t)PyTuple_GET_SIZE(groups);
     if (job->n_reduce < 1 || job->n_reduce > DSC_REDUCE_MAX) {
@@ -67,11 +67,12 @@ static int read_groups(PyObject *groups, struct dsc_plan_job *job) {
     }
     for (size_t g = 0; g < job->n_reduce; g++) {
         struct dsc_plan_group *group = &job->reduce[g];
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(groups, (Py_ssize_t)g), "ii:groups", &group->n_ranks,
-                              &group->stride))
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(groups, (Py_ssize_t)g), "iinnn:groups",
+                              &group->n_ranks, &group->stride, &group->kept_elems,
+                              &group->forward_elems, &group->backward_elems))
             return -1;
         if (group->n_ranks < 1 || group->stride < 1) {
-            PyErr_Format(PyExc_ValueError, "groups[%zu] is (%d, %d); allowed: numbers >= 1", g,
+            PyErr_Format(PyExc_ValueError, "groups[%zu] begins (%d, %d); allowed: numbers >= 1", g,
                          group->n_ranks, group->stride);
             return -1;
         }
@@ -88,13 +89,14 @@ static int set_bytes(PyObject *dict, const char *name, size_t n_bytes) {
 
 static PyObject *dict_of(const struct dsc_plan *plan, double scale) {
     PyObject *own = PyDict_New(), *shared = PyDict_New(), *rank = PyDict_New();
-    PyObject *node = PyDict_New(), *traffic = PyDict_New(), *all = NULL;
-    if (!own || !shared || !rank || !node || !traffic)
+    PyObject *node = PyDict_New(), *traffic = PyDict_New(), *file = PyDict_New(), *all = NULL;
+    if (!own || !shared || !file || !rank || !node || !traffic)
         goto out;
     for (int k = 0; k < DSC_PLAN_KIND_COUNT; k++) {
         const char *name = dsc_plan_kind_name((enum dsc_plan_kind)k);
         if (set_bytes(own, name, plan->private_bytes[k]) < 0 ||
-            set_bytes(shared, name, plan->shared_bytes[k]) < 0)
+            set_bytes(shared, name, plan->shared_bytes[k]) < 0 ||
+            set_bytes(file, name, plan->file_bytes[k]) < 0)
             goto out;
     }
     for (int k = 0; k < DSC_PLAN_PHASE_COUNT; k++) {
@@ -115,11 +117,12 @@ static PyObject *dict_of(const struct dsc_plan *plan, double scale) {
         if (failed < 0)
             goto out;
     }
-    all = Py_BuildValue("{sO sO sO sO sO sd}", "private", own, "shared", shared, "rank", rank,
-                        "node", node, "traffic", traffic, "scale", scale);
+    all = Py_BuildValue("{sO sO sO sO sO sO sd}", "private", own, "shared", shared, "file", file,
+                        "rank", rank, "node", node, "traffic", traffic, "scale", scale);
 out:
     Py_XDECREF(own);
     Py_XDECREF(shared);
+    Py_XDECREF(file);
     Py_XDECREF(rank);
     Py_XDECREF(node);
     Py_XDECREF(traffic);
@@ -131,13 +134,17 @@ PyDoc_STRVAR(
     "plan(config, optimizer, whole, params, groups, n_ranks, n_nodes, frozen, buffer_bytes,\n"
     "     given_bytes, cast_bytes, foreign_state_bytes, momentum, comm_bytes, n_bytes) -> dict\n\n"
     "Bytes that training takes. optimizer, whole: as Engine has them. params: list of (elements,\n"
-    "'fp32', 'bf16' or 'fp16', reduce group) of what is trained. groups: ((ranks, stride), ...);\n"
-    "the first has all ranks. frozen: list of (elements, bytes of one, reduce group). given_bytes: "
-    "of the model as it is made; cast_bytes: of the largest\n"
-    "parameter that is cast. foreign_state_bytes: per element. comm_bytes: (private, shared) of a\n"
-    "rank's communicator. n_bytes: of a node; `scale` is by what every tensor can grow to fill "
-    "it.\n"
-    "The dict: private (fullest rank) and shared (fullest node) {kind: bytes}, rank and node\n"
+    "'fp32', 'bf16' or 'fp16', reduce group) of what is trained. groups: ((ranks, stride, "
+    "elements\n"
+    "that stay gathered at stage 3, others that are used at a time), ...); the first has all "
+    "ranks.\n"
+    "frozen: list of (elements, bytes of one, reduce group). given_bytes: of the model as it is\n"
+    "made; cast_bytes: of the largest parameter that is cast. foreign_state_bytes: per element.\n"
+    "comm_bytes: (private, shared) of a rank's communicator. n_bytes: of a node; `scale` is by "
+    "what\n"
+    "every tensor can grow to fill it.\n"
+    "The dict: private (fullest rank), shared and file (fullest node) {kind: bytes}, rank and "
+    "node\n"
     "{phase: bytes}, traffic {what: {times, sent, received, between nodes}} of a step, scale.");
 
 /* Fills what points to `params` and `frozen`, which the caller frees. */
@@ -200,6 +207,11 @@ static PyObject *plan(PyObject *module, PyObject *args, PyObject *kwargs) {
     job.options = &options;
     job.n_micro_steps = (uint64_t)core_config->gradient_accumulation_steps;
     model->momentum = momentum;
+    job.fetch = (struct dsc_fetch_limits){
+        .ahead = (size_t)core_config->zero_prefetch_bucket_size,
+        .live = (size_t)core_config->zero_max_live_parameters,
+        .reuse = (size_t)core_config->zero_max_reuse_distance,
+    };
     struct dsc_param *param_list = NULL;
     struct dsc_plan_frozen *frozen_list = NULL;
     PyObject *result = NULL;

@@ -90,13 +90,7 @@ class Shards:
             _mark_fine(self.module, threshold)
 
     def _persist(self, everything):
-        """Small parameters stay gathered, in model order, up to a total."""
-        each = self._config.get(f"{_STAGE3}param_persistence_threshold")
-        total, kept = self._config.get(f"{_STAGE3}model_persistence_threshold"), []
-        for p in everything.values():
-            if p.ds_numel <= each and p.ds_numel <= total:
-                kept.append(p)
-                total -= p.ds_numel
+        kept = persistent({p: p.ds_numel for p in everything.values()}, self._config)
         self._persistent = kept
         self._homes = list({id(p.ds_home): p.ds_home for p in everything.values()}.values())
         for home in self._homes:
@@ -170,6 +164,17 @@ class Shards:
             if is_zero(p):
                 p.ds_home.remove(p)
         self._params, self._persistent, self._units, self._homes = [], [], [], []
+
+
+def persistent(sizes, config):
+    """The parameters that stay gathered: small ones, in model order, up to a total. sizes: {Parameter: elements}."""
+    each, total = (config.get(f"{_STAGE3}{key}_persistence_threshold") for key in ("param", "model"))
+    kept = []
+    for p, n in sizes.items():
+        if n <= each and n <= total:
+            kept.append(p)
+            total -= n
+    return kept
 
 
 def prepare(p, dtype):

@@ -122,8 +122,8 @@ class EngineWeights:
         return self.save_16bit_model(save_dir, save_filename)
 
     def empty_partition_cache(self):
-        """Gives back what gathered parameters occupy that are not in use: over several nodes at stage 3, where all ranks
-        call it; nothing elsewhere."""
+        """Gives back what gathered parameters occupy that are not in use: over several nodes at stage 3, where all
+        ranks call it; nothing elsewhere."""
         if self._shards is not None:
             self._shards.empty()
 

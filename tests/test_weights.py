@@ -249,6 +249,16 @@ def test_whole_values_are_refused_where_they_are_not_to_be_fetched(threshold):
     engine.destroy()
 
 
+def test_parameters_of_leaf_modules_know_their_leaf_until_the_engine_is_gone():
+    module = models.make()
+    module.twice._z3_leaf = True
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=models.config(3))
+    leaves = [name for name, p in module.named_parameters() if utils.z3_leaf_parameter(p)]
+    assert leaves == ["twice.weight", "twice.bias"] and module.twice.bias.ds_z3_leaf_module is module.twice
+    engine.destroy()
+    assert not any(map(utils.z3_leaf_parameter, module.parameters()))
+
+
 def cannot_write(rank, world, folder):
     engine = engine_of(3)
     if rank == 0:

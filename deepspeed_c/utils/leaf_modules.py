@@ -9,7 +9,7 @@ def z3_leaf_module(model):
 
 
 def z3_leaf_parameter(param):
-    """Whether the parameter is of a leaf module, as stage 3 notes it."""
+    """Whether an engine at stage 3 fetches the parameter with the leaf module that it is in."""
     return hasattr(param, "ds_z3_leaf_module")
 
 

@@ -349,7 +349,11 @@ def _walk(module, name, units, seen):
         for child in module.modules() if leaf else (module,):
             if child._parameters and type(child._parameters) is not Slots:
                 child.__dict__["_parameters"] = Slots(child._parameters)
+    for p in own:
+        vars(p).pop("ds_z3_leaf_module", None)
     if leaf:
+        for p in own:
+            p.ds_z3_leaf_module = module
         for child in module.modules():
             if child is not module:
                 uninstall_hooks(child)

@@ -35,7 +35,8 @@ class ZeroParameter(torch.nn.Parameter):
 
     Attributes: ds_id (int, in the order of making), ds_shape, ds_numel, ds_status, ds_persist (stays gathered), ds_name
     (for texts), ds_home (its Home), ds_full (a tensor in the full shape and memory order, for the parameter's life),
-    ds_active_sub_modules (a set that clients clear; nothing depends on it), ds_external (used outside its module).
+    ds_active_sub_modules (a set that clients clear; nothing depends on it), ds_external (used outside its module),
+    ds_z3_leaf_module (the leaf that it is fetched with; only where there is one).
     """
 
     ds_param_type = ZeroParamType.PARTITIONED
@@ -138,7 +139,7 @@ def empty(dtype):
 
 
 _OWN = ("ds_id", "ds_shape", "ds_numel", "ds_status", "ds_persist", "ds_name", "ds_home", "ds_full", "ds_count",
-        "ds_seen", "ds_private", "ds_external", "ds_active_sub_modules")
+        "ds_seen", "ds_private", "ds_external", "ds_active_sub_modules", "ds_z3_leaf_module")
 
 
 def make(p, home, full):

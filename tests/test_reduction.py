@@ -104,7 +104,8 @@ def config(stage, dtype="fp32", gas=1, overlap=False, **more):
     named = {"fp16": {"fp16": {"enabled": True, "loss_scale": 256}}, "bf16": {"bf16": {"enabled": True}}, "fp32": {}}
     return {**CONFIG, "gradient_accumulation_steps": gas, **named[dtype], **more,
             "use_data_before_expert_parallelism": "DATA_FIRST" in os.environ,
-            "zero_optimization": {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 300}}
+            "zero_optimization": {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 300,
+                                  "stage3_param_persistence_threshold": 0}}
 
 
 def train(rank, settings, dtype="fp32", gas=1, n_steps=3):
@@ -155,8 +156,8 @@ def same(module, reference, rank):
 
 def stages_agree(rank, world):
     torch.set_num_threads(1)
-    for dtype, gas, ways in (("fp32", 1, ((0, False), (1, True), (2, False), (2, False))),
-                             ("fp16", 1, ((0, False), (2, True))), ("bf16", 2, ((0, False), (1, False), (0, True)))):
+    for dtype, gas, ways in (("fp32", 1, ((0, False), (1, True), (2, False), (3, False))),
+                             ("fp16", 1, ((0, False), (2, True), (3, True))), ("bf16", 2, ((0, False), (1, False), (0, True)))):
         found = [train(rank, config(stage, dtype, gas, overlap), dtype, gas) for stage, overlap in ways]
         for (stage, overlap), (bits, norms, _) in zip(ways, found):
             assert (bits, norms) == found[0][:2], (dtype, gas, stage, overlap)
@@ -179,11 +180,14 @@ def test_experts_over_fewer_ranks_train_as_the_whole_model_in_one_process_at_eve
 
 
 def over_delegate(rank, world):
-    """Two pretended machines of two ranks: copies of an expert are on both, or with DATA_FIRST on one of them."""
+    """Two pretended machines of two ranks: copies of an expert are on both, or with DATA_FIRST on one of them. Ranks
+    that run different modules must fetch them as one at stage 3 there."""
     torch.set_num_threads(1)
     os.environ["DSC_COMM_NODE"] = "aabb"[rank]
-    found = [train(rank, config(stage)) for stage in (0, 1, 2)]
-    assert found[0][:2] == found[1][:2] == found[2][:2]
+    settings = [config(stage) for stage in (0, 1, 2, 3)]
+    settings[3]["zero_optimization"]["leaf_module"] = {"classes": ["Net"]}
+    found = [train(rank, each) for each in settings]
+    assert found[0][:2] == found[1][:2] == found[2][:2] == found[3][:2]
     same_as_whole(found[2], world, 1, rank)
     # Sums of several micro-steps in two forms; at stage 2 those of experts of one rank stay with it all the same.
     one, two = (train(rank, config(stage, "bf16", 2), "bf16", 2)[1] for stage in (1, 2))

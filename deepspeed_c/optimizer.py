@@ -170,6 +170,14 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
 
     cur_scale = loss_scale
 
+    @property
+    def parameter_offload(self):
+        """The object that fetches sharded parameters (ZeRO stage 3)."""
+        shards = getattr(self._engine, "_shards", None)
+        if shards is None:
+            raise AttributeError("parameter_offload: parameters are sharded at ZeRO stage 3 only")
+        return shards
+
     def step(self, closure=None):
         """Applies the accumulated gradients; the engine's counters advance. Returns the closure's loss, or None."""
         loss = None

@@ -157,7 +157,8 @@ def same(module, reference, rank):
 def stages_agree(rank, world):
     torch.set_num_threads(1)
     for dtype, gas, ways in (("fp32", 1, ((0, False), (1, True), (2, False), (3, False))),
-                             ("fp16", 1, ((0, False), (2, True), (3, True))), ("bf16", 2, ((0, False), (1, False), (0, True)))):
+                             ("fp16", 1, ((0, False), (2, True), (3, True))),
+                             ("bf16", 2, ((0, False), (1, False), (0, True)))):
         found = [train(rank, config(stage, dtype, gas, overlap), dtype, gas) for stage, overlap in ways]
         for (stage, overlap), (bits, norms, _) in zip(ways, found):
             assert (bits, norms) == found[0][:2], (dtype, gas, stage, overlap)

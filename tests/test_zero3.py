@@ -1,5 +1,8 @@
 """ZeRO stage 3 on ranks that share memory: sharded parameters change no bit, and act whole wherever they are used."""
+import copy
+import io
 import itertools
+import pickle
 
 import models
 import pytest
@@ -494,3 +497,185 @@ def built(rank, world, dtype):
 @pytest.mark.parametrize("world, dtype", [(1, "fp32"), (2, "bf16")])
 def test_a_module_built_under_init_trains_as_one_built_without(ranks, world, dtype):
     assert ranks(world, built, dtype) == [[]] * world
+
+
+class OnMeta(nn.Module):
+    """Its own parameter has no reset_parameters()."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        self.own = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return (self.norm(self.inner(x)) * (1 + self.own)).square().mean()
+
+
+def from_meta(rank, world):
+    """On the meta device without Init, under Init, and an existing module given to Init."""
+    torch.set_num_threads(1)
+    found, trained = {}, []
+    config = models.config(3, zero=dict(ALL_SHARDED))
+    for way in ("initialize", "init", "module"):
+        torch.manual_seed(7)
+        with torch.device("meta"), deepspeed.zero.Init(config_dict_or_path=config, enabled=way == "init"):
+            module = OnMeta()
+        if way == "module":
+            deepspeed.zero.Init(module=module, config_dict_or_path=config)
+            found["given"] = released(module) and module.own.ds_numel == 6
+        torch.manual_seed(7)
+        if way != "initialize":  # they had their values when they were placed
+            with deepspeed.zero.GatheredParameters(module.parameters(), modifier_rank=0):
+                module.inner.reset_parameters()
+        engine = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+        found[f"{way}: buffers"] = not module.norm.running_var.is_meta and bool((module.norm.running_var == 1).all())
+        engine.backward(engine(torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))))
+        engine.step()
+        engine.destroy()
+        trained.append(models.bits(module))
+    found["trained alike"] = len(set(trained)) == 1
+    return [name for name, good in found.items() if not good]
+
+
+def test_modules_made_on_the_meta_device_get_their_values_when_they_are_placed(ranks):
+    assert ranks(2, from_meta) == [[], []]
+
+
+def init_arguments(rank, world):
+    torch.set_num_threads(1)
+    found = {}
+    Init = deepspeed.zero.Init
+    group = torch.distributed.new_group([rank]) if torch.distributed.is_initialized() else None
+    with Init(dtype=torch.bfloat16):
+        outer = nn.Linear(3, 3)
+        with Init(dtype=torch.float32, data_parallel_group=group):
+            inner = nn.Linear(3, 3)
+            with Init(enabled=False):
+                found["disabled inside"] = torch.zeros(1).dtype == torch.float32
+        again = nn.Linear(3, 3)
+    found["nested"] = [m.weight.dtype for m in (outer, inner, again)] == [torch.bfloat16, torch.float32, torch.bfloat16]
+    with Init():
+        found["float16 by itself"] = nn.Linear(2, 2).weight.dtype == torch.float16
+    small = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 4, "stage3_prefetch_bucket_size": "auto"}}
+    with Init(config_dict_or_path=small):
+        linear = nn.Linear(3, 3)
+    found["small ones stay"] = linear.bias.shape == (3,) and linear.bias.ds_persist and linear.weight.shape == (0,)
+    for error, given in ((ValueError, {"remote_device": "disk"}), (ValueError, {"config_dict_or_path": "no file"}),
+                         (NotImplementedError, {"zero_quantized_weights": True}),
+                         (ValueError, {"config_dict_or_path": {"fp16": {"enabled": True}, "bf16": {"enabled": True}}})):
+        try:
+            Init(**given)
+            found[str(given)] = False
+        except error:
+            pass
+    from deepspeed_c.runtime.zero import partition_parameters as pp
+    seen, wrapper = [], pp.zero_wrapper_for_fp_tensor_constructor
+    pp.zero_wrapper_for_fp_tensor_constructor = lambda fn, *args, **kwargs: (
+        seen.append(set(kwargs)) or (fn if fn is pp._orig_torch_arange else wrapper(fn, *args, **kwargs)))
+    try:
+        with Init(dtype=torch.bfloat16):
+            found["replaced wrapper"] = (torch.arange(2.0).dtype == torch.float32 and torch.ones(2).dtype ==
+                                         torch.bfloat16 and torch.ones(2).new_zeros(3).dtype == torch.bfloat16)
+    finally:
+        pp.zero_wrapper_for_fp_tensor_constructor = wrapper
+    found["called with target_device"] = all("target_device" in keys for keys in seen) and len(seen) > 8
+    return [name for name, good in found.items() if not good]
+
+
+def test_init_takes_every_argument_and_puts_torch_back(ranks):
+    assert ranks(2, init_arguments) == [[], []]
+
+
+class Normed(nn.Module):
+    """As speech models do: weight norm inside GatheredParameters, the new parameters told as external."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3, padding=1)
+        with deepspeed.zero.GatheredParameters(self.conv.weight, modifier_rank=0):
+            self.conv = torch.nn.utils.weight_norm(self.conv, name="weight", dim=2)
+        for p in (self.conv.weight_g, self.conv.weight_v):
+            deepspeed.zero.register_external_parameter(self, p)
+
+    def forward(self, x):
+        return self.conv(x).square().mean()
+
+
+def odds(rank, world):
+    torch.set_num_threads(1)
+    found = {}
+    config = models.config(3, zero=dict(ALL_SHARDED))
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        normed = Normed()
+    engine = deepspeed.initialize(model=normed, model_parameters=normed.parameters(), config=config)[0]
+    before = full_values(normed)
+    engine.backward(engine(torch.ones(1, 4, 5)))
+    engine.step()
+    found["weight norm"] = (not torch.equal(before["conv.weight_v"], full_values(normed)["conv.weight_v"])
+                            and {"conv.weight_g", "conv.weight_v", "conv.bias"} == set(before))
+    engine.destroy()
+
+    module = models.make(Model)
+    values = [p.detach().clone() for p in module.parameters()]
+    engine = engine_of(module)
+    copied = copy.deepcopy(module)
+    found["a copy is ordinary"] = (all(type(p) is nn.Parameter and torch.equal(p, q)
+                                       for p, q in zip(copied.parameters(), values)) and copied(tokens()).item() > 0
+                                   and copied.head.weight is copied.embed.weight)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    found["saved whole"] = all(torch.equal(p, q) for p, q in zip(loaded.parameters(), values))
+    found["pickled"] = torch.equal(pickle.loads(pickle.dumps(module.norm.weight)), torch.ones(12))
+    p = module.layers[0].weight
+    p.all_gather()
+    with torch.no_grad():
+        p.fill_(rank + 5.0)
+    p.partition(has_been_updated=True)
+    found["all_gather, partition"] = bool((full_values(module)["layers.0.weight"] == 5.0).all()) and p.shape == (0,)
+    found["parts"] = p.ds_tensor.numel() == 144 // world and p.ds_tensor.ds_numel == p.partition_numel() == 144 // world
+    p.ds_active_sub_modules.clear()
+
+    offload = engine.optimizer.parameter_offload  # as TRL takes hooks off and puts them back
+    for hook in offload.forward_hooks + offload.backward_hooks:
+        hook.remove()
+    offload.forward_hooks, offload.backward_hooks = [], []
+    offload.param_coordinator._invalidate_trace()
+    with deepspeed.zero.GatheredParameters(module.parameters()):
+        loss = module(tokens()).item()
+    offload._register_deepspeed_module(offload.module)
+    found["hooks taken off and put back"] = module(tokens()).item() == loss and released(module)
+    try:
+        engine(torch.full((1, 1), 99))
+    except IndexError:
+        found["a forward that failed"] = released(module) and module(tokens()).item() == loss
+    output = module(tokens())
+    output.register_hook(lambda g: 1 / 0)
+    try:
+        output.backward()
+    except ZeroDivisionError:
+        module(tokens())
+        found["a backward that failed"] = released(module)
+    engine.destroy()
+
+    module = models.make(Model)
+    plain = module(tokens()).item()
+    engine, optimizer, *_ = deepspeed.initialize(model=module, config={
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **ALL_SHARDED}})
+    with torch.no_grad():
+        found["without an optimizer"] = engine(tokens()).item() == plain and optimizer.module is module
+    engine.destroy()
+
+    module = models.make(Model)
+    engine = engine_of(module, {"stage3_module_granularity_threshold": 150})
+    found["granularity"] = (module(tokens()).item() == plain and not getattr(module, "_z3_leaf", False)
+                            and [c._z3_leaf for c in module.children() if hasattr(c, "_z3_leaf")] == [True])
+    engine.destroy()
+    return [name for name, good in found.items() if not good], len(found)
+
+
+def test_copies_pickles_clients_names_and_what_fails(ranks):
+    assert ranks(2, odds) == [([], 11)] * 2

@@ -9,6 +9,7 @@ import functools
 import torch
 
 _CONSTRUCTORS = ("tensor", "empty", "zeros", "ones", "full", "arange", "eye", "randn")
+_open = []  # constructions that are entered; the innermost reports modules
 ORIGINALS = {name: getattr(torch, name) for name in _CONSTRUCTORS}
 _NEW = ("new_tensor", "new_empty", "new_zeros", "new_ones", "new_full")
 
@@ -23,6 +24,7 @@ class Construction:
 
     def enter(self, wrap):
         """wrap(function) -> function, around each that makes tensors."""
+        _open.append(self)
         for name, function in ORIGINALS.items():
             self._set(torch, name, wrap(function))
         for name in _NEW:
@@ -33,6 +35,7 @@ class Construction:
             self._watch(cls)
 
     def leave(self):
+        _open.remove(self)
         for owner, name, new, old in reversed(self._undo):
             if vars(owner).get(name) is new:
                 if old is None:
@@ -57,7 +60,7 @@ class Construction:
 
         @functools.wraps(init)
         def watched(module, *args, **kwargs):
-            if id(module) in building:
+            if id(module) in building or _open[-1] is not self:
                 return init(module, *args, **kwargs)
             building.add(id(module))
             try:

@@ -9,6 +9,8 @@ from enum import Enum
 
 import torch
 
+from .construction import ORIGINALS
+
 _ids = itertools.count()
 OUTSIDE = -1  # the event of what no module fetches
 _EMPTY = {}  # dtype -> the data of every released parameter
@@ -134,8 +136,20 @@ def empty(dtype):
     """The data of a released parameter."""
     if dtype not in _EMPTY:
         with torch.inference_mode(False):
-            _EMPTY[dtype] = torch.empty(0, dtype=dtype)
+            _EMPTY[dtype] = zeros(0, dtype)
     return _EMPTY[dtype]
+
+
+def zeros(shape, dtype):
+    """torch.zeros on the CPU, also inside zero.Init and torch.device, which change what torch.zeros makes."""
+    return ORIGINALS["zeros"](shape, dtype=dtype, device="cpu")
+
+
+def from_meta(p):
+    """A parameter on the meta device stays the same object and gets empty data on the CPU."""
+    marks = dict(vars(p))
+    torch.utils.swap_tensors(p, torch.nn.Parameter(zeros(0, p.dtype), p.requires_grad))
+    vars(p).update(marks)
 
 
 _OWN = ("ds_id", "ds_shape", "ds_numel", "ds_status", "ds_persist", "ds_name", "ds_home", "ds_full", "ds_count",

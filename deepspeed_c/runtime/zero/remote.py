@@ -11,7 +11,7 @@ import torch
 
 from ... import _core
 from ...model import flat
-from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error
+from .parameter import OUTSIDE, ZeroParamStatus, empty, from_meta, make, make_ordinary, succeed, write_error, zeros
 
 _OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
 _BATCH = 1 << 20  # elements after which an operation is long enough: who waits for its first waits for all of it
@@ -35,7 +35,7 @@ class _Slot:
 
     def take_part(self, rank, cut):
         """Keeps another part of a whole that is here. cut: list of size + 1."""
-        self.cut = torch.tensor(cut)
+        self.cut = torch.tensor(cut, device="cpu")
         self.part = flat(self.full)[cut[rank]:cut[rank + 1]].clone()
 
 
@@ -63,11 +63,9 @@ class RemoteHome:
         """An ordinary Parameter takes its place; the first rank's values count. Collective in order; settle() after
         the last. One on the meta device starts as zeros."""
         with torch.inference_mode(False):
-            full = torch.zeros(p.numel(), dtype=p.dtype).as_strided(p.shape, p.stride())
+            full = zeros(p.numel(), p.dtype).as_strided(p.shape, p.stride())
             if p.is_meta:
-                marks = dict(vars(p))
-                torch.utils.swap_tensors(p, torch.nn.Parameter(empty(p.dtype), p.requires_grad))
-                vars(p).update(marks)
+                from_meta(p)
             elif self.comm.rank == 0:
                 full.copy_(p.data)
         make(p, self, full)
@@ -92,7 +90,8 @@ class RemoteHome:
         """One rank's whole values become those of all."""
         mine = self.comm.rank == rank
         wholes = [flat(slot.full) for slot in slots]
-        cuts = [torch.tensor([0] * (rank + 1) + [whole.numel()] * (self.comm.size - rank)) for whole in wholes]
+        cuts = [torch.tensor([0] * (rank + 1) + [whole.numel()] * (self.comm.size - rank), device="cpu")
+                for whole in wholes]
         self.comm.gather_parts(wholes, [whole if mine else whole[:0] for whole in wholes], cuts, label)
 
     def bind(self, core, params):
@@ -195,11 +194,11 @@ class RemoteHome:
 
     def keep(self, params):
         """These stay gathered from now on."""
-        new = tuple(p for p in params if not p.ds_persist)
-        for p in new:
+        fresh = tuple(p for p in params if not p.ds_persist)
+        for p in fresh:
             p.ds_persist = True
-        if new:
-            self.fetch(OUTSIDE, new, "all modules")
+        if fresh:
+            self.fetch(OUTSIDE, fresh, "all modules")
 
     def after_step(self):
         """New values are in the parts: what is in use is gathered again, the rest dropped. Collective."""

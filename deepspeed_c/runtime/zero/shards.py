@@ -201,7 +201,8 @@ def materialize(module):
     params = unique(module.parameters(recurse=False))
     take_private(params, "reset_parameters()")
     try:
-        module.reset_parameters()
+        with torch.device("cpu"):
+            module.reset_parameters()
     finally:
         give_private_back(params, 0)
 

@@ -8,7 +8,7 @@ from torch.utils.dlpack import from_dlpack
 
 from ... import _core
 from ...model import flat
-from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error
+from .parameter import OUTSIDE, ZeroParamStatus, empty, from_meta, make, make_ordinary, succeed, write_error, zeros
 
 _OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
 
@@ -31,16 +31,14 @@ class SharedHome:
         with torch.inference_mode(False):
             full = self._take(p)
             if p.is_meta:
-                marks = dict(vars(p))
-                torch.utils.swap_tensors(p, torch.nn.Parameter(empty(p.dtype), p.requires_grad))
-                vars(p).update(marks)
+                from_meta(p)
             elif self.comm.rank == 0 and full.numel():
                 full.copy_(p.data)
         make(p, self, full)
 
     def _take(self, p):
         if p.numel() == 0:
-            return torch.empty(p.shape, dtype=p.dtype)
+            return zeros(p.shape, p.dtype)
         return from_dlpack(self._store.take(p.numel(), str(p.dtype).removeprefix("torch."))).as_strided(
             p.shape, p.stride())
 
@@ -108,10 +106,10 @@ class SharedHome:
 
     def keep(self, params):
         """These stay gathered from now on."""
-        new = tuple(p for p in params if not p.ds_persist)
-        for p in new:
+        fresh = tuple(p for p in params if not p.ds_persist)
+        for p in fresh:
             p.ds_persist = True
-        self.fetch(OUTSIDE, new, "all modules")
+        self.fetch(OUTSIDE, fresh, "all modules")
 
     def after_step(self):
         """Nothing: new values are where they are read."""

@@ -6,7 +6,7 @@ the core's. Configuration accessors (``fp16_enabled()`` and so on) are in settin
 import logging
 import os
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 
@@ -138,7 +138,8 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
             self._take_module(parameters)
             self._install_hooks()  # last: until here an earlier engine over the same parameters keeps its own
         except BaseException:
-            self.destroy()
+            with suppress(_core.CommError):  # the first error says more
+                self.destroy()
             raise
         self._report = StepReport(self)
         log_dist(f"DeepSpeed info: version=deepspeed_c, world_size={self.world_size}, "
@@ -571,7 +572,8 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
 
     def destroy(self):
         """Frees masters, optimizer states and shared memory, and takes the hooks off. The module stays usable,
-        its parameters in ordinary private storage. Idempotent."""
+        its parameters in ordinary private storage. Idempotent. At stage 3 where ranks share no memory it is collective:
+        CommError, with everything freed, where ranks are gone whose parts would be needed."""
         self._finalizer()
         release(self._places)
         if self._run is not None:
@@ -579,7 +581,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         if self._core is not None:
             self._core.close()
             self._core = None
-        if self._shards is not None:
-            self._shards.release()
         if isinstance(self.optimizer, DeepSpeedOptimizer):
             self.optimizer._engine = DestroyedEngine(self)  # a cycle would keep the module until a collection
+        if self._shards is not None:
+            self._shards.release()

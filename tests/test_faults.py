@@ -1,4 +1,5 @@
 """Contract F2: a lost or diverged rank is an error on all others in seconds, and nothing remains."""
+import contextlib
 import os
 import sys
 import time
@@ -14,17 +15,30 @@ SECONDS = 5.0
 
 
 def shared_memory_left():
-    """Processes of this Python that map memory of ours: compare with those before the test."""
+    """Processes of this Python that map memory of ours and are this run's, or nobody's: compare with those before."""
     found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if not os.path.samefile(f"/proc/{pid}/exe", sys.executable):
+            if not os.path.samefile(f"/proc/{pid}/exe", sys.executable) or not ours(pid):
                 continue
             with open(f"/proc/{pid}/maps") as maps:
                 found |= {pid} if "memfd:deepspeed_c" in maps.read() else set()
         except OSError:
             continue  # ended meanwhile, or not ours
     return found
+
+
+def ours(pid):
+    """Whether a process is below this one, or its parent has ended: another run's tests have memory too."""
+    first = parent = parent_of(pid)
+    while parent not in ("0", "1", str(os.getpid())):
+        parent = parent_of(parent)
+    return parent == str(os.getpid()) or first == "1"
+
+
+def parent_of(pid):
+    with open(f"/proc/{pid}/stat") as text:
+        return text.read().rpartition(")")[2].split()[1]
 
 
 class Items(torch.utils.data.Dataset):
@@ -64,6 +78,53 @@ def test_a_rank_killed_in_backward_is_an_error_on_the_others_within_seconds(rank
     for rank in (0, 2):
         text, seconds = outcomes[rank].value
         assert "rank 1" in text and "engine.step" in text and seconds < SECONDS, text
+    assert shared_memory_left() <= before
+
+
+class Mortal(torch.optim.Adam):
+    """Can end its process in the middle of a step: between what ranks do together before it and after it."""
+
+    dies = False
+
+    def step(self, closure=None):
+        if self.dies:
+            die()
+        return super().step(closure)
+
+
+def killed_at_stage_3(rank, world, where):
+    torch.set_num_threads(1)
+    module = models.make(lambda: torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(4))))
+    config = models.config(3, zero={"stage3_param_persistence_threshold": 0}, zero_allow_untested_optimizer=True)
+    del config["optimizer"]
+    optimizer = Mortal(module.parameters())
+    optimizer.dies = rank == 1 and where == "step"
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    if rank == 1 and where == "forward":
+        module[2].register_forward_pre_hook(lambda *_: die())
+    if rank == 1 and where == "backward":
+        module[2].register_full_backward_hook(lambda *_: die())
+    started = time.monotonic()
+    try:
+        engine.backward(engine(torch.ones(2, 40)).square().mean())
+        engine.step()
+    except deepspeed.CommError as error:
+        seconds = time.monotonic() - started
+        with contextlib.suppress(deepspeed.CommError):  # parameters cannot be whole any more where ranks share no memory
+            engine.destroy()
+        return str(error), max(seconds, time.monotonic() - started - SECONDS)
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "step"])
+@pytest.mark.parametrize("env", [{}, {"DSC_COMM_BACKEND": "delegate"}], ids=["shm", "delegate"])
+def test_a_rank_killed_anywhere_at_stage_3_is_an_error_on_the_others_and_nothing_remains(ranks, where, env):
+    before = shared_memory_left()
+    outcomes = ranks.outcomes(3, killed_at_stage_3, where, timeout=40, env=env)
+    assert outcomes[1].exit_code == -9
+    for rank in (0, 2):
+        text, seconds = outcomes[rank].value
+        assert "rank 1" in text and seconds < SECONDS, text
     assert shared_memory_left() <= before
 
 
@@ -145,7 +206,7 @@ def retried(rank, world, stage, fail):
     return models.bits(module), engine.get_global_grad_norm()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_step_that_failed_can_be_tried_again_and_counts_gradients_once(ranks, stage):
     assert ranks(2, retried, stage, True) == ranks(2, retried, stage, False)
 
@@ -166,7 +227,7 @@ def one_refuses(rank, world, stage):
     return seconds, models.bits(module)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_rank_that_cannot_step_is_an_error_on_all_at_once_and_all_can_go_on(ranks, stage):
     (s0, bits0), (s1, bits1) = ranks(2, one_refuses, stage)
     assert max(s0, s1) < SECONDS and bits0 == bits1
@@ -213,7 +274,7 @@ def forked_child(rank, world, stage):
     return status
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_forked_child_gets_an_error_not_a_crash(ranks, stage):
     assert ranks(2, forked_child, stage) == [0, 0]
 
@@ -254,7 +315,7 @@ def unequal_backwards(rank, world, stage):
 
 
 def test_ranks_may_run_backward_different_numbers_of_times(ranks):
-    found = [ranks(3, unequal_backwards, stage) for stage in (0, 1, 2)]
+    found = [ranks(3, unequal_backwards, stage) for stage in (0, 1, 2, 3)]
     for per_stage in found:
         assert len({bits for bits, _ in per_stage}) == 1
     norms = [per_stage[0][1] for per_stage in found]

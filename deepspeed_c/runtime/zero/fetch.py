@@ -68,16 +68,15 @@ class Unit:
         """Before the module's forward."""
         if _holds and not _active and _current_task() == -1:
             _clean_up()
-        _active.append(self)
+        if self._depth == 0:
+            self._fetch(self._event)
         self._depth += 1
-        if self._depth == 1:
-            for home, params in self.groups:
-                home.fetch(self._event, params, self.label)
+        _active.append(self)
 
     def leave(self, module, args, output):
         """After it, also where it raised (with no output)."""
         if not _active or _active[-1] is not self:
-            return  # another hook raised before enter() was called
+            return  # another hook raised before enter() was called, or enter() itself did
         _active.pop()
         if output is not None:
             self._watch(output)
@@ -111,8 +110,18 @@ class Unit:
         hold.take(self)
 
     def fetch_backward(self):
-        for home, params in self.groups:
-            home.fetch(self._event + 1, params, self.label)
+        self._fetch(self._event + 1)
+
+    def _fetch(self, event):
+        """All or nothing."""
+        done = []
+        try:
+            for home, params in self.groups:
+                home.fetch(event, params, self.label)
+                done.append((home, params))
+        except BaseException:
+            _release(done, self.label)
+            raise
 
     def __deepcopy__(self, memo):
         return Unit()  # a copied module has ordinary parameters, and nothing to fetch

@@ -7,13 +7,16 @@ import logging
 
 import torch
 
+from ... import _core
 from ...model import is_dense
 from ...utils import leaf_modules
 from ...utils.logging import log_dist
 from ...whole import whole
 from . import fetch
 from .homes import Homes
-from .parameter import forget, give_private_back, is_zero, take_private, unique, write_error
+from .parameter import (
+    empty, forget, give_private_back, is_zero, make_ordinary, take_private, unique, write_error,
+)
 
 _ZERO = "zero_optimization."
 _STAGE3 = "zero_optimization.stage3_"
@@ -155,15 +158,22 @@ class Shards:
             unit.replace(known)
 
     def release(self):
-        """Every parameter is an ordinary one with values of its own; no hook is left."""
+        """Every parameter is an ordinary one with values of its own; no hook is left. Collective where ranks share no
+        memory: CommError, after all is released, where others are gone; parameters are empty then."""
         self._remove_hooks()
         for child in self.module.modules():
             fetch.uninstall(child)
             child.__dict__.pop("ds_external_parameters", None)
-        for p in self._params:
-            if is_zero(p):
-                p.ds_home.remove(p)
+        params, lost = [p for p in self._params if is_zero(p)], None
         self._params, self._persistent, self._units, self._homes = [], [], [], []
+        for p in params:
+            try:
+                p.ds_home.remove(p)
+            except _core.CommError as error:
+                lost = lost or error
+                make_ordinary(p, empty(p.dtype))
+        if lost is not None:
+            raise lost
 
 
 def persistent(sizes, config):

@@ -333,3 +333,9 @@ def test_a_rank_that_runs_other_modules_is_an_error_on_all(ranks, how):
     for outcome in ranks.outcomes(3, diverges, how):
         assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
         assert "layers." in outcome.text and "rank 0 called" in outcome.text, outcome.text
+
+
+def test_a_rank_that_waits_elsewhere_is_an_error_on_all(ranks):
+    for outcome in ranks.outcomes(2, diverges, "waits elsewhere"):
+        assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
+        assert "layers.0" in outcome.text and "barrier" in outcome.text, outcome.text

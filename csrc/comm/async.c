@@ -101,6 +101,10 @@ bool dsc__on_own_thread(const struct dsc_comm *comm) {
     return is_own(comm->works) || is_own(comm->messages);
 }
 
+bool dsc__is_awaited(const struct dsc_comm *comm) {
+    return comm->works && atomic_load(&comm->works->n_waiting) > 0;
+}
+
 bool dsc__interrupted(void *context) {
     const struct dsc_comm *comm = context;
     if (is_own(comm->works))
@@ -208,11 +212,9 @@ static void sleep_held(struct dsc__queue *queue, double s) {
     (void)pthread_cond_timedwait(&queue->changed, &queue->lock, &until);
 }
 
-enum dsc_status dsc_work_wait(struct dsc_work *work, double timeout_s, dsc_interrupt_fn interrupted,
-                              void *context) {
+static enum dsc_status wait_for_end(struct dsc_work *work, double timeout_s,
+                                    dsc_interrupt_fn interrupted, void *context) {
     double since = dsc_comm_now();
-    if (is_inherited(work) && !work->done)
-        return DSC_FAIL(DSC_ESTATE, "a forked child cannot wait for its parent's operation");
     while (!dsc_work_done(work)) {
         double waited = dsc_comm_now() - since;
         if (timeout_s > 0 && waited >= timeout_s)
@@ -225,6 +227,17 @@ enum dsc_status dsc_work_wait(struct dsc_work *work, double timeout_s, dsc_inter
         (void)pthread_mutex_unlock(&work->queue->lock);
     }
     return work->status == DSC_OK ? DSC_OK : DSC_FAIL(work->status, "%s", work->reason);
+}
+
+enum dsc_status dsc_work_wait(struct dsc_work *work, double timeout_s, dsc_interrupt_fn interrupted,
+                              void *context) {
+    if (is_inherited(work) && !work->done)
+        return DSC_FAIL(DSC_ESTATE, "a forked child cannot wait for its parent's operation");
+    bool for_ever = timeout_s <= 0;
+    atomic_fetch_add(&work->queue->n_waiting, for_ever);
+    enum dsc_status status = wait_for_end(work, timeout_s, interrupted, context);
+    atomic_fetch_sub(&work->queue->n_waiting, for_ever);
+    return status;
 }
 
 /* ---- collectives ---- */
@@ -330,10 +343,7 @@ enum dsc_status dsc_comm_post_pieces(struct dsc_comm *comm, const char *label,
     return DSC_OK;
 }
 
-enum dsc_status dsc__drain(struct dsc_comm *comm) {
-    struct dsc__queue *queue = comm->works;
-    if (is_own(queue))
-        return DSC_OK;
+static enum dsc_status wait_until_empty(struct dsc_comm *comm, struct dsc__queue *queue) {
     double since = dsc_comm_now();
     while (!dsc__queue_empty(queue)) {
         if (dsc_comm_now() - since > SLICE_MS * 1e-3 && dsc__interrupted(comm))
@@ -344,4 +354,14 @@ enum dsc_status dsc__drain(struct dsc_comm *comm) {
         (void)pthread_mutex_unlock(&queue->lock);
     }
     return dsc__check_usable(comm); /* one of them may have broken it */
+}
+
+enum dsc_status dsc__drain(struct dsc_comm *comm) {
+    struct dsc__queue *queue = comm->works;
+    if (is_own(queue))
+        return DSC_OK;
+    atomic_fetch_add(&queue->n_waiting, 1);
+    enum dsc_status status = wait_until_empty(comm, queue);
+    atomic_fetch_sub(&queue->n_waiting, 1);
+    return status;
 }

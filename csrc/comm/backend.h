@@ -224,6 +224,7 @@ struct dsc__queue {
     pthread_cond_t changed;
     struct dsc_work *head, *tail;
     atomic_bool stop;
+    atomic_int n_waiting; /* threads that wait for what is in the queue, and would for ever */
 };
 /* A queue with its thread. */
 enum dsc_status dsc__queue_open(struct dsc_comm *comm, dsc__serve_fn serve,
@@ -242,6 +243,8 @@ enum dsc_status dsc__fail_closed(void);
 enum dsc_status dsc__drain(struct dsc_comm *comm);
 /* Whether the caller is one of the communicator's own threads. */
 bool dsc__on_own_thread(const struct dsc_comm *comm);
+/* Whether some thread waits, without a time of its own, for the asynchronous collectives. */
+bool dsc__is_awaited(const struct dsc_comm *comm);
 /* dsc_interrupt_fn of every communicator: context is the communicator. */
 bool dsc__interrupted(void *context);
 

@@ -14,7 +14,7 @@ enum { DSC__CHANNEL_MAX = 48 };
 struct dsc__watch {
     int n_slices;
     bool posted;       /* on the board */
-    bool counts;       /* as a rank that is blocked */
+    bool counts;       /* on the board as a rank that is blocked */
     bool hopeful;      /* and as one whose operation will end */
     atomic_bool noted; /* that a process has ended, by any thread */
     int64_t seen;      /* `moves` when all were blocked at the last look; -1: they were not */

@@ -92,19 +92,30 @@ enum dsc_status dsc__delegate_check_board(struct dsc__delegate *d) {
 
 /* ---- a standstill ---- */
 
-/* Counts this rank among the blocked; in a thread of the communicator's own only as one that has
- * come to the operation, since the rank itself goes on. The operation before is one that somebody
- * has left behind. */
-static enum dsc_status post(struct dsc__delegate *d) {
+/* Whether this rank counts among the blocked: in a thread of the communicator's own only while
+ * another thread waits for that, since else the rank itself goes on. */
+static enum dsc_status count(struct dsc__delegate *d) {
     char key[DSC_BOARD_KEY_MAX], text[DSC_BOARD_TEXT_MAX], call[DSC__CALL_TEXT_MAX];
-    int64_t here, behind, ahead, unused;
-    uint64_t sequence = d->current.sequence;
+    bool counts = !dsc__on_own_thread(d->comm) || dsc__is_awaited(d->comm);
+    int64_t unused;
+    if (counts == d->watch.counts)
+        return DSC_OK;
     dsc__print_operation(&d->current, call);
     snprintf(key, sizeof key, "where/%d", d->ops.job_rank);
     snprintf(text, sizeof text, "%s of \"%s\"", call, d->channel);
-    d->watch.counts = !dsc__on_own_thread(d->comm);
-    if (d->watch.counts)
+    if (counts)
         DSC_TRY(d->ops.put(d->ops.context, key, text, false));
+    DSC_TRY(add(d, "moves", 1, &unused));
+    DSC_TRY(add(d, "blocked", counts ? 1 : -1, &unused));
+    d->watch.counts = counts;
+    return DSC_OK;
+}
+
+/* This rank has come to its operation. The operation before is one that somebody has left behind.
+ */
+static enum dsc_status post(struct dsc__delegate *d) {
+    int64_t here, behind, ahead, unused;
+    uint64_t sequence = d->current.sequence;
     DSC_TRY(add_here(d, sequence, 1, &here));
     DSC_TRY(add_here(d, sequence - 1, 0, &behind));
     DSC_TRY(add_here(d, sequence + 1, 0, &ahead));
@@ -112,17 +123,16 @@ static enum dsc_status post(struct dsc__delegate *d) {
     if (d->watch.hopeful)
         DSC_TRY(add(d, "hope", 1, &unused));
     DSC_TRY(add(d, "moves", 1, &unused));
-    if (d->watch.counts)
-        DSC_TRY(add(d, "blocked", 1, &unused));
     d->watch.sequence = sequence;
     d->watch.posted = true;
-    return DSC_OK;
+    return count(d);
 }
 
 static void unpost(struct dsc__delegate *d) {
     int64_t unused;
-    d->watch.posted = false;
-    if (add(d, "blocked", d->watch.counts ? -1 : 0, &unused) != DSC_OK ||
+    bool counts = d->watch.counts;
+    d->watch.posted = d->watch.counts = false;
+    if (add(d, "blocked", counts ? -1 : 0, &unused) != DSC_OK ||
         add(d, "moves", 1, &unused) != DSC_OK)
         return; /* the next wait finds the board gone */
     (void)add_here(d, d->watch.sequence, -1, &unused);
@@ -235,6 +245,8 @@ enum dsc_status dsc__delegate_look_around(struct dsc__delegate *d, double since)
         DSC_TRY(post(d));
     else if (watch->n_slices % LOOK_EACH == 0)
         DSC_TRY(dsc__delegate_check_board(d));
+    if (watch->posted && watch->n_slices % LOOK_EACH == 0)
+        DSC_TRY(count(d));
     if (watch->n_slices > POST_AT && watch->n_slices % LOOK_EACH == LOOK_EACH / 2)
         return check_standstill(d);
     return DSC_OK;

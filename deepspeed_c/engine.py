@@ -400,7 +400,12 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         except BaseException:
             core.refuse_step()  # the other ranks wait in this step, and would take the next one for it
             raise
-        report = self._run.step()
+        try:
+            report = self._run.step()
+        except BaseException:
+            if self._shards is not None:
+                self._shards.note_step()
+            raise
         if self._shards is not None:
             self._shards.after_step()
         self.optimizer.run_hooks("post")

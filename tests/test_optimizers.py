@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import deepspeed_c as deepspeed
-from deepspeed_c import _core
+from deepspeed_c import _core, zero
 from deepspeed_c.utils import safe_get_full_optimizer_state
 
 SECTIONS = {
@@ -74,7 +74,8 @@ def matrix(rank, world, names):
     wrong = []
     for name, dtype in itertools.product(names, ("fp32", "bf16")):
         base = run(rank, SECTIONS[name], 0, dtype, False, models.Awkward)
-        wrong += [(name, dtype, stage, overlap) for stage, overlap in ((0, True), (1, False), (1, True), (2, False))
+        others = (0, True), (1, False), (1, True), (2, False), (3, False)
+        wrong += [(name, dtype, stage, overlap) for stage, overlap in others
                   if run(rank, SECTIONS[name], stage, dtype, overlap, models.Awkward) != base]
     return wrong
 
@@ -260,7 +261,7 @@ def bytes_held(rank, world, stage, dtype):
     return wrong
 
 
-@pytest.mark.parametrize("stage, dtype", [(1, "fp32"), (2, "bf16")])
+@pytest.mark.parametrize("stage, dtype", [(1, "fp32"), (2, "bf16"), (3, "fp32")])
 def test_memory_is_that_of_the_table(ranks, stage, dtype):
     assert ranks(2, bytes_held, stage, dtype) == [[], []]
 
@@ -307,12 +308,13 @@ def failing(rank, world):
             engine.backward(engine(batch(rank, i)))
             engine.step()
 
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         module = models.make(Net)
         optimizer = Failing(module.parameters(), lr=0.1, momentum=0.9)
         engine = start(optimizer, stage, module=module, zero_allow_untested_optimizer=True)
         steps(engine, 0, 2)
-        saved = copy.deepcopy((module.state_dict(), engine.optimizer.state_dict()))
+        with zero.GatheredParameters(list(module.parameters())):
+            saved = copy.deepcopy((module.state_dict(), engine.optimizer.state_dict()))
         steps(engine, 2, 4)
         expected = models.bits(module)
         optimizer.fails = True
@@ -322,7 +324,8 @@ def failing(rank, world):
                 steps(engine, 4, 5)
             said.append(str(caught.value))
             optimizer.fails = False
-        module.load_state_dict(saved[0])
+        with zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+            module.load_state_dict(saved[0])
         engine.optimizer.load_state_dict(saved[1])
         steps(engine, 2, 4)
         found.append((said, expected == models.bits(module)))
@@ -377,10 +380,12 @@ def saved_and_loaded(rank, world, section, stage, dtype):
     train(first, rank, range(2), dtype)
     buffer = io.BytesIO()
     torch.save(first.optimizer.state_dict(), buffer)
-    module = {name: value.clone() for name, value in first.module.state_dict().items()}
+    with zero.GatheredParameters(list(first.module.parameters())):
+        module = {name: value.clone() for name, value in first.module.state_dict().items()}
     train(first, rank, range(2, 4), dtype)
     second = start(section, stage, dtype, module=models.make(Net, seed=9), **options)
-    second.module.load_state_dict(module)
+    with zero.GatheredParameters(list(second.module.parameters()), modifier_rank=0):
+        second.module.load_state_dict(module)
     buffer.seek(0)
     second.optimizer.load_state_dict(torch.load(buffer, weights_only=True))
     train(second, rank, range(2, 4), dtype)
@@ -389,7 +394,7 @@ def saved_and_loaded(rank, world, section, stage, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_saving_and_loading_restores_every_bit(ranks, dtype):
-    for name, stage in (("lamb", 1), ("momentum", 2), ("adagrad", 0), ("rmsprop", 1), ("adafactor", 2)):
+    for name, stage in (("lamb", 1), ("momentum", 2), ("adagrad", 0), ("rmsprop", 1), ("adafactor", 2), ("rmsprop", 3)):
         assert ranks(2, saved_and_loaded, SECTIONS[name], stage, dtype) == [True, True], (name, stage)
 
 
@@ -488,7 +493,7 @@ def taken_over(rank, world, stage):
 
 def test_steps_taken_before_initialize_count_on_ranks_that_hold_nothing_of_a_group(ranks):
     base = ranks(2, taken_over, 0)
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         found = ranks(2, taken_over, stage)
         assert [bits for bits, _, _ in found] == [bits for bits, _, _ in base]
         assert [(steps, part) for _, steps, part in found] == [({5.0}, True)] * 2
@@ -529,7 +534,7 @@ def frozen_and_written(rank, world, name, stage):
 
 @pytest.mark.parametrize("name", ["adagrad", "lamb", "rmsprop"])
 def test_what_is_written_to_a_frozen_parameter_stays(ranks, name):
-    for stage in (0, 1):
+    for stage in (0, 1, 3):
         assert ranks(2, frozen_and_written, name, stage) == [True, True], stage
 
 

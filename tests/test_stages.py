@@ -27,8 +27,9 @@ def matrix(rank, world, dtype, gas):
     torch.set_num_threads(1)
     base = {}
     wrong = []
-    for stage, overlap, bucket in itertools.product(STAGES, (False, True), (1e3, 5e8)):
-        reference = 2 if gas > 1 and stage == 2 else 0  # several micro-steps: 0 equals 1, and 2 stands apart
+    cases = [*itertools.product(STAGES, (False, True), (1e3, 5e8)), (3, False, 1e3), (3, True, 5e8)]
+    for stage, overlap, bucket in cases:
+        reference = 2 if gas > 1 and stage >= 2 else 0  # several micro-steps: 0 equals 1, and 2 equals 3
         if reference not in base:
             base[reference] = run(rank, reference, dtype, gas, False, 5e8)[:2]
         got = run(rank, stage, dtype, gas, overlap, bucket)[:2]
@@ -51,7 +52,7 @@ def test_stages_overlap_and_bucket_size_change_no_bit(ranks, world, dtype):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_three_micro_steps_change_no_bit_between_stages_0_and_1(ranks, world, dtype):
+def test_three_micro_steps_change_no_bit_between_stages_0_and_1_and_between_2_and_3(ranks, world, dtype):
     results = ranks(world, matrix, dtype, 3, timeout=180)
     assert [wrong for wrong, _ in results] == [[]] * world
 

@@ -129,6 +129,10 @@ class Shards:
         """New values are there. Collective."""
         for home in self._homes:
             home.after_step()
+        self.note_step()
+
+    def note_step(self):
+        """A step, also one that failed, may have changed what is always gathered."""
         for p in self._persistent:
             p.ds_seen = p._version
 

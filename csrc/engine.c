@@ -173,6 +173,7 @@ static enum dsc_status hold_all(struct dsc_engine *e) {
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->local, (void **)&e->local));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->sources, (void **)&e->sources));
     DSC_TRY(dsc_alloc(e->n_spaces * sizeof *e->n_folded, (void **)&e->n_folded));
+    DSC_TRY(dsc__engine_check_room(e));
     DSC_TRY(dsc__engine_open_files(e));
     for (size_t s = 0; s < e->n_spaces; s++)
         DSC_TRY(hold_space(e, s));

@@ -1,4 +1,5 @@
-/* The engine's masters and states in files: opening, and what a step does with them.
+/* The engine's masters and states in files: opening, and what a step does with them; and whether
+ * what is not in files fits in memory.
  *
  * Invariant: a rank that cannot read or write its files tells the others, in the open engine's
  * first meeting or by giving up the communicators, and steps no more: some of its elements have
@@ -6,10 +7,65 @@
 #include "engine_impl.h"
 
 #include "arena.h"
-#include "log.h"
+#include "memory_limit.h"
 
 #include <stdio.h>
 #include <string.h>
+
+/* What a rank is about to take, and what there is for it; 0: no limit. */
+struct room {
+    uint64_t needed;
+    struct dsc_memory_limit memory;
+};
+
+static uint64_t bytes_needed(const struct dsc_engine *e) {
+    uint64_t sum = 0;
+    for (size_t s = 0; s < e->n_spaces; s++) {
+        struct dsc_space_needs needs = dsc__engine_needs(e, s);
+        size_t n = dsc_range_size(needs.stepped);
+        size_t n_arrays = needs.grads;
+        if (needs.n_filed == 0)
+            n_arrays += needs.master + (size_t)needs.n_states;
+        sum +=
+            n_arrays * n * sizeof(float) + (needs.local ? e->spaces[s].n_elems : 0) * sizeof(float);
+        sum += n > 0 ? dsc_swap_private_bytes(n, needs.n_filed, needs.n_buffers) : 0;
+    }
+    return sum;
+}
+
+/* All ranks look at all, so that all fail together; those of one control group share its room. */
+static enum dsc_status compare_rooms(const struct dsc_engine *e) {
+    struct room one, other;
+    for (int r = 0; r < e->size; r++) {
+        uint64_t needed = 0;
+        memcpy(&one, e->meeting + (size_t)r * sizeof one, sizeof one);
+        for (int q = 0; q < e->size; q++) {
+            memcpy(&other, e->meeting + (size_t)q * sizeof other, sizeof other);
+            if (other.memory.limit > 0 && other.memory.group == one.memory.group)
+                needed += other.needed;
+        }
+        if (one.memory.limit > 0 && needed > one.memory.left)
+            return DSC_FAIL(
+                DSC_ENOMEM,
+                "masters, optimizer states and sums of gradients take %llu bytes on rank %d, %llu "
+                "with the ranks of its memory control group, which has %llu left of its limit of "
+                "%llu; nothing has changed. zero_optimization.offload_optimizer with device "
+                "\"nvme\" keeps masters and states in files",
+                (unsigned long long)one.needed, r, (unsigned long long)needed,
+                (unsigned long long)one.memory.left, (unsigned long long)one.memory.limit);
+    }
+    return DSC_OK;
+}
+
+enum dsc_status dsc__engine_check_room(struct dsc_engine *e) {
+    struct room mine = {.needed = bytes_needed(e)};
+    if (!dsc_memory_limit(&mine.memory))
+        memset(&mine.memory, 0, sizeof mine.memory);
+    memcpy(e->meeting, &mine, sizeof mine);
+    if (e->size > 1)
+        DSC_TRY(dsc_comm_meet(e->comm, "initialize", 8, &mine, sizeof mine, e->meeting));
+    return compare_rooms(e);
+}
 
 static enum dsc_status open_file(struct dsc_engine *e, size_t s) {
     struct dsc_space_needs needs = dsc__engine_needs(e, s);

@@ -320,3 +320,61 @@ def without_files(rank, world):
 
 def test_a_folder_that_is_removed_takes_nothing_away(ranks, tmp_path):
     assert ranks(2, a_removed_folder, str(tmp_path / "a" / "b")) == ranks(2, without_files)
+
+
+# ---- more states than memory ----
+
+LIMIT = 220 << 20
+
+
+@pytest.fixture
+def memory_group():
+    """A memory control group with a limit of LIMIT bytes, of either version."""
+    name = f"deepspeed_c_test_{os.getpid()}"
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = os.path.join(root, name)
+        try:
+            os.mkdir(group)
+        except OSError:
+            continue
+        try:
+            with open(os.path.join(group, limit), "w") as file:
+                file.write(str(LIMIT))
+            yield group
+            return
+        except OSError:
+            continue
+        finally:
+            os.rmdir(group)
+    pytest.skip("a memory control group needs root and a writable /sys/fs/cgroup")
+
+
+def in_little_memory(rank, world, group, path):
+    torch.set_num_threads(1)
+    with open(os.path.join(group, "cgroup.procs"), "w") as file:
+        file.write(str(os.getpid()))
+    torch.manual_seed(0)
+    module = nn.Sequential(*[nn.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(24)])
+    before = models.bits(module)[:4096]
+
+    def start(offload):
+        config = models.config(1, "bf16", zero={"offload_optimizer": offload})
+        return deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+
+    try:
+        start({"device": "none"})
+        raise AssertionError("states fitted")
+    except MemoryError as error:
+        text = str(error)
+    same = models.bits(module)[:4096] == before
+    engine = start(nvme(path))
+    for _ in range(2):
+        engine.backward(engine(torch.ones(1, 1024, dtype=torch.bfloat16)).float().square().mean())
+        engine.step()
+    return text, same, engine._core.counters()["file_bytes"], models.bits(module)[:4096] != before
+
+
+def test_states_beyond_a_memory_limit_train_from_files_and_are_refused_in_memory(ranks, tmp_path, memory_group):
+    (text, same, file_bytes, moved), = ranks(1, in_little_memory, memory_group, str(tmp_path), timeout=120)
+    assert f"left of its limit of {LIMIT}; nothing has changed" in text and '"nvme" keeps' in text
+    assert same and moved and file_bytes > LIMIT

@@ -11,7 +11,7 @@ LAYERS = [
     ("base", ["dsc", "status", "alloc", "log"]),
     ("kernels and pure arithmetic", [
         "kernels/", "fpenv", "pool", "arena", "lr", "scaler", "clip", "shuffle", "partition", "space", "source", "wire",
-        "file_io", "file_io_*",
+        "file_io", "file_io_*", "memory_limit",
         "topo", "tensor", "optim", "lamb", "stepping", "config", "config_*",
     ]),
     ("communication", ["comm/"]),

@@ -145,10 +145,12 @@ def zeros(shape, dtype):
     return ORIGINALS["zeros"](shape, dtype=dtype, device="cpu")
 
 
-def from_meta(p):
-    """A parameter on the meta device stays the same object and gets empty data on the CPU."""
-    marks = dict(vars(p))
-    torch.utils.swap_tensors(p, torch.nn.Parameter(zeros(0, p.dtype), p.requires_grad))
+def _renew(p):
+    """A parameter on the meta device, or of inference mode, stays the same object and gets empty data on the CPU that
+    counts its versions."""
+    marks, wanted = dict(vars(p)), p.requires_grad
+    with torch.inference_mode(False):
+        torch.utils.swap_tensors(p, torch.nn.Parameter(zeros(0, p.dtype), wanted))
     vars(p).update(marks)
 
 
@@ -158,6 +160,8 @@ _OWN = ("ds_id", "ds_shape", "ds_numel", "ds_status", "ds_persist", "ds_name", "
 
 def make(p, home, full):
     """An ordinary Parameter becomes a released ZeroParameter whose values are in `full`."""
+    if p.is_meta or p.is_inference():
+        _renew(p)
     p.__class__ = ZeroParameter
     p.ds_id, p.ds_shape, p.ds_numel = next(_ids), full.shape, full.numel()
     p.ds_home, p.ds_full = home, full
@@ -180,7 +184,7 @@ def make_ordinary(p, values):
 def succeed(old, new, values):
     """`new` is the ZeroParameter that `old` was, and as gathered; `old` is an ordinary one with these values."""
     new.__class__ = ZeroParameter
-    vars(new).update((key, vars(old)[key]) for key in _OWN)
+    vars(new).update((key, vars(old)[key]) for key in _OWN if key in vars(old))
     new.data = old.data
     new.ds_seen = new._version
     make_ordinary(old, values)

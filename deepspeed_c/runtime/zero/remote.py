@@ -11,7 +11,7 @@ import torch
 
 from ... import _core
 from ...model import flat
-from .parameter import OUTSIDE, ZeroParamStatus, empty, from_meta, make, make_ordinary, succeed, write_error, zeros
+from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error, zeros
 
 _OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
 _BATCH = 1 << 20  # elements after which an operation is long enough: who waits for its first waits for all of it
@@ -64,9 +64,7 @@ class RemoteHome:
         the last. One on the meta device starts as zeros."""
         with torch.inference_mode(False):
             full = zeros(p.numel(), p.dtype).as_strided(p.shape, p.stride())
-            if p.is_meta:
-                from_meta(p)
-            elif self.comm.rank == 0:
+            if self.comm.rank == 0 and not p.is_meta:
                 full.copy_(p.data)
         make(p, self, full)
         self._numbers[p.ds_id] = self._order.add(p.ds_numel)

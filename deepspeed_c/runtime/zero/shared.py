@@ -8,7 +8,7 @@ from torch.utils.dlpack import from_dlpack
 
 from ... import _core
 from ...model import flat
-from .parameter import OUTSIDE, ZeroParamStatus, empty, from_meta, make, make_ordinary, succeed, write_error, zeros
+from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error, zeros
 
 _OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
 
@@ -30,9 +30,7 @@ class SharedHome:
         the last. One on the meta device starts as zeros."""
         with torch.inference_mode(False):
             full = self._take(p)
-            if p.is_meta:
-                from_meta(p)
-            elif self.comm.rank == 0 and full.numel():
+            if self.comm.rank == 0 and full.numel() and not p.is_meta:
                 full.copy_(p.data)
         make(p, self, full)
 

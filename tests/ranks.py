@@ -16,6 +16,7 @@ both, with every rank's stacks.
 """
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -94,6 +95,7 @@ def reserve_port():
 
 def run_rank(rank, world, port, folder, environment, fn, args):
     """The body of one rank's process: output to a file, result or exception to another."""
+    gc.freeze()  # a collection need not look at what torch and its modules are made of
     os.setsid()  # whatever this rank starts can be found and ended by its session
     # The server ends when the test run does, however that ended; so do its ranks then.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -3,6 +3,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from deepspeed_c import zero
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -95,9 +97,10 @@ def train(engine, rank, n_steps, gas=1, dtype="fp32"):
 
 
 def bits(module):
-    """The exact values of all parameters, as bytes."""
-    return b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in module.parameters()
-                    if p.numel())
+    """The exact values of all parameters, as bytes. Collective at stage 3 where ranks share no memory."""
+    with zero.GatheredParameters(list(module.parameters())):
+        return b"".join(p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in module.parameters()
+                        if p.numel())
 
 
 def grown(width):

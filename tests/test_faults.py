@@ -110,7 +110,7 @@ def killed_at_stage_3(rank, world, where):
         engine.step()
     except deepspeed.CommError as error:
         seconds = time.monotonic() - started
-        with contextlib.suppress(deepspeed.CommError):  # parameters cannot be whole any more where ranks share no memory
+        with contextlib.suppress(deepspeed.CommError):  # no parameter can be whole any more where ranks share no memory
             engine.destroy()
         return str(error), max(seconds, time.monotonic() - started - SECONDS)
     return "no error", 0.0

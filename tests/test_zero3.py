@@ -181,6 +181,15 @@ def test_ranks_that_run_different_modules_train_as_one_process_would(ranks):
 # ---- use of other modules' parameters, leaves, checkpointing ----
 
 
+class Root(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.uses = Uses()
+
+    def forward(self, x, reentrant):
+        return Whole(self.uses(x, reentrant), self)
+
+
 class Uses(nn.Module):
     """Parameters used outside their modules: read from another's forward, handed out, hidden in an output that is no
     tensor; a list of parameters; attention that reads its projection's weight; checkpointing, reentrant and not."""
@@ -223,6 +232,13 @@ class Box:
         self.value = value
 
 
+class Whole:
+    """An output that leads back to itself and to the model."""
+
+    def __init__(self, value, module):
+        self.value, self.module, self.itself = value, module, [self]
+
+
 class Hidden(nn.Module):
     def __init__(self):
         super().__init__()
@@ -233,22 +249,24 @@ class Hidden(nn.Module):
 
 
 def used(rank, stage, reentrant, leaf, plain_backward):
-    module = models.make(Uses)
+    module = models.make(Root)
+    uses = module.uses
     zero = dict(ALL_SHARDED) if stage == 3 else {}
     if leaf and stage == 3:
-        zero["leaf_module"] = {"classes": ["MultiheadAttention"], "names": ["hidden"], "name_suffixes": ["first"]}
+        zero["leaf_module"] = {"classes": ["MultiheadAttention"], "names": ["uses.hidden"], "name_suffixes": ["first"]}
     engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
                                   config=models.config(stage, zero=zero))[0]
     for step in range(3):
         x = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(10 * step + rank))
-        loss = engine(x.requires_grad_(), reentrant)
+        loss = engine(x.requires_grad_(), reentrant).value
         if plain_backward:
             loss.backward()
         else:
             engine.backward(loss)
         engine.step()
         assert stage < 3 or released(module)
-    external = [p is module.first.weight for _, p in module.ds_external_parameters()] if stage == 3 else []
+    external = [p is uses.first.weight for _, p in uses.ds_external_parameters()] if stage == 3 else []
+    external += [not module.ds_external_parameters()] if stage == 3 else []
     engine.destroy()
     return models.bits(module), external
 
@@ -260,7 +278,7 @@ def uses(rank, world):
         expected, _ = used(rank, 2, reentrant, False, plain_backward)
         for leaf in (False, True):
             found, external = used(rank, 3, reentrant, leaf, plain_backward)
-            if found != expected or not any(external):
+            if found != expected or not (any(external) and external[-1]):
                 wrong.append((reentrant, leaf, plain_backward, external))
     return wrong
 

@@ -6,7 +6,6 @@ hook on the graph's nodes that made the outputs fetches; what it fetched is rele
 where a home asks for it (early), parameter by parameter when its gradient is done. Invariant: every fetch is released
 once, also where a forward raises; a backward pass that raised is cleaned up after by the next forward.
 """
-import dataclasses
 import itertools
 import weakref
 from collections.abc import Mapping
@@ -203,21 +202,28 @@ def _clean_up():
         hold.end()
 
 
-def _tensors(output, depth=0):
-    """The tensors in what a module returned."""
+_PLAIN = (str, bytes, int, float, type, torch.nn.Module, torch.dtype, torch.device)
+_LIMIT = 10_000  # objects of one output that are looked into
+
+
+def _tensors(output):
+    """The tensors in what a module returned: in containers and in the attributes of objects, but not of modules."""
     if isinstance(output, torch.Tensor):
         yield output
-    elif depth > 8 or output is None or isinstance(output, (str, bytes, int, float)):
         return
-    elif isinstance(output, Mapping):
-        for item in output.values():
-            yield from _tensors(item, depth + 1)
-    elif isinstance(output, (list, tuple, set)):
-        for item in output:
-            yield from _tensors(item, depth + 1)
-    elif dataclasses.is_dataclass(output) or hasattr(output, "__dict__"):
-        for item in vars(output).values():
-            yield from _tensors(item, depth + 1)
+    stack, seen = [output], set()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif item is not None and not isinstance(item, _PLAIN) and id(item) not in seen and len(seen) < _LIMIT:
+            seen.add(id(item))
+            if isinstance(item, Mapping):
+                stack.extend(item.values())
+            elif isinstance(item, (list, tuple, set)):
+                stack.extend(item)
+            elif hasattr(item, "__dict__") and not callable(item):
+                stack.extend(vars(item).values())
 
 
 class Slots(dict):
@@ -313,6 +319,7 @@ def install(module, params, label):
         if is_zero(p) and not p.ds_persist:
             unit.add(p)
     _UNITS[module] = unit
+    module.ds_external_parameters = External(module)
     unit.handles = [module.register_forward_pre_hook(unit.enter, prepend=True),
                     module.register_forward_hook(unit.leave, always_call=True)]
     return unit

@@ -15,7 +15,14 @@ from ...whole import whole
 from . import fetch
 from .homes import Homes
 from .parameter import (
-    empty, forget, give_private_back, is_zero, make_ordinary, take_private, unique, write_error,
+    empty,
+    forget,
+    give_private_back,
+    is_zero,
+    make_ordinary,
+    take_private,
+    unique,
+    write_error,
 )
 
 _ZERO = "zero_optimization."
@@ -42,9 +49,6 @@ class Shards:
         self._persist(everything)
         self._register_deepspeed_module(module)
         module.ds_external_parameters = fetch.External(module)
-        for child in module.modules():
-            if child is not module and fetch.external_of(child):
-                child.ds_external_parameters = fetch.External(child)
 
     @property
     def param_coordinator(self):

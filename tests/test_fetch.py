@@ -9,6 +9,8 @@ import torch.utils.checkpoint
 
 import deepspeed_c as deepspeed
 from deepspeed_c import distributed
+from deepspeed_c.moe.layer import MoE
+from deepspeed_c.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 NODES = {2: None, 3: None, 4: "aabb"}
 
@@ -305,6 +307,40 @@ def used(rank, world):
 @pytest.mark.parametrize("n", [2, 4])
 def test_what_a_script_does_with_parameters_changes_no_bit(ranks, n):
     assert ranks(n, used) == [True] * n
+
+
+class Experts(torch.nn.Module):
+    def __init__(self, ep_size):
+        super().__init__()
+        self.inp, self.out = torch.nn.Linear(8, 16), torch.nn.Linear(16, 3)
+        self.moe = MoE(hidden_size=16, expert=torch.nn.Linear(16, 16), num_experts=4, ep_size=ep_size, k=1,
+                       capacity_factor=4.0, use_rts=False)
+
+    def forward(self, x):
+        x, loss, _ = self.moe(torch.relu(self.inp(x)))
+        return self.out(x).square().mean() + 0.01 * loss
+
+
+def with_experts(rank, stage, ep_size):
+    torch.manual_seed(0)
+    module = Experts(ep_size)
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": list(module.parameters()), "name": "all"})
+    config = models.config(stage, zero={"stage3_param_persistence_threshold": 0})
+    engine = deepspeed.initialize(model=module, model_parameters=groups, config=config)[0]
+    for step in range(3):
+        engine.backward(engine(torch.randn(6, 8, generator=torch.Generator().manual_seed(10 * step + rank))))
+        engine.step()
+    engine.destroy()
+    return models.bits(module)
+
+
+def experts(rank, world):
+    opened(rank, world)
+    return [with_experts(rank, 3, ep_size) == with_experts(rank, 2, ep_size) for ep_size in (2, 4)]
+
+
+def test_experts_of_some_ranks_are_gathered_among_these(ranks):
+    assert ranks(4, experts) == [[True, True]] * 4
 
 
 # ---- ranks that differ ----

@@ -33,6 +33,16 @@ class _Slot:
             self.work.wait()
             self.work = None
 
+    def end(self):
+        """Like wait(), for who does not need the values: a gathering that failed is over too, and every later one fails
+        as it did."""
+        try:
+            self.wait()
+        except Exception:
+            if not self.work.done():
+                raise
+            self.work = None
+
     def take_part(self, rank, cut):
         """Keeps another part of a whole that is here. cut: list of size + 1."""
         self.cut = torch.tensor(cut, device="cpu")
@@ -112,7 +122,7 @@ class RemoteHome:
         return self._slot(p).part
 
     def part(self, p):
-        """This rank's part of p: what it keeps."""
+        """This rank's part of p: what its engine steps, which may be none of it, or all."""
         return self._slot(p).part
 
     # ---- fetching ----
@@ -124,7 +134,22 @@ class RemoteHome:
             self.settle()
         numbers = [self._numbers[p.ds_id] for p in params]
         place = -1 if event == OUTSIDE else self._events.setdefault(event, len(self._events))
-        drop, now, ahead = self._order.want(place, numbers)
+        plan = self._order.want(place, numbers)
+        try:
+            self._carry_out(*plan, label)
+            for number in numbers:
+                self._slots[number].wait()
+        except BaseException:
+            self._order.release(numbers)  # all or nothing; other ranks need not see it alike, so nothing is dropped
+            raise
+        for p in params:
+            if p.ds_count == 0:
+                p.data = p.ds_full
+                p.ds_seen = p._version
+                p.ds_status = _IN
+            p.ds_count += 1
+
+    def _carry_out(self, drop, now, ahead, label):
         self._drop(drop)
         self._gather(now, label)
         while ahead:
@@ -133,14 +158,6 @@ class RemoteHome:
                 batch.append(ahead.pop(0))
                 n += self._numel(batch[-1])
             self._gather(batch, f"ahead of {label}")
-        for number in numbers:
-            self._slots[number].wait()
-        for p in params:
-            if p.ds_count == 0:
-                p.data = p.ds_full
-                p.ds_seen = p._version
-                p.ds_status = _IN
-            p.ds_count += 1
 
     def release(self, params, label):
         """Undoes one fetch(). RuntimeError, after all are released, where one was written to meanwhile."""
@@ -180,7 +197,7 @@ class RemoteHome:
                 self._drop_storage(self._slots[number])
 
     def _drop_storage(self, slot):
-        slot.wait()
+        slot.end()
         slot.full.untyped_storage().resize_(0)
 
     def counters(self, reset_peak=False):

@@ -73,3 +73,9 @@ void dsc_alloc_keep_freed(void) {
     (void)mallopt(M_TRIM_THRESHOLD, INT_MAX);
 #endif
 }
+
+void dsc_alloc_give_back(void) {
+#ifdef __GLIBC__
+    (void)malloc_trim(0);
+#endif
+}

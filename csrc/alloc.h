@@ -28,6 +28,9 @@ void dsc_free(void *block);
  * included; once is enough. Leaves a user's own MALLOC_*_THRESHOLD_ or GLIBC_TUNABLES alone; does
  * nothing where malloc is not glibc's. */
 void dsc_alloc_keep_freed(void);
+/* Gives the kernel what the C library's heap keeps of freed blocks now: once what a training will
+ * not need again has been freed. Process-wide; does nothing where malloc is not glibc's. */
+void dsc_alloc_give_back(void);
 /* Arena memory counts here too, so that one number says whether a step allocated. */
 void dsc__alloc_count(int64_t n_blocks, int64_t n_bytes);
 struct dsc_alloc_counters dsc_alloc_counters(void);

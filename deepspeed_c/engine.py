@@ -202,6 +202,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         else:
             model_setup.lay_out(everything.values())
             model_setup.broadcast(reduction, everything.values())
+        _core.give_back_freed()  # what the cast and the move left: up to 4 bytes an element
         if parameters is None:
             self.optimizer = self._shards
             return

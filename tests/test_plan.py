@@ -1,5 +1,6 @@
 """python -m deepspeed_c.plan: what it says is what the engine then allocates, and its errors name the argument."""
 import copy
+import gc
 import json
 import pathlib
 import shlex
@@ -178,8 +179,8 @@ def test_plans_where_ranks_share_no_memory(ranks):
 
 
 def resident(rank, world, cases):
-    """What the kernel counts for this rank, with its part of shared memory: where gradients are there, and after a
-    step."""
+    """What the kernel counts for this rank, with its part of shared memory: after initialize, where gradients are
+    there, and after a step."""
     torch.set_num_threads(1)
     for dtype in "fp32", "bf16":  # what torch and the communicator keep for themselves
         warm = deepspeed.initialize(model=models.grown(test_memory.WIDTH), config=models.config(0, dtype))[0]
@@ -189,25 +190,30 @@ def resident(rank, world, cases):
     del warm
     found = []
     for config in cases:
+        gc.collect()
+        deepspeed.comm.barrier()  # all have let go of what they shared
         test_memory.trimmed_kib()
         before = sum(test_memory.private_kib())
         module = test_memory.Deep()
         engine = deepspeed.initialize(model=module, config=copy.deepcopy(config))[0]
-        x = torch.randn(2, test_memory.WIDTH).to(next(module.parameters()).dtype)
-        sizes = []
+        x = torch.randn(2, test_memory.WIDTH).to(models.DTYPES[engine._model_dtype()])
+        gc.collect()
+        deepspeed.comm.barrier()  # who has touched shared memory counts his part of it
+        sizes = [1024 * (sum(test_memory.private_kib()) - before)]  # as initialize left it
+        deepspeed.comm.barrier()
         for phase in "backward", "step":
             if phase == "step":
                 engine.step()
             else:
                 engine.backward(engine(x))
-            deepspeed.comm.barrier()  # who has touched shared memory counts his part of it
+            deepspeed.comm.barrier()
             test_memory.trimmed_kib()
             sizes.append(1024 * (sum(test_memory.private_kib()) - before))
+            deepspeed.comm.barrier()
         # Slots beyond those that are there from the start: this rank was ahead.
         slots = engine._core.counters()["shared_bytes"] - 4 * test_memory.N_ELEMS // world - (16 << 20)
         early = world > 1 and config["zero_optimization"]["stage"] > 1
         found.append([size - (max(slots, 0) if early else 0) for size in sizes])
-        deepspeed.comm.barrier()
         engine.destroy()
         del engine, module
     return found
@@ -222,8 +228,10 @@ def test_the_kernel_agrees_within_two_percent(ranks, world):
         with torch.device("meta"):
             module = test_memory.Deep()
         found = plan(module, _core.Config(config, world), world)
-        # Gradients are there after backward as in a step; after the step there is what a forward begins with.
-        for seen, phase in enumerate(("step", "forward")):
+        # Gradients are there after backward as in a step; before and after it there is what a forward begins with.
+        for seen, phase in enumerate(("forward", "step", "forward")):
+            if seen == 0 and world > 1 and config["zero_optimization"]["stage"] > 1:
+                continue  # the kernel may have left out slots that nobody has touched
             node = sum(rank[i][seen] for rank in per_rank)
             assert abs(node - found["node"][phase]) < 0.02 * found["node"][phase], (config, phase, node, found["node"])
 

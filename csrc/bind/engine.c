@@ -266,7 +266,16 @@ static PyObject *alloc_counters(PyObject *module, PyObject *unused) {
                          (long long)a.n_live, "n_bytes", (long long)a.n_bytes);
 }
 
+static PyObject *give_back_freed(PyObject *module, PyObject *unused) {
+    (void)module;
+    (void)unused;
+    Py_BEGIN_ALLOW_THREADS dsc_alloc_give_back();
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
+    {"give_back_freed", give_back_freed, METH_NOARGS,
+     "Gives the kernel what the C library's heap keeps of freed memory now."},
     {"alloc_counters", alloc_counters, METH_NOARGS,
      "The core's allocations in this process: n_calls, n_live, n_bytes."},
     {NULL},

@@ -173,3 +173,68 @@ def lives(rank, world, n):
 def test_fifty_engines_leave_memory_and_files_flat(ranks, world):
     for grown_kib, more_files, _ in ranks(world, lives, 50, timeout=120):
         assert grown_kib < 4096 and more_files <= 0
+
+
+# ---- many engines ----
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(256, 256) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x.float().square().mean()
+
+
+# (stage, dtype, masters and states in files, parameters in a file, zero.Init)
+LIVES = [(stage, dtype, False, False, False) for stage in (0, 1, 2, 3) for dtype in ("fp32", "bf16")]
+LIVES += [(stage, "bf16", True, False, False) for stage in (1, 2, 3)]
+LIVES += [(3, dtype, False, False, True) for dtype in ("fp32", "bf16")]
+LIVES += [(3, "bf16", True, True, init) for init in (False, True)]
+
+
+def live(folder, stage, dtype, filed, params_filed, init):
+    """One engine from its model to its end."""
+    file = {"device": "nvme", "nvme_path": folder}
+    zero = {"stage3_param_persistence_threshold": 0, **({"offload_optimizer": file} if filed else {}),
+            **({"offload_param": file} if params_filed else {})}
+    config = models.config(stage, dtype, zero=zero)
+    with deepspeed.zero.Init(config_dict_or_path=config, enabled=init):
+        module = Small()
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
+    engine.backward(engine(torch.ones(2, 256, dtype=models.DTYPES[dtype])))
+    engine.step()
+    engine.destroy()
+
+
+def left(folder):
+    """What a process has: (descriptors, mappings of files and shared memory, blocks of the core, its bytes, files in
+    the folder), and private and shared KiB."""
+    private, shared = trimmed_kib()
+    with open("/proc/self/maps") as lines:
+        named = sorted(line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6)
+    counters = _core.alloc_counters()
+    return (len(os.listdir("/proc/self/fd")), named, counters["n_live"], counters["n_bytes"],
+            os.listdir(folder)), private + shared
+
+
+def many_lives(rank, world, folder, lives):
+    torch.set_num_threads(1)
+    found = []
+    for _ in range(4):
+        for case in lives:
+            live(folder, *case)
+        found.append(left(folder))
+    return found
+
+
+@pytest.mark.parametrize("world, backend", [(1, "shm"), (2, "shm"), (2, "delegate")])
+def test_sixty_engines_made_and_closed_leave_nothing_in_their_process(ranks, tmp_path, world, backend):
+    lives = LIVES if backend == "shm" else [case for case in LIVES if not case[3]]
+    for first, *others in ranks(world, many_lives, str(tmp_path), lives, timeout=120, env={"DSC_COMM_BACKEND": backend}):
+        for (n_open, *things), kib in others:
+            assert n_open <= first[0][0] and things == [*first[0][1:-1], []]
+            assert kib - first[1] < 4000  # a model of fp32 is 1,050 KiB, and there were 39 more

@@ -1,5 +1,6 @@
 """Options of the engine beyond stage and dtype: how gradients travel and add up, what is frozen, sizes, reports."""
 import copy
+import itertools
 import logging
 import math
 
@@ -47,9 +48,8 @@ def train(rank, settings, n_steps=3, model=None):
         for micro in range(engine.gradient_accumulation_steps()):
             engine.backward(loss_of(engine, batch(rank, step, micro)))
             engine.step()
-    values = [p.detach().clone() for p in engine.module.parameters()]
-    engine.destroy()
-    return values
+    engine.destroy()  # from here on parameters are ordinary ones again, at stage 3 too
+    return [p.detach().clone() for p in engine.module.parameters()]
 
 
 def by_hand(world, settings, narrow=None, divide=True, n_steps=3):
@@ -95,11 +95,10 @@ def test_gradients_travel_as_the_configuration_says(ranks, stage, more, kwargs):
 
 def stages_agree(rank, world, dtype, more):
     found = []
-    for stage in (0, 1, 2):
-        for overlap in (False, True):
-            settings = config(stage, dtype, **more)
-            settings["zero_optimization"]["overlap_comm"] = overlap
-            found.append(train(rank, settings))
+    for stage, overlap in (*itertools.product((0, 1, 2), (False, True)), (3, False)):
+        settings = config(stage, dtype, **more)
+        settings["zero_optimization"]["overlap_comm"] = overlap
+        found.append(train(rank, settings))
     return [[torch.equal(a, b) for a, b in zip(found[0], other)] for other in found]
 
 

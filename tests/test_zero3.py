@@ -686,6 +686,11 @@ def odds(rank, world):
     with torch.no_grad():
         found["without an optimizer"] = engine(tokens()).item() == plain and optimizer.module is module
     engine.destroy()
+    module.sparse = nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)
+    try:
+        engine_of(module)
+    except ValueError as error:
+        found["a module that cannot be placed"] = "sparse" in str(error) and module.embed.weight.shape == (9, 12)
     with torch.inference_mode():  # as Lightning validates
         engine, *_ = deepspeed.initialize(model=models.make(Model), config={
             "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **ALL_SHARDED}})
@@ -701,4 +706,4 @@ def odds(rank, world):
 
 
 def test_copies_pickles_clients_names_and_what_fails(ranks):
-    assert ranks(2, odds) == [([], 12)] * 2
+    assert ranks(2, odds) == [([], 13)] * 2

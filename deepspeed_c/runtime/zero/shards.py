@@ -44,10 +44,15 @@ class Shards:
         self._config = config
         self._params = list(everything.values())
         self.forward_hooks, self.backward_hooks, self._units = [], [], []
-        self._place(everything, reduction, dtype)
-        self._mark_leaves()
-        self._persist(everything)
-        self._register_deepspeed_module(module)
+        self._persistent, self._homes = [], []
+        try:
+            self._place(everything, reduction, dtype)
+            self._mark_leaves()
+            self._persist(everything)
+            self._register_deepspeed_module(module)
+        except BaseException:
+            self.release()
+            raise
         module.ds_external_parameters = fetch.External(module)
 
     @property

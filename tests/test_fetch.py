@@ -1,11 +1,13 @@
 """Fetching where ranks share no memory: parts of many tensors in one operation, and when (ZeRO-3 over `delegate`)."""
 import copy
 import os
+import threading
 
 import models
 import pytest
 import torch
 import torch.utils.checkpoint
+from ranks import die
 
 import deepspeed_c as deepspeed
 from deepspeed_c import distributed
@@ -375,3 +377,23 @@ def test_a_rank_that_waits_elsewhere_is_an_error_on_all(ranks):
     for outcome in ranks.outcomes(2, diverges, "waits elsewhere"):
         assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
         assert "layers.0" in outcome.text and "barrier" in outcome.text, outcome.text
+
+
+def dies(rank, world):
+    opened(rank, world)
+    module = Deep()
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 4000, "stage3_max_reuse_distance": 0}
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(3, zero=zero))[0]
+    for step in range(500):
+        if rank == 2 and step == 5:
+            threading.Timer(0.02, die).start()
+        engine.backward(engine(torch.ones(2, WIDTH) + rank))
+        engine.step()
+
+
+def test_a_rank_killed_while_others_fetch_is_an_error_on_all(ranks):
+    found = ranks.outcomes(4, dies)
+    for outcome in (*found[:2], found[3]):
+        assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
+        assert "rank 2" in outcome.text and "died or ended" in outcome.text, outcome.text

@@ -117,10 +117,6 @@ int dsc_file_descriptor(const struct dsc_file *file) {
     return file->fd;
 }
 
-bool dsc_file_is_direct(const struct dsc_file *file) {
-    return file->direct;
-}
-
 /* ---- the queue ---- */
 
 static enum dsc_status open_mover(struct dsc_io *io) {
@@ -169,10 +165,6 @@ void dsc_io_close(struct dsc_io *io) {
     io->mover->close(io);
     dsc_free(io->requests);
     dsc_free(io);
-}
-
-const char *dsc_io_name(const struct dsc_io *io) {
-    return io->mover->name;
 }
 
 bool dsc_transfer_done(const struct dsc_transfer *transfer) {

@@ -26,8 +26,6 @@ enum dsc_status dsc_file_open(const char *folder, const char *name, size_t n_byt
 void dsc_file_close(struct dsc_file *file);
 /* For a mapping; stays the file's. */
 int dsc_file_descriptor(const struct dsc_file *file);
-/* Whether reads and writes go past the page cache. */
-bool dsc_file_is_direct(const struct dsc_file *file);
 
 enum dsc_io_kind { DSC_IO_BEST, DSC_IO_RING, DSC_IO_THREADS };
 struct dsc_io_options {
@@ -42,8 +40,6 @@ struct dsc_io_options {
 enum dsc_status dsc_io_open(const struct dsc_io_options *options, struct dsc_io **out);
 /* Waits for what is under way; NULL is fine. In a forked child it frees memory only. */
 void dsc_io_close(struct dsc_io *io);
-/* "io_uring" or "threads". */
-const char *dsc_io_name(const struct dsc_io *io);
 
 /* One range. The caller fills the first part, zeroes the rest, and keeps it until it has waited. */
 struct dsc_transfer {

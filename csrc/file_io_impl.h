@@ -26,7 +26,6 @@ struct dsc__io_request {
 };
 
 struct dsc__io_mover {
-    const char *name;
     enum dsc_status (*open)(struct dsc_io *io);
     void (*close)(struct dsc_io *io);
     void (*start)(struct dsc_io *io, struct dsc__io_request *request);

@@ -141,7 +141,6 @@ static void turn_ring(struct dsc_io *io, bool waits) {
 #endif
 
 const struct dsc__io_mover dsc__io_ring = {
-    .name = "io_uring",
     .open = open_ring,
     .close = close_ring,
     .start = start_request,

@@ -121,7 +121,6 @@ static void turn_threads(struct dsc_io *io, bool waits) {
 }
 
 const struct dsc__io_mover dsc__io_threads = {
-    .name = "threads",
     .open = open_threads,
     .close = close_threads,
     .start = start_request,

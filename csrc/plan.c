@@ -188,7 +188,9 @@ static void count_params(const struct planner *p, size_t g, int rank, struct tal
     bool in_store = p->job->options->stage == 3;
     size_t *mine = in_store && group->n_ranks > 1 ? t->shared : t->own;
     size_t n_bytes = p->param_bytes[g] + p->frozen_bytes[g];
-    if (mine == t->shared && place_in(group, rank) != 0)
+    if (in_store && p->job->params_in_files)
+        mine = t->file;
+    if (mine != t->own && place_in(group, rank) != 0)
         return;
     if (in_store && mine == t->own)
         t->own[DSC_PLAN_ROUNDING] += dsc_arena_bytes(n_bytes) - n_bytes;
@@ -359,6 +361,11 @@ enum dsc_status dsc_plan_make(const struct dsc_plan_job *job, double scale, stru
                         "%d ranks on %d nodes; allowed: 1 or more nodes with equally many ranks",
                         job->n_ranks, job->n_nodes);
     DSC_TRY(dsc_engine_check_options(job->options));
+    if (job->params_in_files && job->options->stage == 3 && job->n_nodes > 1)
+        return DSC_FAIL(DSC_ENOTYET,
+                        "zero_optimization.offload_param.device \"nvme\" on %d nodes: not yet; "
+                        "allowed: 1 node",
+                        job->n_nodes);
     struct planner p = {.job = job, .scale = scale};
     p.ways = dsc_engine_ways_of(job->options, job->reduce[0].n_ranks, job->n_nodes > 1);
     enum dsc_status status = lay_out(&p);

@@ -168,6 +168,13 @@ def test_plans_with_states_in_files(ranks, tmp_path):
     cases = [("awkward", models.config(stage, dtype, optimizer=OPTIMIZERS[name], zero=offload))
              for stage, dtype, name in ((1, "fp32", "momentum"), (2, "bf16", "momentum"), (3, "bf16", "lamb"))]
     compare(ranks(2, held, cases), cases, 2)
+    config = models.config(3, "bf16", zero={"offload_param": offload["offload_optimizer"]})
+    found = planned("awkward", config, 2)
+    stores = sum(rank[0]["stores"] for rank in ranks(2, held, [("awkward", config)]))
+    assert found["file"]["parameters"] + found["file"]["frozen parameters"] == stores > 0
+    assert found["private"]["parameters"] == found["shared"]["parameters"] == 0
+    with pytest.raises(NotImplementedError, match="offload_param.device \"nvme\" on 2 nodes: not yet"):
+        planned("awkward", config, 2, nodes=2)
 
 
 def test_plans_where_ranks_share_no_memory(ranks):

@@ -207,6 +207,7 @@ static PyObject *plan(PyObject *module, PyObject *args, PyObject *kwargs) {
     job.options = &options;
     job.n_micro_steps = (uint64_t)core_config->gradient_accumulation_steps;
     model->momentum = momentum;
+    job.params_in_files = strcmp(core_config->zero_offload_param_device, "nvme") == 0;
     job.fetch = (struct dsc_fetch_limits){
         .ahead = (size_t)core_config->zero_prefetch_bucket_size,
         .live = (size_t)core_config->zero_max_live_parameters,

@@ -71,14 +71,18 @@ def built(stage, make, init):
     return net
 
 
-def trained(rank, stage, plans=("side",), n_tokens=(4,), gas=1, init=False, ep_size=2, sparse=False, **options):
-    """Digest of all parameters, losses and norm after two steps. plans, n_tokens: one for each rank, in turn."""
+def trained(rank, stage, plans=("side",), n_tokens=(4,), gas=1, init=False, ep_size=2, sparse=False, folder=None,
+            **options):
+    """Digest of all parameters, losses and norm after two steps. plans, n_tokens: one for each rank, in turn. folder:
+    at stage 3 parameters, masters and states lie in files there."""
     torch.manual_seed(1)
     net = built(stage, Sparsely if sparse else lambda: Model(ep_size, **options), init)
-    leaves = {"leaf_module": {"classes": ["Sparse"]}} if sparse else {}
+    more = {"leaf_module": {"classes": ["Sparse"]}} if sparse else {}
+    if folder and stage == 3:
+        more["offload_optimizer"] = more["offload_param"] = {"device": "nvme", "nvme_path": folder}
     engine, *_ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config={
         "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": gas, "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage, **ZERO, **leaves}, "optimizer": {"type": "Adam", "params": {"lr": 0.05}}})
+        "zero_optimization": {"stage": stage, **ZERO, **more}, "optimizer": {"type": "Adam", "params": {"lr": 0.05}}})
     losses = []
     for step in range(2 * gas):
         loss = engine(tokens(rank + 10 * step, n_tokens[rank % len(n_tokens)]), plans[rank % len(plans)])
@@ -117,9 +121,11 @@ def at_both_stages(rank, world, runs):
     return {name: [trained(rank, stage, **options) for stage in (2, 3)] for name, options in runs.items()}
 
 
-def test_experts_at_stage_3_give_the_bits_of_stage_2_whatever_ranks_route_and_run(ranks):
-    for found in ranks(4, at_both_stages, {**SAME_MODULES, **OTHER_MODULES}, timeout=120):
+def test_experts_at_stage_3_give_the_bits_of_stage_2_whatever_ranks_route_and_run(ranks, tmp_path):
+    runs = {**SAME_MODULES, **OTHER_MODULES, "in files": {"folder": str(tmp_path), **DRAWN}}
+    for found in ranks(4, at_both_stages, runs, timeout=120):
         assert [name for name, (expected, got) in found.items() if expected != got] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_experts_at_stage_3_give_the_bits_of_stage_2_where_ranks_share_no_memory(ranks):

@@ -382,7 +382,7 @@ def test_a_rank_that_waits_elsewhere_is_an_error_on_all(ranks):
 def dies(rank, world):
     opened(rank, world)
     module = Deep()
-    zero = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 4000, "stage3_max_reuse_distance": 0}
+    zero = {"stage3_param_persistence_threshold": 0, **ONE_BY_ONE, "stage3_prefetch_bucket_size": 4000}
     engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
                                   config=models.config(3, zero=zero))[0]
     for step in range(500):

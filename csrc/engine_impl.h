@@ -108,8 +108,8 @@ enum dsc_status dsc__engine_check_whole(const struct dsc_engine *e);
 void dsc__engine_open_round(struct dsc_engine *e);
 enum dsc_status dsc__engine_end_round(struct dsc_engine *e, const struct dsc_source *sources);
 
-/* engine_files.c. DSC_ENOMEM where masters, states and sums cannot fit in the memory that the ranks'
- * control groups allow; the kernel would end a process. Collective. */
+/* engine_files.c. DSC_ENOMEM where masters, states and sums cannot fit in the memory that the
+ * ranks' control groups allow; the kernel would end a process. Collective. */
 enum dsc_status dsc__engine_check_room(struct dsc_engine *e);
 /* Opens files where the options say so; collective. */
 enum dsc_status dsc__engine_open_files(struct dsc_engine *e);

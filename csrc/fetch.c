@@ -199,13 +199,23 @@ static void record(struct dsc_fetch *f, size_t number) {
     f->turn = (size_t)(turn - event->turns);
 }
 
-/* A use of a parameter: how far that was from the one before. */
-static void use(struct dsc_fetch *f, struct param *p, size_t clock) {
-    if (p->event != NONE)
-        f->events[p->event].turns[p->turn].reuse = clock - p->clock;
-    p->event = f->event;
-    p->turn = f->turn;
-    p->clock = f->clock;
+/* The last event uses its parameters: how far that was from the use before. */
+static void record_uses(struct dsc_fetch *f) {
+    const struct event *event = &f->events[f->event];
+    size_t clock = f->clock;
+    for (size_t i = 0; i < event->n_params; i++)
+        f->clock += f->params[event->params[i]].n_elems;
+    for (size_t i = 0; i < event->n_params; i++) {
+        struct param *p = &f->params[event->params[i]];
+        if (p->event != NONE)
+            f->events[p->event].turns[p->turn].reuse = clock - p->clock;
+        p->event = f->event;
+        p->turn = f->turn;
+        p->clock = f->clock;
+    }
+}
+
+static void use(struct dsc_fetch *f, struct param *p) {
     p->turned = f->now;
     p->n_users++;
     f->ahead -= p->ahead ? p->n_elems : 0;
@@ -248,18 +258,18 @@ static void look_ahead(struct dsc_fetch *f) {
 
 enum dsc_status dsc_fetch_want(struct dsc_fetch *f, size_t event, const size_t *params,
                                size_t n_params, struct dsc_fetch_plan *plan) {
-    size_t n_missing = 0, clock = f->clock;
+    size_t n_missing = 0;
     DSC_TRY(check(f, params, n_params));
     if (event != DSC_FETCH_ASIDE)
         DSC_TRY(need_event(f, event, params, n_params));
     begin_plan(f);
-    if (event != DSC_FETCH_ASIDE)
+    if (event != DSC_FETCH_ASIDE) {
         record(f, event);
-    for (size_t i = 0; i < n_params; i++)
-        f->clock += f->params[params[i]].n_elems;
+        record_uses(f);
+    }
     for (size_t i = 0; i < n_params; i++) {
         struct param *p = &f->params[params[i]];
-        use(f, p, clock);
+        use(f, p);
         n_missing += p->live ? 0 : p->n_elems;
         f->counters.n_reused += p->live;
     }

@@ -46,7 +46,7 @@ void dsc_fetch_close(struct dsc_fetch *fetch);
 
 /* Parameters are numbered from 0. */
 enum dsc_status dsc_fetch_add(struct dsc_fetch *fetch, size_t n_elems, size_t *param);
-/* Not an event: a use that is not part of an order, and predicts nothing. */
+/* Not an event: a use that is not part of an order, predicts nothing and changes no record. */
 #define DSC_FETCH_ASIDE SIZE_MAX
 
 /* Before a use: all of `params` are in use until they are released as often. An event has the same

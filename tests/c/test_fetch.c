@@ -175,6 +175,35 @@ static void what_is_in_use_stays(void) {
     CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
 }
 
+/* As a state dict between a forward pass and a step takes them, one after the other. */
+static struct seen train_after_uses_aside(bool aside) {
+    struct dsc_fetch *f = open_fetch(0, 1000000, 2 * ELEMS);
+    struct dsc_fetch_plan plan;
+    struct seen seen = {0};
+    (void)train(f);
+    for (size_t i = 0; i < N; i++)
+        use(f, i, i, &seen);
+    CHECK_EQ_INT(dsc_fetch_counters(f).live, 2 * ELEMS); /* until their backward */
+    for (size_t i = 0; aside && i < N; i++)
+        use(f, DSC_FETCH_ASIDE, i, &seen);
+    CHECK_EQ_INT(dsc_fetch_counters(f).live, 2 * ELEMS);
+    memset(&seen, 0, sizeof seen);
+    for (size_t i = N; i-- > 0;)
+        use(f, N + i, i, &seen);
+    dsc_fetch_forget(f, &plan);
+    (void)train(f);
+    struct seen next = train(f);
+    seen.now += next.now;
+    dsc_fetch_close(f);
+    return seen;
+}
+
+static void uses_aside_keep_nothing_and_change_no_record(void) {
+    struct seen without = train_after_uses_aside(false), with = train_after_uses_aside(true);
+    CHECK_EQ_INT(with.now, without.now);
+    CHECK_EQ_INT(with.dropped, without.dropped);
+}
+
 static void a_recorded_order_allocates_nothing(void) {
     struct dsc_fetch *f = open_fetch(2 * ELEMS, 5 * ELEMS, 3 * ELEMS);
     (void)train(f);
@@ -194,6 +223,7 @@ static const struct test_case cases[] = {
     CASE(idle_parameters_make_room_oldest_first),
     CASE(a_changed_order_is_recorded_anew),
     CASE(what_is_in_use_stays),
+    CASE(uses_aside_keep_nothing_and_change_no_record),
     CASE(a_recorded_order_allocates_nothing),
 };
 RUN_CASES(cases)

@@ -10,9 +10,10 @@ import torch.utils.checkpoint
 from ranks import die
 
 import deepspeed_c as deepspeed
-from deepspeed_c import distributed
+from deepspeed_c import _core, distributed
 from deepspeed_c.moe.layer import MoE
 from deepspeed_c.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed_c.runtime.zero.remote import RemoteHome
 
 NODES = {2: None, 3: None, 4: "aabb"}
 
@@ -233,6 +234,41 @@ def checkpointed(rank, world):
 
 def test_activation_checkpointing_changes_no_bit(ranks):
     assert ranks(2, checkpointed) == [[]] * 2
+
+
+class Failing:
+    """A communicator of one whose operations fail when they are told to."""
+
+    rank, size, fails = 0, 1, False
+
+    def __init__(self):
+        self._comm = _core.Comm.self_(5.0)
+
+    def gather_parts(self, *args):
+        if self.fails:
+            raise MemoryError("as told")
+        return self._comm.gather_parts(*args)
+
+
+def test_what_a_failed_fetch_did_not_gather_is_gathered_by_the_next():
+    home = RemoteHome(Failing(), {"prefetch": 1000, "max_live": 1000, "max_reuse": 1000})
+    params = [torch.nn.Parameter(torch.full((10,), float(i))) for i in range(3)]
+    for p in params:
+        home.add(p)
+    for _ in range(3):
+        for event, p in enumerate(params):
+            home.fetch(event, (p,), "a module")
+            home.release((p,), "a module")
+        home.after_step()
+    home.comm.fails = True
+    with pytest.raises(MemoryError):  # the first, and the others ahead of their use
+        home.fetch(0, (params[0],), "a module")
+    assert home.counters()["live"] == 0 and not any(p.ds_full.untyped_storage().nbytes() for p in params)
+    home.comm.fails = False
+    for i, p in enumerate(params):
+        home.fetch(i, (p,), "a module")
+        assert p.untyped_storage().nbytes() == 40 and p.tolist() == [float(i)] * 10
+        home.release((p,), "a module")
 
 
 # ---- what a script does with parameters ----

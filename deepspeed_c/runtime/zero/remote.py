@@ -135,12 +135,16 @@ class RemoteHome:
         numbers = [self._numbers[p.ds_id] for p in params]
         place = -1 if event == OUTSIDE else self._events.setdefault(event, len(self._events))
         plan = self._order.want(place, numbers)
+        posted = False
         try:
             self._carry_out(*plan, label)
+            posted = True
             for number in numbers:
                 self._slots[number].wait()
         except BaseException:
-            self._order.release(numbers)  # all or nothing; other ranks need not see it alike, so nothing is dropped
+            idle = self._order.release(numbers)  # all or nothing; other ranks need not see it alike
+            if not posted:
+                self._unplan(idle + self._order.forget())
             raise
         for p in params:
             if p.ds_count == 0:
@@ -158,6 +162,13 @@ class RemoteHome:
                 batch.append(ahead.pop(0))
                 n += self._numel(batch[-1])
             self._gather(batch, f"ahead of {label}")
+
+    def _unplan(self, numbers):
+        """What a plan that was not carried out says is here may never come: none of it counts as gathered."""
+        for number in numbers:
+            slot = self._slots[number]
+            if slot is not None and slot.work is None:
+                slot.full.untyped_storage().resize_(0)
 
     def release(self, params, label):
         """Undoes one fetch(). RuntimeError, after all are released, where one was written to meanwhile."""

@@ -72,6 +72,14 @@ static bool read_figures(uint64_t *limit, uint64_t *used, char stat_path[PATH]) 
     return true;
 }
 
+/* Groups of two machines may have the same numbers. */
+static uint64_t identify(const struct stat *place) {
+    char boot[TEXT];
+    uint64_t numbers[2] = {place->st_dev, place->st_ino};
+    (void)read_text("/proc/sys/kernel/random/boot_id", boot);
+    return dsc_hash(dsc_hash(DSC_HASH_START, boot, strlen(boot)), numbers, sizeof numbers);
+}
+
 bool dsc_memory_limit(struct dsc_memory_limit *out) {
     char path[PATH];
     struct sysinfo info;
@@ -82,6 +90,6 @@ bool dsc_memory_limit(struct dsc_memory_limit *out) {
         return false; /* no limit is a very large one in version 1 */
     out->left =
         (out->limit > used ? out->limit - used : 0) + (uint64_t)info.freeswap * info.mem_unit;
-    out->group = place.st_ino ^ (uint64_t)place.st_dev << 40;
+    out->group = identify(&place);
     return true;
 }

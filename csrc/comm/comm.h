@@ -241,7 +241,7 @@ enum dsc_status dsc_comm_window_open(struct dsc_comm *comm, size_t n_bytes, cons
                                      struct dsc_window **out);
 void dsc_comm_window_close(struct dsc_comm *comm, struct dsc_window *window);
 /* Ends a window but for one rank's part, which is memory of its own from then on: it outlives the
- * communicator, a forked child shares it, and it goes when all ranks have released it. Local. Not
+ * communicator, a forked child has it too, and it goes when all ranks have released it. Local. Not
  * in a forked child; the window must have bytes. */
 struct dsc_kept {
     char *base;

@@ -299,11 +299,12 @@ class ForeignRun(_Run):
         """A leaf over this rank's fp32 part of parameter i; None where it has none."""
         if self._parts[i][1] == 0 or not self._params[i].requires_grad:
             return None
-        known, place = self._fragments.get(i), (self._kept or self._fulls)[i].data_ptr()
-        if known is None or (i not in self._masters and known[1] != place):
-            values = self._masters[i] if i in self._masters else self._shaped(i, self.values_of(i))
-            known = self._fragments[i] = (torch.nn.Parameter(values), place)
-        return known[0]
+        known, values = self._fragments.get(i), self._masters.get(i)
+        if values is None:
+            values = self._shaped(i, self.values_of(i))
+        if known is None or known.data_ptr() != values.data_ptr():
+            known = self._fragments[i] = torch.nn.Parameter(values)
+        return known
 
     @contextmanager
     def _on_fragments(self):

@@ -381,6 +381,120 @@ def test_experts_of_some_ranks_are_gathered_among_these(ranks):
     assert ranks(4, experts) == [[True, True]] * 4
 
 
+def under_init(rank, world):
+    """A module made under zero.Init obeys the limits of initialize's configuration."""
+    opened(rank, world)
+    torch.manual_seed(1)
+    with deepspeed.zero.Init(dtype=torch.float32):
+        first = torch.nn.Linear(WIDTH, WIDTH)
+    with deepspeed.zero.Init(dtype=torch.float32):
+        module = Deep()
+    module.layers[0] = first
+    engine = engine_of(module, {"stage3_max_live_parameters": 3 * LAYER})
+    homes = {p.ds_home for p in module.parameters()}
+    train(engine, rank, 3)
+    peak = home_of(module).counters()["peak"] / LAYER
+    engine.destroy()
+    return len(homes), peak
+
+
+def put_back(rank, world):
+    """Hooks that are taken off and put back before each step, as TRL does, keep the recorded order."""
+    module = Deep()
+    engine = engine_of(module, {})
+    ahead = []
+    for _ in range(3):
+        engine.optimizer.parameter_offload._register_deepspeed_module(module)
+        before = home_of(module).counters()["ahead"]
+        train(engine, rank, 1)
+        ahead.append(home_of(module).counters()["ahead"] - before)
+    engine.destroy()
+    return ahead[0], ahead[2]
+
+
+class Twice(torch.nn.Module):
+    """A weight that is used in a checkpointed part of a module, and before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(WIDTH, WIDTH) / 10)
+
+    def layer(self, x):
+        return torch.nn.functional.linear(x, self.weight).tanh()
+
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.layer, self.layer(x), use_reentrant=True).square().mean()
+
+
+def twice(rank, world):
+    found = []
+    for stage, zero in ((2, {}), (3, ONE_BY_ONE)):
+        torch.manual_seed(1)
+        module = Twice()
+        engine = engine_of(module, zero, stage)
+        train(engine, rank, 2)
+        engine.destroy()
+        found.append(models.bits(module))
+    return found[0] == found[1]
+
+
+def elsewhere(rank, world):
+    """An optimizer that torch runs, over parameters of which this rank has a part and others that it has whole."""
+    found = []
+    for stage in (2, 3):
+        torch.manual_seed(0)
+        module = Experts(2)
+        groups = split_params_into_different_moe_groups_for_optimizer({"params": list(module.parameters()),
+                                                                       "name": "all"})
+        config = models.config(stage, zero={"stage3_param_persistence_threshold": 0},
+                               zero_allow_untested_optimizer=True)
+        del config["optimizer"]
+        engine = deepspeed.initialize(model=module, optimizer=torch.optim.RMSprop(groups), config=config)[0]
+        for step in range(2):
+            engine.backward(engine(torch.randn(6, 8, generator=torch.Generator().manual_seed(10 * step + rank))))
+            engine.step()
+        engine.destroy()
+        found.append(models.bits(module))
+    return found[0] == found[1]
+
+
+def engine_of(module, zero, stage=3):
+    config = models.config(stage, zero={"stage3_param_persistence_threshold": 0, **zero})
+    return deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
+
+
+def train(engine, rank, n_steps):
+    for step in range(n_steps):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank)).requires_grad_()
+        engine.backward(engine(x))
+        engine.step()
+
+
+def replaced(rank, world):
+    """A parameter that was replaced before anything was fetched, where nothing stays whole."""
+    found = []
+    for stage, zero in ((2, {}), (3, ONE_BY_ONE)):
+        torch.manual_seed(1)
+        module = Deep()
+        engine = engine_of(module, zero, stage)
+        module.layers[1].bias = torch.nn.Parameter(torch.full((WIDTH,), 0.5))
+        train(engine, rank, 2)
+        engine.destroy()
+        found.append(models.bits(module))
+    return found[0] == found[1]
+
+
+def several(rank, world):
+    return under_init(rank, world), put_back(rank, world), [case(rank, world) for case in (twice, elsewhere, replaced)]
+
+
+def test_init_limits_hooks_put_back_inner_passes_torchs_optimizers_and_replaced_parameters(ranks):
+    for (n_homes, peak), (first, later), same in ranks(2, several):
+        assert n_homes == 1 and peak <= 3
+        assert later > first
+        assert same == [True] * 3
+
+
 # ---- ranks that differ ----
 
 

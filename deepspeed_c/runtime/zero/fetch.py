@@ -7,6 +7,7 @@ where a home asks for it (early), parameter by parameter when its gradient is do
 once, also where a forward raises; a backward pass that raised is cleaned up after by the next forward.
 """
 import itertools
+import sys
 import weakref
 from collections.abc import Mapping
 
@@ -23,7 +24,8 @@ _EXTERNAL = weakref.WeakKeyDictionary()  # module -> {id: Parameter}, as registe
 _active = []  # units whose module's forward runs now, the innermost last
 _holds = {}  # number of a backward pass -> _Hold
 _whole = None  # the _Hold of an engine.backward() that holds all units
-_events = itertools.count()
+_numbers = itertools.count()
+_events = weakref.WeakKeyDictionary()  # module -> its number, also where its hooks are put back: a recorded order stays
 
 
 class Unit:
@@ -34,7 +36,7 @@ class Unit:
         self.label = label
         self.params = tuple(params)
         self._module = None if module is None else weakref.ref(module)
-        self._event = 2 * next(_events)
+        self._event = 2 * (next(_numbers) if module is None else _number(module))
         self._depth = 0
         self.ran = False
         self.hidden = set()  # units whose backward comes with this one's
@@ -65,19 +67,19 @@ class Unit:
 
     def enter(self, module, args):
         """Before the module's forward."""
-        if _holds and not _active and _current_task() == -1:
-            _clean_up()
+        if _holds and not _active:
+            clean_up()
         if self._depth == 0:
             self._fetch(self._event)
         self._depth += 1
         _active.append(self)
 
     def leave(self, module, args, output):
-        """After it, also where it raised (with no output)."""
+        """After it, also where it raised (then with no output, as of one that returns None)."""
         if not _active or _active[-1] is not self:
             return  # another hook raised before enter() was called, or enter() itself did
         _active.pop()
-        if output is not None:
+        if output is not None or sys.exc_info()[1] is None:
             self._watch(output)
         self._depth -= 1
         if self._depth == 0:
@@ -129,11 +131,17 @@ class Unit:
         return Unit, ()
 
 
+def _number(module):
+    if module not in _events:
+        _events[module] = next(_numbers)
+    return _events[module]
+
+
 class _Hold:
     """What was fetched in one backward pass."""
 
     def __init__(self, task=None):
-        self._task = task
+        self.task = task
         self.units = {}  # Unit -> its groups when they were fetched
         self._hooks, self._done = [], {}  # Unit -> ids of the parameters that were released early
 
@@ -158,7 +166,7 @@ class _Hold:
 
     def end(self):
         """The backward pass is over."""
-        _holds.pop(self._task, None)
+        _holds.pop(self.task, None)
         for hook in self._hooks:
             hook.remove()
         units, self.units = self.units, {}
@@ -182,7 +190,8 @@ class _GradientDone:
         self._hold, self._unit, self._home = hold, unit, home
 
     def __call__(self, p):
-        self._hold.release_early(self._unit, self._home, p)
+        if _current_task() == self._hold.task:  # a pass inside this one gives parts of gradients
+            self._hold.release_early(self._unit, self._home, p)
 
 
 def _release(groups, label):
@@ -196,10 +205,11 @@ def _release(groups, label):
         raise error
 
 
-def _clean_up():
-    """Backward passes that raised have left their holds."""
-    for hold in list(_holds.values()):
-        hold.end()
+def clean_up():
+    """Backward passes that raised have left their holds: they end, unless one is running."""
+    if _current_task() == -1:
+        for hold in list(_holds.values()):
+            hold.end()
 
 
 _PLAIN = (str, bytes, int, float, type, torch.nn.Module, torch.dtype, torch.device)

@@ -38,7 +38,8 @@ class ZeroParameter(torch.nn.Parameter):
     Attributes: ds_id (int, in the order of making), ds_shape, ds_numel, ds_status, ds_persist (stays gathered), ds_name
     (for texts), ds_home (its Home), ds_full (a tensor in the full shape and memory order, for the parameter's life),
     ds_active_sub_modules (a set that clients clear; nothing depends on it), ds_external (used outside its module),
-    ds_z3_leaf_module (the leaf that it is fetched with; only where there is one).
+    ds_z3_leaf_module (the leaf that it is fetched with; only where there is one), ds_owner (a mark of the engine that
+    took it last).
     """
 
     ds_param_type = ZeroParamType.PARTITIONED
@@ -67,8 +68,8 @@ class ZeroParameter(torch.nn.Parameter):
 
     @property
     def ds_tensor(self):
-        """This rank's part: one dimension, in storage order, at most partition_numel() elements; with ds_numel,
-        ds_shape and status as DeepSpeed's has them."""
+        """This rank's part: one dimension, in storage order, with ds_numel (partition_numel()), ds_shape and status as
+        DeepSpeed's has them. Where ranks share no memory it is what this rank's engine steps: none of it, or all."""
         part = self.ds_home.part(self)
         part.ds_numel, part.ds_shape, part.status = self.partition_numel(), part.shape, self.ds_status
         return part
@@ -155,7 +156,7 @@ def _renew(p):
 
 
 _OWN = ("ds_id", "ds_shape", "ds_numel", "ds_status", "ds_persist", "ds_name", "ds_home", "ds_full", "ds_count",
-        "ds_seen", "ds_private", "ds_external", "ds_active_sub_modules", "ds_z3_leaf_module")
+        "ds_seen", "ds_private", "ds_external", "ds_active_sub_modules", "ds_z3_leaf_module", "ds_owner")
 
 
 def make(p, home, full):
@@ -168,7 +169,7 @@ def make(p, home, full):
     p.ds_name = f"of shape {tuple(full.shape)}"
     p.ds_status, p.ds_persist, p.ds_external = ZeroParamStatus.NOT_AVAILABLE, False, False
     p.ds_count = p.ds_private = 0
-    p.ds_seen = None
+    p.ds_seen = p.ds_owner = None
     p.ds_active_sub_modules = set()
     p.data = empty(full.dtype)
 

@@ -94,6 +94,20 @@ class RemoteHome:
             slot.take_part(self.comm.rank, [min(r * each, n) for r in range(size + 1)])
             self._drop_storage(slot)
 
+    def hand_over(self, p, homes):
+        """p comes under the limits of another of these Homes, with the part that is here. Not while it is gathered."""
+        if p.ds_count:
+            return
+        self.empty()
+        number = self._numbers.pop(p.ds_id)
+        slot, self._slots[number] = self._slots[number], None
+        homes.of(self.comm)._receive(p, slot)
+
+    def _receive(self, p, slot):
+        p.ds_home = self
+        self._numbers[p.ds_id] = self._order.add(p.ds_numel)
+        self._slots.append(slot)
+
     def _share(self, slots, rank, label):
         """One rank's whole values become those of all."""
         mine = self.comm.rank == rank

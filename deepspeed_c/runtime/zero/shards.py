@@ -1,8 +1,9 @@
 """ZeRO stage 3 of one engine: places the module's parameters, decides which stay gathered, hooks modules up.
 
 DeepSpeed calls this object an optimizer's ``parameter_offload``, and hands it out as the optimizer where there is none.
-Invariant: after release() every parameter is an ordinary one again and no hook is left.
+Invariant: after release() every parameter that no later engine took is an ordinary one again, without hooks.
 """
+import contextlib
 import logging
 
 import torch
@@ -15,6 +16,7 @@ from ...whole import whole
 from . import fetch
 from .homes import Homes
 from .parameter import (
+    OUTSIDE,
     empty,
     forget,
     give_private_back,
@@ -43,6 +45,7 @@ class Shards:
         self.module = module
         self._config = config
         self._params = list(everything.values())
+        self._mark = object()
         self.forward_hooks, self.backward_hooks, self._units = [], [], []
         self._persistent, self._homes = [], []
         try:
@@ -77,12 +80,13 @@ class Shards:
             comm = reduction.comms[reduction.index(p)]
             if is_zero(p) and p.ds_home.comm is comm and p.dtype == wanted:
                 forget(p)
+                p.ds_home.hand_over(p, homes)
             else:
                 if is_zero(p):
                     p.ds_home.remove(p)
                 prepare(p, wanted)
                 homes.of(comm).add(p)
-            p.ds_name = name
+            p.ds_name, p.ds_owner = name, self._mark
         homes.settle()
         for child in meta:
             materialize(child)
@@ -171,13 +175,13 @@ class Shards:
             unit.replace(known)
 
     def release(self):
-        """Every parameter is an ordinary one with values of its own; no hook is left. Collective where ranks share no
-        memory: CommError, after all is released, where others are gone; parameters are empty then."""
+        """Every parameter that no later engine took is an ordinary one with values of its own; no hook is left on them.
+        Collective where ranks share no memory: CommError, after all is released, where others are gone; parameters are
+        empty then."""
+        with contextlib.suppress(RuntimeError):  # what is freed now may have been written to
+            fetch.clean_up()
         self._remove_hooks()
-        for child in self.module.modules():
-            fetch.uninstall(child)
-            child.__dict__.pop("ds_external_parameters", None)
-        params, lost = [p for p in self._params if is_zero(p)], None
+        params, lost = [p for p in self._params if is_zero(p) and p.ds_owner is self._mark], None
         self._params, self._persistent, self._units, self._homes = [], [], [], []
         for p in params:
             try:
@@ -185,6 +189,10 @@ class Shards:
             except _core.CommError as error:
                 lost = lost or error
                 make_ordinary(p, empty(p.dtype))
+        for child in self.module.modules():
+            if not any(is_zero(p) for p in child.parameters()):
+                fetch.uninstall(child)
+                child.__dict__.pop("ds_external_parameters", None)
         if lost is not None:
             raise lost
 
@@ -245,6 +253,8 @@ def _take_over(old, new):
     """An ordinary Parameter, equal on all ranks, stands where a sharded one stood: same place, its own values."""
     home, values = old.ds_home, new.data
     home.move(old, new)
+    home.fetch(OUTSIDE, (new,), "a replaced parameter")
     gathered, new.data = new.data, values
     home.write((new,), 0)
     new.data = gathered  # in a graph that has new already its version must not change
+    home.release((new,), "a replaced parameter")

@@ -93,6 +93,9 @@ class SharedHome:
         n = p.partition_numel()
         return flat(p.ds_full)[min(self.comm.rank * n, p.ds_numel):min((self.comm.rank + 1) * n, p.ds_numel)]
 
+    def hand_over(self, p, homes):
+        """Nothing: there are no limits here that others would replace."""
+
     def bind(self, core, params):
         """Nothing: the core steps the memory that is here."""
 

@@ -180,6 +180,8 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
             self.basic_optimizer = optimizer
             self.optimizer = DeepSpeedOptimizer(self, optimizer)
         self._params = parameters.tensors if parameters else []
+        if self.zero_optimization_stage() < 3:
+            model_setup.check_whole(self.module, self._params)
         self._frozen = self._frozen_now()
         model_setup.check_storages(self.module, self._params)
         return parameters

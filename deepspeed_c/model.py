@@ -58,6 +58,16 @@ def check_storages(module, parameters):
                              f"{ALIGNMENT} bytes; tie them as one nn.Parameter, or give each its own storage")
 
 
+def check_whole(module, parameters):
+    """ValueError where one of these is sharded, which only ZeRO stage 3 can train."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    sharded = [names.get(id(p), "(not in the model)") for p in parameters if whole(p) is not p]
+    if sharded:
+        raise ValueError(f"parameter {sharded[0]} is sharded ({len(sharded)} such parameters): the model was made "
+                         "under zero.Init, or an engine at ZeRO stage 3 has it that was not destroyed; allowed: "
+                         "zero_optimization.stage 3")
+
+
 def lay_out(parameters):
     """Gives each parameter a dense storage that starts at 64 bytes; most have one already."""
     for p in parameters:

@@ -707,3 +707,95 @@ def odds(rank, world):
 
 def test_copies_pickles_clients_names_and_what_fails(ranks):
     assert ranks(2, odds) == [([], 13)] * 2
+
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+
+
+def step(engine):
+    engine.backward(engine(torch.ones(2, 8)).square().mean())
+    engine.step()
+
+
+def whole_values(module):
+    return {name: p.detach().clone() for name, p in copy.deepcopy(module).named_parameters()}
+
+
+def test_an_engine_that_ends_leaves_alone_what_a_later_one_took():
+    module = small()
+    first, second = engine_of(module), engine_of(module)
+    first.destroy()
+    assert released(module)
+    before = whole_values(module)
+    step(second)
+    assert not torch.equal(whole_values(module)["0.weight"], before["0.weight"])
+    second.destroy()
+    assert all(type(p) is nn.Parameter and p.numel() for p in module.parameters())
+    assert type(module[0]._parameters) is dict and not module[0]._forward_hooks
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_lower_stages_refuse_to_train_sharded_parameters(stage):
+    with deepspeed.zero.Init(dtype=torch.float32):
+        module = small()
+    with pytest.raises(ValueError, match=r"parameter 0.weight is sharded \(4 such parameters\)"):
+        deepspeed.initialize(model=module, model_parameters=module.parameters(), config=models.config(stage))
+    engine_of(module).destroy()
+
+
+def test_a_backward_that_failed_leaves_nothing_to_the_next_engine():
+    module = small()
+    engine = engine_of(module)
+    failing = module[0].weight.register_hook(lambda g: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module(torch.ones(2, 8)).sum().backward()
+    failing.remove()
+    engine.destroy()
+    engine = engine_of(module)
+    step(engine)
+    assert released(module)
+    engine.destroy()
+
+
+def test_an_engine_may_end_while_its_parameters_are_gathered():
+    module = small()
+    values = whole_values(module)
+    for rank in (None, 0):
+        engine = engine_of(module)
+        with deepspeed.zero.GatheredParameters(module.parameters(), modifier_rank=rank):
+            engine.destroy()
+        assert all(torch.equal(p, values[name]) for name, p in module.named_parameters())
+
+
+class Aside(nn.Module):
+    """Puts its result elsewhere and returns None."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.found = nn.Parameter(torch.eye(8)), {}
+
+    def forward(self, x):
+        self.found["y"] = F.linear(x, self.weight)
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.aside = nn.Linear(8, 8), Aside()
+
+    def forward(self, x):
+        self.aside(self.first(x))
+        return self.aside.found["y"]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_parameters_of_a_module_that_returns_none_are_whole_in_its_backward(plain):
+    module = Around()
+    engine = engine_of(module)
+    loss = engine(torch.ones(2, 8)).square().mean()
+    loss.backward() if plain else engine.backward(loss)
+    engine.step()
+    assert released(module)
+    engine.destroy()

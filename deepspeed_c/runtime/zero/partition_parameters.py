@@ -77,10 +77,11 @@ class GatheredParameters:
             take_private(self._params, "GatheredParameters")
 
     def __exit__(self, kind, error, trace):
+        params = [p for p in self._params if is_zero(p)]  # others: their engine was destroyed inside
         if self._rank is not None:
-            give_private_back(self._params, self._rank if kind is None else None)
+            give_private_back(params, self._rank if kind is None else None)
         else:
-            release(self._params, "GatheredParameters without modifier_rank")
+            release(params, "GatheredParameters without modifier_rank")
         return False
 
 

@@ -231,10 +231,10 @@ static int start_workers(struct dsc_pool *pool, int n_workers) {
 
 enum dsc_status dsc_pool_open(int n_threads, dsc_team *team, struct dsc_pool **out) {
     struct dsc_pool *pool = NULL;
-    int n_workers = team ? 0 : n_threads - 1;
     if (n_threads < 1 || n_threads > DSC_POOL_MAX_THREADS)
         return DSC_FAIL(DSC_EINVAL, "a pool of %d threads was asked for; allowed are 1 to %d",
                         n_threads, DSC_POOL_MAX_THREADS);
+    int n_workers = team ? 0 : n_threads - 1;
     size_t n_bytes = sizeof *pool + (size_t)n_workers * sizeof *pool->workers;
     DSC_TRY(dsc_alloc(n_bytes, (void **)&pool));
     pool->owner = getpid();

@@ -6,6 +6,7 @@
 #include "case.h"
 #include "fpenv.h"
 
+#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -45,7 +46,7 @@ static struct tally tally;
 static void open_refuses_sizes_out_of_range(void) {
     struct dsc_pool *pool = (struct dsc_pool *)&tally;
     CHECK_EQ_INT(dsc_pool_open(0, NULL, &pool), DSC_EINVAL);
-    CHECK_EQ_INT(dsc_pool_open(-3, NULL, &pool), DSC_EINVAL);
+    CHECK_EQ_INT(dsc_pool_open(INT_MIN, NULL, &pool), DSC_EINVAL);
     CHECK(strstr(dsc_last_error(), "-3 threads"));
     CHECK_EQ_INT(dsc_pool_open(DSC_POOL_MAX_THREADS + 1, NULL, &pool), DSC_EINVAL);
     CHECK(pool == (struct dsc_pool *)&tally); /* untouched */

@@ -799,3 +799,24 @@ def test_parameters_of_a_module_that_returns_none_are_whole_in_its_backward(plai
     engine.step()
     assert released(module)
     engine.destroy()
+
+
+class Reader(nn.Module):
+    """Uses the weight of another module, which a copy of it shares."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.weight, self.other = nn.Parameter(torch.ones(8, 8)), [other]
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.weight), self.other[0].weight)
+
+
+def test_a_copied_module_fetches_what_it_reads_of_the_original():
+    module = nn.Sequential(nn.Linear(8, 8))
+    module.append(Reader(module[0]))
+    engine = engine_of(module)
+    copied = copy.deepcopy(module[1], {id(module[0]): module[0]})
+    assert torch.equal(copied(torch.ones(2, 8)), module[1](torch.ones(2, 8)))
+    assert released(module)
+    engine.destroy()

@@ -56,7 +56,7 @@ class Unit:
         self.params += (p,)
         p.ds_external = True
         self._group()
-        module = self._module()
+        module = self._module and self._module()  # a copy's unit has none
         if module is not None:
             _EXTERNAL.setdefault(module, {})[id(p)] = p
 

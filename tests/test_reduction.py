@@ -479,7 +479,7 @@ def tensor_parallel(rank, world):
         norms.append(nn.utils.clip_grad_norm_(reference.parameters(), CONFIG["gradient_clipping"]).item())
         optimizer.step()
     cut, bits = slice(4 * (rank % 2), 4 * (rank % 2) + 4), []
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         engine, _, loader, _ = deepspeed.initialize(
             model=Split(rank % 2, mpu.get_tensor_model_parallel_group()), config=config(stage, **layout), mpu=mpu,
             training_data=list(torch.arange(32.0)))
@@ -493,11 +493,11 @@ def tensor_parallel(rank, world):
             found.append(engine.get_global_grad_norm())
         torch.testing.assert_close(found, norms, rtol=1e-5, atol=0)
         module = engine.module
+        engine.destroy()
         for a, b in ((module.up, reference.up[:, cut]), (module.down, reference.down[cut]),
                      (module.bias, reference.bias)):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
         bits.append((models.bits(module), found))
-        engine.destroy()
         # An infinite gradient in what one rank has skips the step on all four.
         engine, *_ = deepspeed.initialize(model=module, config=config(stage, "fp16", **layout), mpu=mpu)
         before = models.bits(module)
@@ -505,14 +505,14 @@ def tensor_parallel(rank, world):
         engine.step()
         assert engine.skipped_steps == 1 and models.bits(module) == before
         engine.destroy()
-    assert bits[0] == bits[1] == bits[2]
+    assert bits[0] == bits[1] == bits[2] == bits[3]
 
 
 def stages_of_a_pipeline(rank, world):
     """Two models of different parameters, which agree on norm, clipping and skipping; a tied weight counts once."""
     mpu = Stages()
     norms = []
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         torch.manual_seed(rank % 2)
         module = nn.Linear(WIDTH, 3) if rank % 2 else nn.Sequential(nn.Linear(WIDTH, 5), nn.Linear(5, 2))
         if rank % 2:
@@ -527,26 +527,26 @@ def stages_of_a_pipeline(rank, world):
             assert abs(engine.get_global_grad_norm() - (squares.item() / 2) ** 0.5) < 1e-6
         norms.append(engine.get_global_grad_norm())
         engine.destroy()
-    assert norms[0] == norms[1] == norms[2]
+    assert norms[0] == norms[1] == norms[2] == norms[3]
 
 
 def sequence_parallel(rank, world):
     """Two ranks that share a sequence bring two terms of one loss; the mean is over the two sequences."""
     mpu = initialize_parallel_state_from_config({"sequence_parallel_size": 2}, "sequence")
-    for stage in (0, 1, 2):
+    for stage in (0, 1, 2, 3):
         torch.manual_seed(1)
         module = nn.Linear(WIDTH, 3)
         loss = sum(module(batch(r, 0)).square().sum() for r in range(world)) / 2
         wanted, = torch.autograd.grad(loss, module.weight)
+        before = module.weight.detach().clone()
         engine, *_ = deepspeed.initialize(model=module, mpu=mpu, config=config(
             stage, sequence_parallel_size=2, gradient_clipping=0, optimizer={"type": "SGD", "params": {"lr": 1.0}}))
         assert engine.dp_world_size == 2 and engine.train_batch_size() == 2 * TOKENS
         assert dist.get_world_size(engine.get_sequence_parallel_group()) == 2
-        before = module.weight.detach().clone()
         engine.backward(engine(batch(rank, 0)).square().sum())
         engine.step()
-        torch.testing.assert_close(before - module.weight.detach(), wanted, rtol=1e-4, atol=1e-5)
         engine.destroy()
+        torch.testing.assert_close(before - module.weight.detach(), wanted, rtol=1e-4, atol=1e-5)
 
 
 def with_an_mpu(rank, world):

@@ -17,7 +17,7 @@ FILE = """{
   "bfloat16": {"enabled": true},
   "zero_optimization": {
     "stage": 2,
-    "prefetch_bucket_size": 5e7,
+    "allgather_sequential": true,
     "cpu_offload": false
   },
   "steps_per_print": null
@@ -55,12 +55,12 @@ def test_each_setting_has_its_value_and_where_it_comes_from(run):
         "scheduler.params.step_size": ("10", "line 6"),
         "bf16.enabled": ("true", "line 7, as bfloat16.enabled"),
         "zero_optimization.stage": ("2", "line 9"),
-        "zero_optimization.stage3_prefetch_bucket_size": table["zero_optimization.stage3_prefetch_bucket_size"],
+        "zero_optimization.stage3_allgather_sequential": table["zero_optimization.stage3_allgather_sequential"],
         "zero_optimization.offload_optimizer.device": ('"none"', "line 11, as zero_optimization.cpu_offload"),
         "steps_per_print": ("10", "default (null at line 13)"),
     }
-    value, origin = table["zero_optimization.stage3_prefetch_bucket_size"]
-    assert value == "50000000" and origin.startswith("line 10, as zero_optimization.prefetch_bucket_size; no effect: ")
+    value, origin = table["zero_optimization.stage3_allgather_sequential"]
+    assert value == "true" and origin.startswith("line 10, as zero_optimization.allgather_sequential; no effect: ")
     assert err == ["warning: bfloat16 is a deprecated name; write bf16",
                    "warning: zero_optimization.cpu_offload is a deprecated name; write "
                    "zero_optimization.offload_optimizer.device"]

@@ -13,7 +13,7 @@ import deepspeed_c as deepspeed
 from deepspeed_c import _core, distributed
 from deepspeed_c.moe.layer import MoE
 from deepspeed_c.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed_c.runtime.zero.remote import RemoteHome
+from deepspeed_c.runtime.zero.remote import RemoteHome, _Slot
 
 NODES = {2: None, 3: None, 4: "aabb"}
 
@@ -547,3 +547,13 @@ def test_a_rank_killed_while_others_fetch_is_an_error_on_all(ranks):
     for outcome in (*found[:2], found[3]):
         assert outcome.error == "CommError" and outcome.seconds < 8, outcome.describe()
         assert "rank 2" in outcome.text and "died or ended" in outcome.text, outcome.text
+
+
+def test_a_storage_that_numpy_was_lent_stays_with_the_array():
+    full = torch.arange(12.0).reshape(3, 4)
+    slot, lent = _Slot(torch.nn.Parameter(full), full), full.numpy()
+    slot.resize(0)
+    assert full.untyped_storage().nbytes() == 0 and (lent == torch.arange(12.0).reshape(3, 4).numpy()).all()
+    slot.resize(slot.n_bytes)
+    full.fill_(7)
+    assert full.sum() == 84 and lent[0, 1] == 1

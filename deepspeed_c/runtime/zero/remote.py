@@ -33,6 +33,17 @@ class _Slot:
             self.work.wait()
             self.work = None
 
+    def resize(self, n_bytes):
+        """Gives the whole tensor its memory, or takes it. A storage that was lent to NumPy stays as it is, with the
+        array; the tensor gets another."""
+        storage = self.full.untyped_storage()
+        if storage.nbytes() == n_bytes:
+            return
+        if not storage.resizable():
+            storage = torch.UntypedStorage(self.n_bytes, device="cpu")
+            self.full.set_(storage, 0, self.full.shape, self.full.stride())
+        storage.resize_(n_bytes)
+
     def end(self):
         """Like wait(), for who does not need the values: a gathering that failed is over too, and every later one fails
         as it did."""
@@ -182,7 +193,7 @@ class RemoteHome:
         for number in numbers:
             slot = self._slots[number]
             if slot is not None and slot.work is None:
-                slot.full.untyped_storage().resize_(0)
+                slot.resize(0)
 
     def release(self, params, label):
         """Undoes one fetch(). RuntimeError, after all are released, where one was written to meanwhile."""
@@ -210,7 +221,7 @@ class RemoteHome:
         if not slots:
             return
         for slot in slots:
-            slot.full.untyped_storage().resize_(slot.n_bytes)
+            slot.resize(slot.n_bytes)
         work = self.comm.gather_parts([slot.full for slot in slots], [slot.part for slot in slots],
                                       [slot.cut for slot in slots], f"{label}: {_names(slots)}", True)
         for slot in slots:
@@ -223,7 +234,7 @@ class RemoteHome:
 
     def _drop_storage(self, slot):
         slot.end()
-        slot.full.untyped_storage().resize_(0)
+        slot.resize(0)
 
     def counters(self, reset_peak=False):
         """{"live": elements gathered now, "peak": at most since the last reset, "fetched", "ahead", "reused",

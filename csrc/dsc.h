@@ -43,6 +43,11 @@ enum dsc_status dsc__fail(enum dsc_status status, const char *file, int line, co
                           ...) __attribute__((format(printf, 4, 5), cold));
 
 #define DSC_FAIL(status, ...) dsc__fail(status, __FILE__, __LINE__, __VA_ARGS__)
+/* DSC_EIO, with the errno of the call that failed. */
+#define DSC_FAIL_OS(error, ...) dsc__with_errno(DSC_FAIL(DSC_EIO, __VA_ARGS__), error)
+enum dsc_status dsc__with_errno(enum dsc_status status, int error);
+/* Of this thread's last failure; 0: it has none. */
+int dsc_last_errno(void);
 /* Propagates a failure untouched. */
 #define DSC_TRY(expr)                                                                              \
     do {                                                                                           \

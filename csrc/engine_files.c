@@ -18,16 +18,25 @@ struct room {
     struct dsc_memory_limit memory;
 };
 
+/* Elements of a space whose reduced sums this rank has, in its own memory or in its window. */
+static size_t n_sums(const struct dsc_space *space, int rank, const struct dsc_space_needs *needs) {
+    if (!needs->shared)
+        return 0;
+    struct dsc_bucket_sizes sizes = dsc_bucket_sizes_of(space, rank, &needs->buckets);
+    return dsc_range_size(sizes.sums_are_shared ? dsc_space_owned(space, rank) : sizes.held);
+}
+
 static uint64_t bytes_needed(const struct dsc_engine *e) {
     uint64_t sum = 0;
     for (size_t s = 0; s < e->n_spaces; s++) {
+        const struct dsc_space *space = &e->spaces[s];
         struct dsc_space_needs needs = dsc__engine_needs(e, s);
-        size_t n = dsc_range_size(needs.stepped);
-        size_t n_arrays = needs.grads;
+        size_t n = dsc_range_size(needs.stepped), n_arrays = needs.grads;
         if (needs.n_filed == 0)
             n_arrays += needs.master + (size_t)needs.n_states;
-        sum +=
-            n_arrays * n * sizeof(float) + (needs.local ? e->spaces[s].n_elems : 0) * sizeof(float);
+        size_t n_elems = n_arrays * n + (needs.local ? space->n_elems : 0) +
+                         n_sums(space, dsc_comm_rank(e->ranks.reduce[space->reduce].comm), &needs);
+        sum += n_elems * sizeof(float);
         sum += n > 0 ? dsc_swap_private_bytes(n, needs.n_filed, needs.n_buffers) : 0;
     }
     return sum;
@@ -131,6 +140,7 @@ static bool any_failed(const struct dsc_engine *e) {
 
 enum dsc_status dsc__engine_end_files(struct dsc_engine *e, enum dsc_status status) {
     char text[512] = "";
+    int error = dsc_last_errno();
     if (status != DSC_OK && any_failed(e)) {
         e->file_failed = true;
         snprintf(text, sizeof text, "%.400s; %s is half done", dsc_last_error(), e->label);
@@ -142,5 +152,5 @@ enum dsc_status dsc__engine_end_files(struct dsc_engine *e, enum dsc_status stat
     for (size_t s = 0; s < e->n_spaces; s++)
         if (streams(e, s))
             dsc_swap_drop(e->holdings[s].swap);
-    return text[0] ? DSC_FAIL(DSC_EIO, "%s", text) : status; /* dropping may have failed too */
+    return text[0] ? DSC_FAIL_OS(error, "%s", text) : status; /* dropping may have failed too */
 }

@@ -26,8 +26,9 @@ static enum dsc_status make_folder(const char *folder) {
             continue;
         memcpy(path, folder, i);
         path[i] = '\0';
-        if (mkdir(path, 0777) != 0 && errno != EEXIST)
-            return DSC_FAIL(DSC_EIO, "could not make the folder %s: %s", path, strerror(errno));
+        int error = mkdir(path, 0777) == 0 ? 0 : errno;
+        if (error != 0 && error != EEXIST)
+            return DSC_FAIL_OS(error, "could not make the folder %s: %s", path, strerror(error));
     }
     return DSC_OK;
 }
@@ -92,12 +93,12 @@ enum dsc_status dsc_file_open(const char *folder, const char *name, size_t n_byt
     if (file->fd < 0) {
         int error = errno;
         dsc_free(file);
-        return DSC_FAIL(DSC_EIO, "could not make a file in %s: %s", folder, strerror(error));
+        return DSC_FAIL_OS(error, "could not make a file in %s: %s", folder, strerror(error));
     }
     int error = reserve(file->fd, n_bytes);
     if (error != 0) {
-        enum dsc_status status = DSC_FAIL(DSC_EIO, "could not reserve %zu bytes for %s: %s",
-                                          n_bytes, file->path, strerror(error));
+        enum dsc_status status = DSC_FAIL_OS(error, "could not reserve %zu bytes for %s: %s",
+                                             n_bytes, file->path, strerror(error));
         dsc_file_close(file);
         return status;
     }
@@ -156,17 +157,6 @@ enum dsc_status dsc_io_open(const struct dsc_io_options *options, struct dsc_io 
     return DSC_OK;
 }
 
-void dsc_io_close(struct dsc_io *io) {
-    if (!io)
-        return;
-    io->first = io->last = NULL;
-    while (io->pid == getpid() && io->n_busy > 0)
-        io->mover->turn(io, true);
-    io->mover->close(io);
-    dsc_free(io->requests);
-    dsc_free(io);
-}
-
 bool dsc_transfer_done(const struct dsc_transfer *transfer) {
     return transfer->n_done == transfer->n_bytes || !transfer->file;
 }
@@ -175,7 +165,7 @@ static bool is_last_part(const struct dsc_transfer *transfer) {
     return transfer->n_started == transfer->n_bytes;
 }
 
-/* What is not under way yet will not be: the transfer has failed. */
+/* What is not under way yet will not be: the transfer has failed, or nobody waits for it. */
 static void give_up(struct dsc_io *io, struct dsc_transfer *transfer) {
     struct dsc_transfer **link = &io->first, *before = NULL;
     transfer->n_done += transfer->n_bytes - transfer->n_started;
@@ -187,6 +177,19 @@ static void give_up(struct dsc_io *io, struct dsc_transfer *transfer) {
     *link = transfer->next;
     if (io->last == transfer)
         io->last = before;
+}
+
+void dsc_io_close(struct dsc_io *io) {
+    if (!io)
+        return;
+    bool ours = io->pid == getpid();
+    while (ours && io->first)
+        give_up(io, io->first);
+    while (ours && io->n_busy > 0)
+        io->mover->turn(io, true);
+    io->mover->close(io);
+    dsc_free(io->requests);
+    dsc_free(io);
 }
 
 void dsc__io_ended(struct dsc_io *io, struct dsc__io_request *request, long result) {
@@ -261,6 +264,9 @@ void dsc_io_poke(struct dsc_io *io) {
 }
 
 enum dsc_status dsc_io_wait(struct dsc_io *io, struct dsc_transfer *transfer) {
+    if (io->pid != getpid())
+        return DSC_FAIL(DSC_ESTATE, "this is a forked child: files belong to process %ld",
+                        (long)io->pid);
     dsc_io_poke(io);
     while (!dsc_transfer_done(transfer)) {
         io->mover->turn(io, true);
@@ -268,9 +274,9 @@ enum dsc_status dsc_io_wait(struct dsc_io *io, struct dsc_transfer *transfer) {
     }
     if (transfer->error == 0 || !transfer->file)
         return DSC_OK;
-    return DSC_FAIL(DSC_EIO, "%s of %zu bytes at offset %zu of %s failed at offset %zu: %s",
-                    transfer->writes ? "write" : "read", transfer->n_bytes, transfer->offset,
-                    transfer->file->path, transfer->failed_at,
-                    transfer->error < 0 ? "nothing more could be moved"
-                                        : strerror(transfer->error));
+    return DSC_FAIL_OS(
+        transfer->error, "%s of %zu bytes at offset %zu of %s failed at offset %zu: %s",
+        transfer->writes ? "write" : "read", transfer->n_bytes, transfer->offset,
+        transfer->file->path, transfer->failed_at,
+        transfer->error < 0 ? "nothing more could be moved" : strerror(transfer->error));
 }

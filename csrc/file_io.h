@@ -58,7 +58,8 @@ void dsc_io_start(struct dsc_io *io, struct dsc_transfer *transfer);
 /* Lets the queue move on; never waits. */
 void dsc_io_poke(struct dsc_io *io);
 bool dsc_transfer_done(const struct dsc_transfer *transfer);
-/* DSC_EIO where some of it could not be moved. A transfer that was never started is done. */
+/* DSC_EIO where some of it could not be moved. A transfer that was never started is done. In a
+ * forked child, where nothing moves, DSC_ESTATE at once. */
 enum dsc_status dsc_io_wait(struct dsc_io *io, struct dsc_transfer *transfer);
 
 #endif

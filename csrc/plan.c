@@ -31,12 +31,27 @@ struct planner {
     size_t *largest; /* per space: elements of its largest parameter */
     /* Per reduce group: what parameters take where they lie; of all, elements and bytes. */
     size_t param_bytes[DSC_REDUCE_MAX], frozen_bytes[DSC_REDUCE_MAX];
+    size_t frozen_part_bytes[DSC_REDUCE_MAX]; /* of a rank, where they are in parts */
     size_t whole_elems[DSC_REDUCE_MAX], whole_bytes[DSC_REDUCE_MAX];
 };
 
-/* At stage 3 a group's parameters are in parts where its ranks share no memory, else in a store. */
-static bool in_parts(const struct planner *p, int reduce) {
-    return p->job->options->stage == 3 && p->ways.remote && p->job->reduce[reduce].n_ranks > 1;
+static int place_in(const struct dsc_plan_group *group, int rank) {
+    return rank / group->stride % group->n_ranks;
+}
+
+/* Nodes that the reduce group of this rank is on: those from its first rank's to its last one's. */
+static int nodes_of(const struct planner *p, int reduce, int rank) {
+    const struct dsc_plan_group *group = &p->job->reduce[reduce];
+    int n_local = p->job->n_ranks / p->job->n_nodes;
+    int first = rank - place_in(group, rank) * group->stride;
+    int last = first + (group->n_ranks - 1) * group->stride;
+    int n_nodes = last / n_local - first / n_local + 1;
+    return n_nodes < group->n_ranks ? n_nodes : group->n_ranks;
+}
+
+/* At stage 3 a group's parameters are in parts where it is on several nodes, else in a store. */
+static bool in_parts(const struct planner *p, int reduce, int rank) {
+    return p->job->options->stage == 3 && nodes_of(p, reduce, rank) > 1;
 }
 
 static size_t scaled(const struct planner *p, size_t n) {
@@ -75,15 +90,15 @@ static void count_traffic(const struct planner *p, const struct dsc_space_needs 
                           int rank, struct tally *t) {
     const struct dsc_plan_job *job = p->job;
     const struct dsc_space *space = &p->spaces[s];
-    size_t own = dsc_range_size(dsc_space_owned(space, rank)), others = space->n_elems - own;
+    int place = place_in(&job->reduce[space->reduce], rank);
+    size_t own = dsc_range_size(dsc_space_owned(space, place)), others = space->n_elems - own;
     size_t peers = (size_t)space->n_ranks - 1, value = dsc_dtype_size(space->dtype);
-    size_t n_local = (size_t)(job->n_ranks / job->n_nodes);
-    size_t n_nodes = (size_t)(job->n_nodes < space->n_ranks ? job->n_nodes : space->n_ranks);
+    size_t n_nodes = (size_t)nodes_of(p, space->reduce, rank), n_local = (peers + 1) / n_nodes;
     size_t abroad = space->n_elems / n_nodes * (n_nodes - 1) / n_local;
     enum dsc_dtype wire =
         dsc_wire_dtype(&needs->buckets.wire, needs->local ? DSC_F32 : space->dtype);
     size_t sent = dsc_dtype_size(wire), rounds = needs->keeps ? 1 : job->n_micro_steps;
-    bool in_levels = n_local > 1 && (size_t)space->n_ranks > n_nodes;
+    bool in_levels = n_local > 1;
 
     struct dsc_plan_bytes *reduce = &t->traffic[DSC_PLAN_REDUCE];
     reduce->times = dsc_max(reduce->times, rounds);
@@ -109,7 +124,8 @@ static void count_traffic(const struct planner *p, const struct dsc_space_needs 
 static void count_space(const struct planner *p, size_t s, int rank, struct tally *t) {
     const struct dsc_plan_job *job = p->job;
     const struct dsc_space *space = &p->spaces[s];
-    struct dsc_space_needs needs = dsc_engine_needs(job->options, &p->ways, space, rank);
+    int place = place_in(&job->reduce[space->reduce], rank);
+    struct dsc_space_needs needs = dsc_engine_needs(job->options, &p->ways, space, place);
     size_t n = dsc_range_size(needs.stepped), array = n * sizeof(float);
     int n_states = needs.n_states;
     if (job->options->optim == DSC_OPTIM_SGD && job->model.momentum)
@@ -132,22 +148,18 @@ static void count_space(const struct planner *p, size_t s, int rank, struct tall
     count_grads(p, &needs, s, t);
     if (!needs.shared)
         return;
-    struct dsc_parts it = dsc_parts(space, dsc_space_owned(space, rank));
-    while (in_parts(p, space->reduce) && dsc_parts_next(&it))
+    struct dsc_parts it = dsc_parts(space, dsc_space_owned(space, place));
+    while (in_parts(p, space->reduce, rank) && dsc_parts_next(&it))
         t->own[DSC_PLAN_PARAMETERS] += dsc_range_size(it.part) * dsc_dtype_size(space->dtype);
-    struct dsc_bucket_sizes sizes = dsc_bucket_sizes_of(space, rank, &needs.buckets);
+    struct dsc_bucket_sizes sizes = dsc_bucket_sizes_of(space, place, &needs.buckets);
     hold(t, DSC_PLAN_SUMS, dsc_range_size(sizes.held) * sizeof(float));
     for (int i = 0; i < 2; i++) /* to send from, and to receive in */
         hold(t, DSC_PLAN_STAGING, sizes.staging_bytes / 2);
     if (sizes.sums_are_shared)
-        t->shared[DSC_PLAN_SUMS] += dsc_range_size(dsc_space_owned(space, rank)) * sizeof(float);
+        t->shared[DSC_PLAN_SUMS] += dsc_range_size(dsc_space_owned(space, place)) * sizeof(float);
     t->shared[DSC_PLAN_STAGING] +=
         sizes.sums_offset + (size_t)sizes.first_slots * sizes.slot_elems * sizeof(float);
     count_traffic(p, &needs, s, rank, t);
-}
-
-static int place_in(const struct dsc_plan_group *group, int rank) {
-    return rank / group->stride % group->n_ranks;
 }
 
 static size_t share_of(size_t bytes, size_t part, size_t whole) {
@@ -156,7 +168,7 @@ static size_t share_of(size_t bytes, size_t part, size_t whole) {
 
 /* Parameters in parts: what is gathered at most, and how it travels. What stays from one use to the
  * next travels once per step, else before each forward and each backward pass. */
-static void count_gathered(const struct planner *p, size_t g, struct tally *t) {
+static void count_gathered(const struct planner *p, size_t g, int rank, struct tally *t) {
     const struct dsc_plan_job *job = p->job;
     const struct dsc_plan_group *group = &job->reduce[g];
     size_t all = p->whole_elems[g], bytes = p->whole_bytes[g];
@@ -167,18 +179,16 @@ static void count_gathered(const struct planner *p, size_t g, struct tally *t) {
         t->gathered[phase] += share_of(bytes, kept, all);
     t->gathered[DSC_PLAN_FORWARD] += share_of(bytes, forward - kept, all);
     t->gathered[DSC_PLAN_BACKWARD] += share_of(bytes, backward - kept, all);
-    t->own[DSC_PLAN_FROZEN] += p->frozen_bytes[g];
+    t->own[DSC_PLAN_FROZEN] += p->frozen_part_bytes[g];
 
     uint64_t times = forward == all && job->fetch.reuse >= all ? 1 : 2 * job->n_micro_steps;
-    size_t n_ranks = (size_t)group->n_ranks;
-    size_t n_nodes = dsc_min((size_t)job->n_nodes, n_ranks), n_local = (size_t)job->n_ranks;
-    n_local /= (size_t)job->n_nodes;
+    size_t n_ranks = (size_t)group->n_ranks, n_nodes = (size_t)nodes_of(p, (int)g, rank);
     size_t moved = share_of(bytes, kept, all) + times * share_of(bytes, all - kept, all);
     struct dsc_plan_bytes *gather = &t->traffic[DSC_PLAN_GATHER];
     gather->times = times > gather->times ? times : gather->times;
     gather->sent += moved / n_ranks * (n_ranks - 1);
     gather->received += moved / n_ranks * (n_ranks - 1);
-    gather->between_nodes += moved / n_nodes * (n_nodes - 1) / n_local;
+    gather->between_nodes += moved / n_nodes * (n_nodes - 1) / (n_ranks / n_nodes);
 }
 
 /* At stage 3 ranks that share memory have parameters once, in the store; who is alone has the
@@ -203,8 +213,8 @@ static void count_rank(const struct planner *p, int rank, struct tally *t) {
     bool spreads[DSC_REDUCE_MAX] = {false};
     memset(t, 0, sizeof *t);
     for (size_t g = 0; g < job->n_reduce; g++) {
-        if (in_parts(p, (int)g))
-            count_gathered(p, g, t);
+        if (in_parts(p, (int)g, rank))
+            count_gathered(p, g, rank, t);
         else
             count_params(p, g, rank, t);
     }
@@ -213,7 +223,7 @@ static void count_rank(const struct planner *p, int rank, struct tally *t) {
     t->shared[DSC_PLAN_STAGING] = job->comm_shared_bytes;
     for (size_t s = 0; s < p->n_spaces; s++) {
         int g = p->spaces[s].reduce, place = place_in(&job->reduce[g], rank);
-        count_space(p, s, place, t);
+        count_space(p, s, rank, t);
         if (!spreads[g] && dsc_engine_needs(job->options, &p->ways, &p->spaces[s], place).spread) {
             struct dsc_spread_sizes sizes =
                 dsc_spread_sizes_of(job->reduce[g].n_ranks, p->ways.remote);
@@ -322,10 +332,8 @@ static void place_params(struct planner *p) {
         size_t n_ranks = (size_t)p->job->reduce[g].n_ranks;
         p->whole_elems[g] += n;
         p->whole_bytes[g] += n * size;
-        if (in_parts(p, g))
-            p->frozen_bytes[g] += (n + n_ranks - 1) / n_ranks * size;
-        else
-            p->frozen_bytes[g] += rounds ? dsc_store_bytes(n * size) : n * size;
+        p->frozen_part_bytes[g] += (n + n_ranks - 1) / n_ranks * size;
+        p->frozen_bytes[g] += rounds ? dsc_store_bytes(n * size) : n * size;
     }
 }
 

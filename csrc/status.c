@@ -9,6 +9,7 @@
 
 static _Thread_local char last_text[2048];
 static _Thread_local char last_place[128];
+static _Thread_local int last_errno;
 
 const char *dsc_status_sentence(enum dsc_status status) {
     switch (status) {
@@ -39,8 +40,18 @@ enum dsc_status dsc__fail(enum dsc_status status, const char *file, int line, co
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     memcpy(last_text, text, sizeof text);
+    last_errno = 0;
     snprintf(last_place, sizeof last_place, "%s:%d", base ? base + 1 : file, line);
     return status;
+}
+
+enum dsc_status dsc__with_errno(enum dsc_status status, int error) {
+    last_errno = error;
+    return status;
+}
+
+int dsc_last_errno(void) {
+    return last_errno;
 }
 
 size_t dsc_dtype_size(enum dsc_dtype dtype) {

@@ -21,6 +21,7 @@ from .reduction import is_expert
 
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_MOST_RANKS = 2**20
 _PROBE = 64  # elements a side of what a foreign optimizer's states are measured with
 
 
@@ -61,8 +62,7 @@ def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
     (default: this one's). zero_init: the module is made inside zero.Init, so no rank ever holds all of it. Keys: those
     of _core.plan, elements, memory, optimizer. PlanError, ValueError or NotImplementedError where it cannot be trained.
     """
-    if world_size < 1:
-        raise PlanError(f"--world-size is {world_size}; allowed: >= 1")
+    _check_ranks(world_size)
     if nodes < 1 or world_size % nodes:
         raise PlanError(f"--nodes is {nodes} and --world-size {world_size}; allowed: nodes with equally many ranks")
     if zero_init and config.get("zero_optimization.stage") != 3:
@@ -92,6 +92,11 @@ def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
         (staging, staging if world_size > nodes else 0), memory)
     elements = {"trained": sum(p.numel() for p in trained.values()), "frozen": sum(p.numel() for p in frozen)}
     return {**found, "elements": elements, "memory": memory, "optimizer": said}
+
+
+def _check_ranks(world_size):
+    if not 1 <= world_size <= _MOST_RANKS:
+        raise PlanError(f"--world-size is {world_size}; allowed: 1 to {_MOST_RANKS}")
 
 
 def _bytes(module):
@@ -174,8 +179,8 @@ def _described(name, p, place):
 
 def machine_memory():
     """Bytes of memory of this machine, or of the control group that this process runs in."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _core.memory_limit() or sys.maxsize]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # of a container
         try:
             with open(path) as file:
                 limits.append(int(file.read()))
@@ -191,7 +196,10 @@ def _size(text):
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: a number of bytes, with K, M, G or T for 1024 and so on")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    n_bytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if n_bytes > sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: at most {sys.maxsize} bytes")
+    return n_bytes
 
 
 def _object(text):
@@ -271,8 +279,7 @@ def main(arguments=None):
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        if options.world_size < 1:
-            raise PlanError(f"--world-size is {options.world_size}; allowed: >= 1")
+        _check_ranks(options.world_size)
         config = _core.Config(options.config, options.world_size)
         module = make_model(options.model, options.kwargs)
         found = plan(module, config, options.world_size, options.nodes, options.memory, options.zero_init)

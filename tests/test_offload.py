@@ -1,8 +1,10 @@
 """Offload: where masters and optimizer states lie changes no bit, and a file that fails is an error on every rank."""
+import errno
 import gc
 import hashlib
 import itertools
 import os
+import re
 import resource
 import subprocess
 
@@ -14,6 +16,8 @@ from ranks import die
 from torch import nn
 
 import deepspeed_c as deepspeed
+from deepspeed_c import _core
+from deepspeed_c.plan import machine_memory, plan
 from deepspeed_c.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -258,7 +262,7 @@ def test_a_full_disk_is_an_exception_at_start(tmp_path):
     try:
         with pytest.raises(OSError, match="could not reserve .* bytes for .*No space left on device") as caught:
             open_engine(1, "fp32", nvme(tmp_path))
-        assert str(tmp_path) in str(caught.value)
+        assert str(tmp_path) in str(caught.value) and caught.value.errno == errno.ENOSPC
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -275,7 +279,7 @@ def limit_in_step(rank, world, path, stage):
         try:
             train(engine, rank, "bf16", [step])
         except (OSError, RuntimeError) as error:
-            errors.append((type(error).__name__, str(error)))
+            errors.append((type(error).__name__, str(error), getattr(error, "errno", None)))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     engine.destroy()
     return errors
@@ -286,6 +290,7 @@ def test_a_write_that_fails_in_a_step_is_an_error_on_every_rank_and_the_engine_s
     outcomes = ranks.outcomes(2, limit_in_step, str(tmp_path), stage, timeout=30)
     (*_, other), (own, then) = [outcome.value for outcome in outcomes]  # the other one may have ended its part
     assert own[0] == "OSError" and f" of {tmp_path}/(rank 1, bf16 masters and states) failed at" in own[1]
+    assert own[2] == errno.EFBIG
     assert "File too large" in own[1] and "step 3 is half done" in own[1]
     assert other[0] == "CommError" and "File too large" in other[1]
     assert then[0] in ("RuntimeError", "CommError")
@@ -381,3 +386,39 @@ def test_states_beyond_a_memory_limit_train_from_files_and_are_refused_in_memory
     (text, same, file_bytes, moved), = ranks(1, in_little_memory, memory_group, str(tmp_path), timeout=120)
     assert f"left of its limit of {LIMIT}; nothing has changed" in text and '"nvme" keeps' in text
     assert same and moved and file_bytes > LIMIT
+
+
+def refused(rank, world, group):
+    """What each stage with sharded states says that it takes on rank 0."""
+    torch.set_num_threads(1)
+    with open(os.path.join(group, "cgroup.procs"), "w") as file:
+        file.write(str(os.getpid()))
+    module, texts = many_layers(), []
+    for stage in 1, 2:
+        with pytest.raises(MemoryError) as caught:
+            deepspeed.initialize(model=module, config=models.config(stage, "bf16"))
+        texts.append(str(caught.value))
+    return [re.search(r"take (\d+) bytes on rank 0", text)[1] for text in texts]
+
+
+def many_layers(device=None):
+    return nn.Sequential(*[nn.Linear(1024, 1024, dtype=torch.bfloat16, device=device) for _ in range(16)])
+
+
+def test_reduced_sums_count_where_memory_is_limited(ranks, memory_group):
+    expected = []
+    for stage in 1, 2:
+        found = plan(many_layers("meta"), _core.Config(models.config(stage, "bf16"), 2), 2)
+        sums = found["private"]["reduced sums"] + found["shared"]["reduced sums"] // 2
+        expected.append(str(sums + found["private"]["masters"] + found["private"]["optimizer states"]))
+    assert ranks(2, refused, memory_group) == [expected] * 2
+
+
+def limit_of_this_process(rank, world, group):
+    with open(os.path.join(group, "cgroup.procs"), "w") as file:
+        file.write(str(os.getpid()))
+    return machine_memory()
+
+
+def test_the_planner_knows_the_control_group_of_its_process(ranks, memory_group):
+    assert ranks(1, limit_of_this_process, memory_group) == [LIMIT]

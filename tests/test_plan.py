@@ -2,6 +2,7 @@
 import copy
 import gc
 import json
+import os
 import pathlib
 import shlex
 
@@ -45,6 +46,13 @@ class Chain(nn.Sequential):
 
     def forward(self, x):
         return super().forward(x).float().square().mean()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_job():
+    """A layer with experts looks at the ranks of the job that it is made in: here there is none."""
+    if torch.distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def nothing():
@@ -185,6 +193,29 @@ def test_plans_where_ranks_share_no_memory(ranks):
     compare(ranks(2, held, cases, env=FORCED), cases, 2, nodes=2)
 
 
+def held_on_two_nodes(rank, world, cases):
+    os.environ["DSC_COMM_NODE"] = "aabb"[rank]  # pretended
+    return held(rank, world, cases)
+
+
+def test_copies_of_an_expert_on_one_node_share_its_memory(ranks):
+    config = models.config(3, "bf16", use_data_before_expert_parallelism=True)
+    found = planned("experts", config, 4, nodes=2)
+    engines = [rank[0] for rank in ranks(4, held_on_two_nodes, [("experts", config)])]
+    assert found["private"]["parameters"] == max(e["parts"] for e in engines)
+    assert found["shared"]["parameters"] == sum(e["stores"] for e in engines[:2]) > 0
+    assert sum(found["private"][k] for k in HELD) - (8 << 20) == max(e["private"] for e in engines)
+
+
+def test_gradients_of_experts_travel_between_the_nodes_that_hold_copies():
+    there, here = (planned("experts", models.config(1, use_data_before_expert_parallelism=first), 4, nodes=2)["traffic"]
+                   for first in (False, True))
+    n_elems = 2048  # of a rank's experts, in whole blocks; half of them go from each of a node's two ranks
+    for what in "gradients to their owners", "new values to all ranks":
+        assert there[what]["between nodes"] - here[what]["between nodes"] == 2 * n_elems // 2 * 4
+        assert here[what]["between nodes"] > 0
+
+
 def resident(rank, world, cases):
     """What the kernel counts for this rank, with its part of shared memory: after initialize, where gradients are
     there, and after a step."""
@@ -300,7 +331,8 @@ def test_the_largest_model_fits_and_nothing_larger(run):
     ("test_plan:wide", (), "trainable parameter weight is float64; allowed: float32, bfloat16, float16"),
     ("test_plan:other_groups", (), "group_name 'mine'; allowed: 'ep_size_N'"),
     ("test_plan:Experts", ("--world-size", 3), "--world-size is 3, which ep_size_2 of parameter moe."),
-    ("models:Awkward", ("--world-size", 0), "--world-size is 0; allowed: >= 1"),
+    ("models:Awkward", ("--world-size", 0), "--world-size is 0; allowed: 1 to 1048576"),
+    ("models:Awkward", ("--world-size", 3000000000), "--world-size is 3000000000; allowed: 1 to 1048576"),
     ("models:Awkward", ("--world-size", 4, "--zero-init"), "--zero-init with zero_optimization.stage 2; allowed: 3"),
     ("models:Awkward", ("--world-size", 4, "--nodes", 3), "--nodes is 3 and --world-size 4"),
 ])
@@ -316,6 +348,9 @@ def test_wrong_configurations_and_options_end_the_command(run, capsys):
     with pytest.raises(SystemExit):
         run("models:Awkward", "--world-size", 2, "--memory", "many")
     assert "'many'; allowed: a number of bytes" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("models:Awkward", "--world-size", 2, "--memory", "99999999999T")
+    assert "'99999999999T'; allowed: at most" in capsys.readouterr().err
 
 
 def test_a_plan_needs_no_memory_of_the_models_size():

@@ -35,6 +35,8 @@ PyObject *dsc_bind_raise(struct dsc_bind_state *state, enum dsc_status status) {
         text = dsc_status_sentence(status);
     /* A text that was cut inside a character is still a text. */
     PyObject *message = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "replace");
+    if (message && status == DSC_EIO && dsc_last_errno() > 0) /* OSError(errno, text) */
+        message = Py_BuildValue("(iN)", dsc_last_errno(), message);
     if (message)
         PyErr_SetObject(exception_of(state, status), message);
     Py_XDECREF(message);

@@ -1,8 +1,9 @@
-/* _core.plan: the planner's numbers as a dict. */
+/* _core.plan: the planner's numbers as a dict; and the memory that there is. */
 #include "engine_object.h"
 
 #include "../alloc.h"
 #include "../config.h"
+#include "../memory_limit.h"
 #include "../plan.h"
 
 #include <string.h>
@@ -223,7 +224,21 @@ static PyObject *plan(PyObject *module, PyObject *args, PyObject *kwargs) {
     return result;
 }
 
+PyDoc_STRVAR(memory_limit_doc,
+             "memory_limit() -> int or None\n\n"
+             "Bytes that the memory control group of this process allows; None where it has none.");
+
+static PyObject *memory_limit(PyObject *module, PyObject *unused) {
+    struct dsc_memory_limit found;
+    (void)module;
+    (void)unused;
+    if (!dsc_memory_limit(&found))
+        Py_RETURN_NONE;
+    return PyLong_FromUnsignedLongLong(found.limit);
+}
+
 static PyMethodDef functions[] = {
+    {"memory_limit", memory_limit, METH_NOARGS, memory_limit_doc},
     {"plan", (PyCFunction)(void (*)(void))plan, METH_VARARGS | METH_KEYWORDS, plan_doc},
     {NULL},
 };

@@ -215,6 +215,29 @@ static void closing_waits_for_what_is_under_way(void) {
     CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
 }
 
+/* Its first request ends short, then fails, while the rest still waits for room in the queue. */
+static void closing_gives_up_a_transfer_that_fails(void) {
+    enum { N = 32 * MIB };
+    static const enum dsc_io_kind kinds[] = {DSC_IO_RING, DSC_IO_THREADS};
+    make_test_folder();
+    for (int k = 0; k < 2; k++) {
+        struct dsc_io *io = open_io(kinds[k], N, 1);
+        struct dsc_file *file;
+        if (!io)
+            continue;
+        CHECK_OK(dsc_file_open(folder, "states", N, &file));
+        char *data = memory(2 * N);
+        struct dsc_transfer past = {.file = file, .offset = N / 2, .n_bytes = 2 * N, .data = data};
+        dsc_io_start(io, &past);
+        dsc_io_close(io);
+        CHECK(dsc_transfer_done(&past));
+        dsc_file_close(file);
+        dsc_arena_free(data, 2 * N);
+    }
+    drop_test_folder();
+    CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
+}
+
 static void a_forked_child_closes_safely(void) {
     static const enum dsc_io_kind kinds[] = {DSC_IO_RING, DSC_IO_THREADS};
     make_test_folder();
@@ -279,6 +302,7 @@ static const struct test_case cases[] = {
     CASE(a_full_disk_is_an_error_before_anything_is_written),
     CASE(a_short_write_says_where),
     CASE(closing_waits_for_what_is_under_way),
+    CASE(closing_gives_up_a_transfer_that_fails),
     CASE(a_forked_child_closes_safely),
     CASE(a_mapping_shows_what_requests_wrote_and_they_read_what_it_holds),
 };

@@ -28,7 +28,7 @@ ALLOCATOR_EXCEPTIONS = {
 # Mutable file-scope state, by name: everything else belongs to an object.
 STATE = {
     "csrc/alloc.c": {"n_calls", "n_live", "n_live_bytes"},
-    "csrc/status.c": {"last_text", "last_place"},  # per thread
+    "csrc/status.c": {"last_text", "last_place", "last_errno"},  # per thread
     "csrc/log.c": {"current_sink"},
     "csrc/kernels/dispatch.c": {"table_filled", "table"},  # filled once
     "csrc/comm/fork.c": {"lock", "live", "once", "register_error"},  # fork itself is process-wide

@@ -269,8 +269,9 @@ enum dsc_status dsc_io_wait(struct dsc_io *io, struct dsc_transfer *transfer) {
                         (long)io->pid);
     dsc_io_poke(io);
     while (!dsc_transfer_done(transfer)) {
-        io->mover->turn(io, true);
-        feed(io);
+        feed(io); /* first: what was under way may all have ended, and nothing more would */
+        if (io->n_busy > 0)
+            io->mover->turn(io, true);
     }
     if (transfer->error == 0 || !transfer->file)
         return DSC_OK;

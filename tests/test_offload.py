@@ -422,3 +422,23 @@ def limit_of_this_process(rank, world, group):
 
 def test_the_planner_knows_the_control_group_of_its_process(ranks, memory_group):
     assert ranks(1, limit_of_this_process, memory_group) == [LIMIT]
+
+
+def shallow(rank, world, folder):
+    """Small blocks through a queue that holds one or two: every request that is under way may have ended when the next
+    wait begins."""
+    for depth in (1, 2):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
+        engine, *_ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config={
+            "train_batch_size": 2, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}},
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": folder}},
+            "aio": {"queue_depth": depth, "block_size": 4096}})
+        for _ in range(3):
+            engine.backward(engine(torch.ones(2, 64)).square().mean())
+            engine.step()
+        engine.destroy()
+
+
+def test_a_shallow_queue_ends(ranks, tmp_path):
+    ranks(1, shallow, str(tmp_path))

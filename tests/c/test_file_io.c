@@ -92,6 +92,7 @@ static void what_is_written_is_read_by_every_mover_and_setting(void) {
     static const struct dsc_io_options settings[] = {
         {DSC_IO_BEST, MIB, 8, 1, false, false},    {DSC_IO_RING, MIB, 8, 1, false, false},
         {DSC_IO_RING, 100, 3, 1, true, false},     {DSC_IO_RING, 2 * PAGE, 4, 1, false, true},
+        {DSC_IO_RING, PAGE, 1, 1, false, false},   {DSC_IO_RING, PAGE, 2, 1, true, false},
         {DSC_IO_THREADS, MIB, 8, 1, false, false}, {DSC_IO_THREADS, 64 * 1024, 1, 9, true, true},
         {DSC_IO_THREADS, 0, 0, 0, false, false},
     };

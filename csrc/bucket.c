@@ -255,8 +255,12 @@ void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b) {
 }
 
 void dsc__bucket_post(struct dsc_buckets *set, size_t b, uint64_t tag) {
-    if (tag != DSC__NOTHING)
+    if (tag != DSC__NOTHING) {
+        size_t slot = (size_t)(tag >> 8) - 1;
+        size_t width = dsc_dtype_size((enum dsc_dtype)((tag & 0xff) >> 1));
+        set->slot_width[slot] = (uint8_t)dsc_max(set->slot_width[slot], width);
         set->outstanding[set->n_outstanding++] = (struct dsc__outstanding){(uint32_t)b, tag};
+    }
     atomic_store(&dsc__bucket_record(set, b)->entry[set->rank], tag);
 }
 
@@ -288,6 +292,8 @@ static enum dsc_status lay_buckets(struct dsc_buckets *set) {
 static enum dsc_status lay_slots(struct dsc_buckets *set) {
     size_t n = (size_t)set->sizes.max_slots;
     set->max_backlog = set->first[set->size] + 1;
+    DSC_TRY(dsc_alloc(n, (void **)&set->slot_width));
+    memset(set->slot_width, sizeof(float), (size_t)set->sizes.first_slots);
     DSC_TRY(dsc_alloc(n * sizeof *set->free_slots, (void **)&set->free_slots));
     DSC_TRY(dsc_alloc(n * sizeof *set->outstanding, (void **)&set->outstanding));
     DSC_TRY(dsc_alloc(set->max_backlog * sizeof *set->backlog, (void **)&set->backlog));
@@ -365,6 +371,7 @@ void dsc_buckets_close(struct dsc_buckets *set) {
     dsc_free(set->squares);
     dsc_free(set->backlog);
     dsc_free(set->outstanding);
+    dsc_free(set->slot_width);
     dsc_free(set->free_slots);
     dsc_free(set->bucket);
     dsc_free(set->first);
@@ -387,5 +394,8 @@ size_t dsc_buckets_shared_bytes(const struct dsc_buckets *set) {
     size_t sums = set->private_sums
                       ? 0
                       : dsc_range_size(dsc_space_owned(set->space, set->rank)) * sizeof(float);
-    return sums + (size_t)set->n_slots * set->slot_elems * sizeof(float);
+    size_t width = 0;
+    for (int32_t i = 0; i < set->sizes.max_slots; i++)
+        width += set->slot_width[i];
+    return sums + width * set->slot_elems;
 }

@@ -110,7 +110,8 @@ void dsc_buckets_reset(struct dsc_buckets *buckets);
  * they are shared or early. NULL where the owner has nothing. */
 const float *dsc_buckets_sums(const struct dsc_buckets *buckets, int owner);
 struct dsc_bucket_counters dsc_buckets_counters(const struct dsc_buckets *buckets);
-/* Bytes of private memory and of touched staging: for the memory table. */
+/* Bytes of private memory, and of shared memory that this rank's slots and sums have touched: for
+ * the memory table. */
 size_t dsc_buckets_private_bytes(const struct dsc_buckets *buckets);
 size_t dsc_buckets_shared_bytes(const struct dsc_buckets *buckets);
 

@@ -69,6 +69,7 @@ struct dsc_buckets {
     struct dsc__remote *remote; /* where ranks share no memory: no window, buckets nor slots */
 
     int32_t n_slots;
+    uint8_t *slot_width; /* per slot: bytes of an element in its widest use */
     int32_t *free_slots, n_free;
     struct dsc__outstanding *outstanding; /* published, not known to be consumed */
     int32_t n_outstanding;

@@ -10,6 +10,7 @@ import subprocess
 
 import models
 import pytest
+import test_memory
 import torch
 import torch.nn.functional as F
 from ranks import die
@@ -335,65 +336,130 @@ def test_a_folder_that_is_removed_takes_nothing_away(ranks, tmp_path):
 LIMIT = 220 << 20
 
 
+class Group:
+    """A memory control group of either version, by its folder. It can be pickled."""
+
+    def __init__(self, folder, version):
+        self.folder, self.version = folder, version
+
+    def _path(self, name):
+        return os.path.join(self.folder, name)
+
+    def limit(self, n_bytes):
+        with open(self._path("memory.max" if self.version == 2 else "memory.limit_in_bytes"), "w") as file:
+            file.write(str(n_bytes))
+
+    def join(self):
+        """Memory that this process takes from here on counts in the group."""
+        with open(self._path("cgroup.procs"), "w") as file:
+            file.write(str(os.getpid()))
+
+    def used(self):
+        """Bytes that the kernel cannot take back: page cache is left out."""
+        with open(self._path("memory.stat")) as file:
+            stat = dict(line.split() for line in file)
+        with open(self._path("memory.current" if self.version == 2 else "memory.usage_in_bytes")) as file:
+            cache, total = stat["file" if self.version == 2 else "cache"], int(file.read())
+        return total - int(cache) + int(stat["shmem"])
+
+
 @pytest.fixture
 def memory_group():
-    """A memory control group with a limit of LIMIT bytes, of either version."""
+    """A Group with a limit of LIMIT bytes."""
     name = f"deepspeed_c_test_{os.getpid()}"
-    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
-        group = os.path.join(root, name)
+    for root, version in (("/sys/fs/cgroup/memory", 1), ("/sys/fs/cgroup", 2)):
+        group = Group(os.path.join(root, name), version)
         try:
-            os.mkdir(group)
+            os.mkdir(group.folder)
         except OSError:
             continue
         try:
-            with open(os.path.join(group, limit), "w") as file:
-                file.write(str(LIMIT))
+            group.limit(LIMIT)
             yield group
             return
         except OSError:
             continue
         finally:
-            os.rmdir(group)
+            os.rmdir(group.folder)
     pytest.skip("a memory control group needs root and a writable /sys/fs/cgroup")
 
 
-def in_little_memory(rank, world, group, path):
-    torch.set_num_threads(1)
-    with open(os.path.join(group, "cgroup.procs"), "w") as file:
-        file.write(str(os.getpid()))
-    torch.manual_seed(0)
-    module = nn.Sequential(*[nn.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(24)])
-    before = models.bits(module)[:4096]
+def deep(n_layers=24, device=None):
+    return nn.Sequential(*[nn.Linear(1024, 1024, dtype=torch.bfloat16, device=device) for _ in range(n_layers)])
 
-    def start(offload):
-        config = models.config(1, "bf16", zero={"offload_optimizer": offload})
-        return deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)[0]
 
-    try:
-        start({"device": "none"})
-        raise AssertionError("states fitted")
-    except MemoryError as error:
-        text = str(error)
-    same = models.bits(module)[:4096] == before
-    engine = start(nvme(path))
-    for _ in range(2):
-        engine.backward(engine(torch.ones(1, 1024, dtype=torch.bfloat16)).float().square().mean())
+def values_of(module):
+    """A digest of its parameters that takes no copy of them all."""
+    values = hashlib.sha256()
+    for p in module.parameters():
+        values.update(p.detach().view(torch.uint8).numpy())
+    return values.hexdigest()
+
+
+def offloading(offload):
+    return models.config(1, "bf16", zero={"offload_optimizer": offload})
+
+
+def steps_of(module, offload, n_steps):
+    """An engine over module that has taken n_steps."""
+    engine = deepspeed.initialize(model=module, config=offloading(offload))[0]
+    for step in range(n_steps):
+        x = torch.full((1, 1024), 1.0 + step, dtype=torch.bfloat16)
+        engine.backward(engine(x).float().square().mean())
         engine.step()
-    return text, same, engine._core.counters()["file_bytes"], models.bits(module)[:4096] != before
+    return engine
+
+
+def in_memory(rank, world):
+    """What the kernel counts for a model and its states, and the model after two steps."""
+    torch.set_num_threads(1)
+    steps_of(deep(1), {"device": "none"}, 1).destroy()
+    before, _ = test_memory.trimmed_kib()
+    torch.manual_seed(0)
+    module = deep()
+    engine = steps_of(module, {"device": "none"}, 2)
+    n_bytes = (test_memory.trimmed_kib()[0] - before) * 1024
+    assert engine.was_step_applied()
+    return n_bytes, values_of(module)
+
+
+def in_little_memory(rank, world, group, path, planned, measured):
+    """Trains under a limit between the planner's figure and measured states, beside what this process needs without
+    a model."""
+    torch.set_num_threads(1)
+    group.limit(1 << 40)
+    group.join()
+    steps_of(deep(1), nvme(path), 1).destroy()
+    test_memory.trimmed_kib()
+    base = group.used()
+    limit = (base + planned + (measured - base - planned) // 8) // 4096 * 4096
+    group.limit(limit)
+    torch.manual_seed(0)
+    module = deep()
+    before = values_of(module)
+    with pytest.raises(MemoryError) as caught:
+        steps_of(module, {"device": "none"}, 0)
+    same = values_of(module) == before
+    engine = steps_of(module, nvme(path), 2)
+    return base, limit, str(caught.value), same, engine._core.counters()["file_bytes"], values_of(module)
 
 
 def test_states_beyond_a_memory_limit_train_from_files_and_are_refused_in_memory(ranks, tmp_path, memory_group):
-    (text, same, file_bytes, moved), = ranks(1, in_little_memory, memory_group, str(tmp_path), timeout=120)
-    assert f"left of its limit of {LIMIT}; nothing has changed" in text and '"nvme" keeps' in text
-    assert same and moved and file_bytes > LIMIT
+    found = plan(deep(device="meta"), _core.Config(offloading(nvme(tmp_path)), 1), 1)
+    planned = max(found["node"].values())
+    (measured, expected), = ranks(1, in_memory)
+    (base, limit, text, same, file_bytes, got), = ranks(
+        1, in_little_memory, memory_group, str(tmp_path), planned, measured, timeout=120)
+    assert base + planned < limit < measured, (base, planned, limit, measured)
+    assert f"left of its limit of {limit}; nothing has changed" in text and '"nvme" keeps' in text
+    assert same and got == expected and file_bytes == sum(found["file"].values())
 
 
 def refused(rank, world, group):
     """What each stage with sharded states says that it takes on rank 0."""
     torch.set_num_threads(1)
-    with open(os.path.join(group, "cgroup.procs"), "w") as file:
-        file.write(str(os.getpid()))
-    module, texts = many_layers(), []
+    group.join()
+    module, texts = deep(16), []
     for stage in 1, 2:
         with pytest.raises(MemoryError) as caught:
             deepspeed.initialize(model=module, config=models.config(stage, "bf16"))
@@ -401,22 +467,17 @@ def refused(rank, world, group):
     return [re.search(r"take (\d+) bytes on rank 0", text)[1] for text in texts]
 
 
-def many_layers(device=None):
-    return nn.Sequential(*[nn.Linear(1024, 1024, dtype=torch.bfloat16, device=device) for _ in range(16)])
-
-
 def test_reduced_sums_count_where_memory_is_limited(ranks, memory_group):
     expected = []
     for stage in 1, 2:
-        found = plan(many_layers("meta"), _core.Config(models.config(stage, "bf16"), 2), 2)
+        found = plan(deep(16, "meta"), _core.Config(models.config(stage, "bf16"), 2), 2)
         sums = found["private"]["reduced sums"] + found["shared"]["reduced sums"] // 2
         expected.append(str(sums + found["private"]["masters"] + found["private"]["optimizer states"]))
     assert ranks(2, refused, memory_group) == [expected] * 2
 
 
 def limit_of_this_process(rank, world, group):
-    with open(os.path.join(group, "cgroup.procs"), "w") as file:
-        file.write(str(os.getpid()))
+    group.join()
     return machine_memory()
 
 

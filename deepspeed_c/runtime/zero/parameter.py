@@ -1,6 +1,6 @@
 """Parameters whose memory is sharded, or shared by the ranks of a machine: what ZeRO stage 3 makes of nn.Parameters.
 
-A parameter is *released* (its data are an empty tensor of its dtype) or *gathered* (whole). A Home (shared.py) knows
+A parameter is *released* (its data are an empty tensor of its dtype) or *gathered* (whole). A Home (home.py) knows
 where it lies and moves it between the two. Invariant: the object stays the one that the module and the optimizer hold;
 only its class and its data change, and make_ordinary() undoes both.
 """

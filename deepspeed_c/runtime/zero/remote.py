@@ -11,9 +11,9 @@ import torch
 
 from ... import _core
 from ...model import flat
-from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error, zeros
+from .home import Home
+from .parameter import OUTSIDE, make, zeros
 
-_OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
 _BATCH = 1 << 20  # elements after which an operation is long enough: who waits for its first waits for all of it
 
 
@@ -60,8 +60,8 @@ class _Slot:
         self.part = flat(self.full)[cut[rank]:cut[rank + 1]].clone()
 
 
-class RemoteHome:
-    """The parameters of one communicator that were placed together.
+class RemoteHome(Home):
+    """A Home of parts.
 
     settings: prefetch, max_live and max_reuse, in elements: ``stage3_prefetch_bucket_size`` and so on.
     early: backward shall release each parameter as soon as its gradient is done.
@@ -70,7 +70,7 @@ class RemoteHome:
     early = True
 
     def __init__(self, comm, settings):
-        self.comm = comm
+        super().__init__(comm)
         self._order = _core.Fetch(ahead=settings["prefetch"], live=settings["max_live"], reuse=settings["max_reuse"])
         self._slots = []  # by number; None where a parameter was removed
         self._numbers = {}  # ds_id -> number
@@ -152,9 +152,9 @@ class RemoteHome:
 
     # ---- fetching ----
 
-    def fetch(self, event, params, label):
-        """Makes params whole, and starts gathering what the recorded order says is next. Undone by release(), once for
-        each fetch. Collective. CommError where ranks fetch different things."""
+    def _bring(self, event, params, label):
+        """Gathers what is not here, and starts gathering what the recorded order says is next. Collective. CommError
+        where ranks fetch different things."""
         if self._new:
             self.settle()
         numbers = [self._numbers[p.ds_id] for p in params]
@@ -171,12 +171,6 @@ class RemoteHome:
             if not posted:
                 self._unplan(idle + self._order.forget())
             raise
-        for p in params:
-            if p.ds_count == 0:
-                p.data = p.ds_full
-                p.ds_seen = p._version
-                p.ds_status = _IN
-            p.ds_count += 1
 
     def _carry_out(self, drop, now, ahead, label):
         self._drop(drop)
@@ -195,19 +189,8 @@ class RemoteHome:
             if slot is not None and slot.work is None:
                 slot.resize(0)
 
-    def release(self, params, label):
-        """Undoes one fetch(). RuntimeError, after all are released, where one was written to meanwhile."""
-        written = None
-        for p in params:
-            p.ds_count -= 1
-            if p.ds_count == 0:
-                if self.is_written(p):
-                    written = p
-                p.data = empty(p.ds_full.dtype)
-                p.ds_status = _OUT
+    def _let_go(self, params):
         self._drop(self._order.release([self._numbers[p.ds_id] for p in params]))
-        if written is not None:
-            raise write_error(written, label)
 
     def _slot(self, p):
         return self._slots[self._numbers[p.ds_id]]
@@ -243,14 +226,6 @@ class RemoteHome:
 
     # ---- values ----
 
-    def keep(self, params):
-        """These stay gathered from now on."""
-        fresh = tuple(p for p in params if not p.ds_persist)
-        for p in fresh:
-            p.ds_persist = True
-        if fresh:
-            self.fetch(OUTSIDE, fresh, "all modules")
-
     def after_step(self):
         """New values are in the parts: what is in use is gathered again, the rest dropped. Collective."""
         self._drop(self._order.forget())
@@ -262,15 +237,6 @@ class RemoteHome:
     def empty(self):
         """Gives back what was gathered ahead, or stays to be used again. All ranks, as part of their order."""
         self._drop(self._order.forget())
-
-    def is_written(self, p):
-        """Whether a gathered parameter's values or its storage were changed since it was fetched."""
-        return p.ds_private == 0 and (p._version != p.ds_seen or p.data_ptr() != p.ds_full.data_ptr())
-
-    def note(self, p):
-        """What stands in p now is its value."""
-        torch.autograd.graph.increment_version(p)
-        p.ds_seen = p._version
 
     def copy(self, p):
         """A private copy of p's whole values. Collective where it is not gathered."""
@@ -292,18 +258,16 @@ class RemoteHome:
             slot.part.copy_(flat(slot.full)[begin:begin + slot.part.numel()])
 
     def move(self, old, new):
-        """`new` takes the place of `old`, which becomes an ordinary Parameter with a copy of its values. Collective."""
-        values = self.copy(old)
-        self._slot(old).param = weakref.ref(new)
-        succeed(old, new, values)
+        slot = self._slot(old)
+        super().move(old, new)
+        slot.param = weakref.ref(new)
 
     def remove(self, p):
-        """p is an ordinary Parameter with a private copy of its values from now on. Collective."""
-        values = p.data.clone() if p.ds_private else self.copy(p)
-        number = self._numbers.pop(p.ds_id)
+        key = p.ds_id
+        super().remove(p)
+        number = self._numbers.pop(key)
         self._drop_storage(self._slots[number])
         self._slots[number] = None
-        make_ordinary(p, values)
 
 
 def _names(slots):

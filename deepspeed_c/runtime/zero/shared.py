@@ -8,13 +8,12 @@ from torch.utils.dlpack import from_dlpack
 
 from ... import _core
 from ...model import flat
-from .parameter import OUTSIDE, ZeroParamStatus, empty, make, make_ordinary, succeed, write_error, zeros
+from .home import Home
+from .parameter import make, zeros
 
-_OUT, _IN = ZeroParamStatus.NOT_AVAILABLE, ZeroParamStatus.AVAILABLE
 
-
-class SharedHome:
-    """The parameters of one communicator that were placed together. comm: its ranks share memory, or it is one rank.
+class SharedHome(Home):
+    """A Home over memory. comm: its ranks share memory, or it is one rank.
 
     early: whether backward shall release each parameter as soon as its gradient is done; here that would save nothing.
     """
@@ -22,7 +21,7 @@ class SharedHome:
     early = False
 
     def __init__(self, comm, settings=None):
-        self.comm = comm
+        super().__init__(comm)
         self._store = _core.Store(comm, (settings or {}).get("folder"))
 
     def add(self, p):
@@ -44,36 +43,11 @@ class SharedHome:
         """After add() of several: all ranks see the values. Collective."""
         self.comm.barrier("placing the parameters of ZeRO stage 3")
 
-    def fetch(self, event, params, label):
-        """Makes params whole: a change of address each. Undone by release(), once for each fetch."""
-        for p in params:
-            if p.ds_count == 0:
-                p.data = p.ds_full
-                p.ds_seen = p._version
-                p.ds_status = _IN
-            p.ds_count += 1
+    def _bring(self, event, params, label):
+        """Nothing: fetching is a change of address."""
 
-    def release(self, params, label):
-        """Undoes one fetch(). RuntimeError, after all are released, where one was written to meanwhile."""
-        written = None
-        for p in params:
-            p.ds_count -= 1
-            if p.ds_count == 0:
-                if self.is_written(p):
-                    written = p
-                p.data = empty(p.ds_full.dtype)
-                p.ds_status = _OUT
-        if written is not None:
-            raise write_error(written, label)
-
-    def is_written(self, p):
-        """Whether a gathered parameter's values or its storage were changed since it was fetched."""
-        return p.ds_private == 0 and (p._version != p.ds_seen or p.data_ptr() != p.ds_full.data_ptr())
-
-    def note(self, p):
-        """What stands in p now is its value."""
-        torch.autograd.graph.increment_version(p)
-        p.ds_seen = p._version
+    def _let_go(self, params):
+        """Nothing either."""
 
     def copy(self, p):
         """A private copy of p's whole values."""
@@ -105,20 +79,5 @@ class SharedHome:
     def empty(self):
         """Gives back what is gathered and not in use: nothing is."""
 
-    def keep(self, params):
-        """These stay gathered from now on."""
-        fresh = tuple(p for p in params if not p.ds_persist)
-        for p in fresh:
-            p.ds_persist = True
-        self.fetch(OUTSIDE, fresh, "all modules")
-
     def after_step(self):
         """Nothing: new values are where they are read."""
-
-    def move(self, old, new):
-        """`new` takes the place of `old`, which becomes an ordinary Parameter with a copy of its values."""
-        succeed(old, new, self.copy(old))
-
-    def remove(self, p):
-        """p is an ordinary Parameter with a private copy of its values from now on."""
-        make_ordinary(p, p.data.clone() if p.ds_private else self.copy(p))

@@ -192,11 +192,18 @@ void dsc_io_close(struct dsc_io *io) {
     dsc_free(io);
 }
 
+/* The kernel may have room for it a moment later. */
+static bool may_be_tried_again(const struct dsc__io_request *request, long result) {
+    enum { MOST_TRIES = 1000 };
+    bool passes = result == -EINTR || result == -EAGAIN || result == -EBUSY || result == -ENOMEM;
+    return passes && request->n_tries < MOST_TRIES;
+}
+
 void dsc__io_ended(struct dsc_io *io, struct dsc__io_request *request, long result) {
     struct dsc_transfer *transfer = request->transfer;
-    if (result == -EINTR || result == -EAGAIN ||
-        (result > 0 && (size_t)result < request->n_bytes)) {
+    if (may_be_tried_again(request, result) || (result > 0 && (size_t)result < request->n_bytes)) {
         size_t n = result > 0 ? (size_t)result : 0;
+        request->n_tries = result > 0 ? 0 : request->n_tries + 1;
         transfer->n_done += n;
         request->offset += n;
         request->data += n;

@@ -21,6 +21,7 @@ struct dsc__io_request {
     struct dsc_transfer *transfer;
     size_t offset, n_bytes; /* what is left of it */
     char *data;
+    int n_tries; /* in vain, since some of it was moved */
     long result; /* for the mover */
     struct dsc__io_request *next;
 };

@@ -14,6 +14,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifdef HAS_LIBURING
@@ -88,9 +89,9 @@ static void start_request(struct dsc_io *io, struct dsc__io_request *request) {
     struct state *state = io->state;
     const struct dsc_transfer *transfer = request->transfer;
     struct io_uring_sqe *entry = io_uring_get_sqe(&state->ring);
-    while (!entry) { /* ended requests that are started again wait for submission too */
-        (void)state->library.submit(&state->ring);
-        entry = io_uring_get_sqe(&state->ring);
+    if (!entry) { /* against the invariant above */
+        dsc__io_ended(io, request, -ENOBUFS);
+        return;
     }
     if (transfer->writes)
         io_uring_prep_write(entry, transfer->file->fd, request->data, (unsigned)request->n_bytes,
@@ -104,12 +105,39 @@ static void start_request(struct dsc_io *io, struct dsc__io_request *request) {
     io_uring_sqe_set_data(entry, request);
 }
 
+/* The kernel took nothing: what was to be submitted is taken back, and ends. */
+static void take_back(struct dsc_io *io, long result) {
+    struct io_uring_sq *sq = &((struct state *)io->state)->ring.sq;
+    struct dsc__io_request *taken = NULL, *request;
+    while (sq->sqe_tail != *sq->khead) {
+        request = (void *)(uintptr_t)sq->sqes[--sq->sqe_tail & *sq->kring_mask].user_data;
+        request->next = taken;
+        taken = request;
+    }
+    *sq->ktail = sq->sqe_tail;
+    while ((request = taken)) { /* what may be tried again gets a new entry */
+        taken = request->next;
+        dsc__io_ended(io, request, result);
+    }
+}
+
+static void submit(struct dsc_io *io, bool waits) {
+    const struct timespec a_moment = {.tv_nsec = 1000000};
+    struct state *state = io->state;
+    int n = waits ? state->library.submit_and_wait(&state->ring, 1)
+                  : state->library.submit(&state->ring);
+    if (n >= 0 || n == -EINTR)
+        return;
+    take_back(io, n);
+    if (waits) /* also for what is under way, which may no longer be waited for */
+        (void)nanosleep(&a_moment, NULL);
+}
+
 static void turn_ring(struct dsc_io *io, bool waits) {
     struct state *state = io->state;
-    if (waits && io_uring_cq_ready(&state->ring) == 0)
-        (void)state->library.submit_and_wait(&state->ring, 1);
-    else if (io_uring_sq_ready(&state->ring) > 0)
-        (void)state->library.submit(&state->ring);
+    waits = waits && io_uring_cq_ready(&state->ring) == 0;
+    if (waits || io_uring_sq_ready(&state->ring) > 0)
+        submit(io, waits);
     while (io_uring_cq_ready(&state->ring) > 0) {
         unsigned head = *state->ring.cq.khead & *state->ring.cq.kring_mask;
         const struct io_uring_cqe *entry = &state->ring.cq.cqes[head];

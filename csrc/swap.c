@@ -1,9 +1,14 @@
 /* Window w lies in buffer w % n_buffers; see swap.h. Invariant: a buffer is read into only after
  * its last window has been written. */
+#define _GNU_SOURCE
 #include "swap.h"
 
 #include "alloc.h"
 #include "arena.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
 
 struct buffer {
     char *data; /* DSC_SWAP_TENSORS parts, of those that there are */
@@ -54,6 +59,10 @@ static enum dsc_status allocate(struct dsc_swap *swap) {
     size_t buffer_bytes = swap->memory_bytes / swap->n_buffers;
     DSC_TRY(dsc_alloc(swap->n_buffers * sizeof *swap->buffers, (void **)&swap->buffers));
     DSC_TRY(dsc_arena_alloc(swap->memory_bytes, &swap->memory));
+    /* open(2): a fork during direct I/O may tear private memory that the child inherits. */
+    if (madvise(swap->memory, swap->memory_bytes, MADV_DONTFORK) != 0)
+        return DSC_FAIL(DSC_ENOMEM, "could not keep %zu bytes from children: %s",
+                        swap->memory_bytes, strerror(errno));
     for (size_t b = 0; b < swap->n_buffers; b++)
         swap->buffers[b].data = (char *)swap->memory + b * buffer_bytes;
     return DSC_OK;

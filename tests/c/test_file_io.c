@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
@@ -239,6 +240,49 @@ static void closing_gives_up_a_transfer_that_fails(void) {
     CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
 }
 
+/* Puts /dev/null in the ring's place. */
+static void break_ring(void) {
+    char path[64], target[64];
+    int null = open("/dev/null", O_RDWR), n_broken = 0;
+    for (int fd = 3; fd < 256; fd++) {
+        snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+        ssize_t n = readlink(path, target, sizeof target - 1);
+        target[n > 0 ? n : 0] = '\0';
+        if (strstr(target, "io_uring"))
+            n_broken += dup2(null, fd) == fd;
+    }
+    CHECK_EQ_INT(n_broken, 1);
+    CHECK_EQ_INT(close(null), 0);
+}
+
+static void what_the_kernel_does_not_take_is_an_error(void) {
+    struct dsc_file *file;
+    make_test_folder();
+    struct dsc_io *io = open_io(DSC_IO_RING, 16 * 1024, 4);
+    if (!io)
+        return;
+    CHECK_OK(dsc_file_open(folder, "states", 4 * MIB, &file));
+    char *data = memory(4 * MIB);
+    struct dsc_transfer under_way = {
+        .file = file, .writes = true, .n_bytes = 4 * MIB, .data = data};
+    dsc_io_start(io, &under_way);
+    break_ring();
+    for (int i = 0; i < 2; i++) {
+        struct dsc_transfer next = {.file = file, .n_bytes = MIB, .data = data};
+        dsc_io_start(io, &next);
+        CHECK_EQ_INT(dsc_io_wait(io, &next), DSC_EIO);
+        CHECK(strstr(dsc_last_error(), "read of 1048576 bytes") &&
+              strstr(dsc_last_error(), folder) && strstr(dsc_last_error(), strerror(EOPNOTSUPP)));
+        CHECK_EQ_INT(dsc_last_errno(), EOPNOTSUPP);
+    }
+    CHECK_EQ_INT(dsc_io_wait(io, &under_way), DSC_EIO);
+    dsc_io_close(io);
+    dsc_file_close(file);
+    dsc_arena_free(data, 4 * MIB);
+    drop_test_folder();
+    CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
+}
+
 static void a_forked_child_closes_safely(void) {
     static const enum dsc_io_kind kinds[] = {DSC_IO_RING, DSC_IO_THREADS};
     make_test_folder();
@@ -304,6 +348,7 @@ static const struct test_case cases[] = {
     CASE(a_short_write_says_where),
     CASE(closing_waits_for_what_is_under_way),
     CASE(closing_gives_up_a_transfer_that_fails),
+    CASE(what_the_kernel_does_not_take_is_an_error),
     CASE(a_forked_child_closes_safely),
     CASE(a_mapping_shows_what_requests_wrote_and_they_read_what_it_holds),
 };

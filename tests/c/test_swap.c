@@ -6,8 +6,11 @@
 #include "arena.h"
 #include "case.h"
 
+#include <errno.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { N = 2 * DSC_SWAP_ELEMS + 3 * DSC_BLOCK }; /* the last window is short */
@@ -79,6 +82,47 @@ static void every_pass_sees_what_the_one_before_left(void) {
     CHECK_EQ_INT(dsc_alloc_counters().n_live, 0);
 }
 
+/* In a child: its copy of a swap goes, and the memory that direct I/O reaches is not there. */
+static void leave(struct dsc_swap *swap, struct dsc_io *io, const void *window) {
+    int there = msync((void *)((uintptr_t)window / 4096 * 4096), 4096, MS_ASYNC) == 0;
+    dsc_swap_close(swap);
+    dsc_io_close(io);
+    _exit(there || errno != ENOMEM);
+}
+
+static void children_forked_in_a_pass_change_nothing(void) {
+    enum { N_CHILDREN = 8 };
+    struct dsc_swap_options options = options_of(DSC_IO_BEST, 2);
+    struct dsc_io *io;
+    struct dsc_swap *swap;
+    struct dsc_swap_window window;
+    float *mapped;
+    CHECK(mkdtemp(folder));
+    CHECK_OK(dsc_io_open(&options.io, &io));
+    CHECK_OK(dsc_swap_open(io, &options, "test", N, DSC_SWAP_MASTER, 1, &swap));
+    CHECK_OK(dsc_swap_map(swap, DSC_SWAP_MASTER, &mapped));
+    for (int i = 0; i < N_CHILDREN; i++) {
+        for (size_t at = 0; at < N; at += DSC_SWAP_ELEMS) {
+            CHECK_OK(dsc_swap_take(swap, at, &window)); /* the next one is being read */
+            pid_t child = fork();
+            if (child == 0)
+                leave(swap, io, window.tensors[DSC_SWAP_MASTER]);
+            for (size_t e = 0; e < window.end - window.begin; e++)
+                window.tensors[DSC_SWAP_MASTER][e] += (float)(at + e);
+            int how;
+            CHECK_EQ_INT(waitpid(child, &how, 0), child);
+            CHECK_EQ_INT(how, 0);
+        }
+        CHECK_OK(dsc_swap_finish(swap));
+    }
+    for (size_t e = 0; e < N; e++)
+        CHECK(mapped[e] == N_CHILDREN * (float)e);
+    dsc_swap_close(swap);
+    dsc_io_close(io);
+    dsc_arena_free(mapped, N * sizeof(float));
+    CHECK_EQ_INT(rmdir(folder), 0);
+}
+
 static void a_pass_allocates_nothing(void) {
     struct dsc_swap_options options = options_of(DSC_IO_BEST, 4);
     struct dsc_io *io;
@@ -131,6 +175,7 @@ static void a_write_that_fails_is_found_and_dropped(void) {
 
 static const struct test_case cases[] = {
     CASE(every_pass_sees_what_the_one_before_left),
+    CASE(children_forked_in_a_pass_change_nothing),
     CASE(a_pass_allocates_nothing),
     CASE(a_write_that_fails_is_found_and_dropped),
 };

@@ -1,20 +1,10 @@
 /* Conversions of every tier against arithmetic in double: rint and ldexp, no look at bits. */
 #include "kernels/kernels.h"
+#include "kernels/bits.h"
 
 #include "case.h"
 
 #include <math.h>
-
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-static float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 struct half {
     int n_fraction, min_exponent;
@@ -39,7 +29,7 @@ static uint16_t half_of(const struct half *half, float x) {
     uint32_t sign = signbit(x) ? 0x8000 : 0;
     if (isnan(x)) /* sign, the upper payload, quiet */
         return (uint16_t)(sign | half->infinity | 1u << (half->n_fraction - 1) |
-                          (bits_of(x) & 0x7FFFFF) >> (23 - half->n_fraction));
+                          (dsc_bits_of_f32(x) & 0x7FFFFF) >> (23 - half->n_fraction));
     if (isinf(x))
         return (uint16_t)(sign | half->infinity);
     double magnitude = fabs((double)x);
@@ -57,8 +47,8 @@ static void check_narrowing(const float *x, size_t n) {
             dsc_kernels_tier(*name)->from_f32[dtype](got, x, n);
             for (size_t i = 0; i < n; i++) {
                 if (got[i] != half_of(&halves[dtype], x[i])) {
-                    fprintf(stderr, "%s: %08x as %s is %04x, not %04x\n", *name, bits_of(x[i]),
-                            dsc_dtype_name((enum dsc_dtype)dtype), got[i],
+                    fprintf(stderr, "%s: %08x as %s is %04x, not %04x\n", *name,
+                            dsc_bits_of_f32(x[i]), dsc_dtype_name((enum dsc_dtype)dtype), got[i],
                             half_of(&halves[dtype], x[i]));
                     exit(1);
                 }
@@ -86,7 +76,7 @@ static void all_halves_widen_to_their_value(void) {
                 /* Infinity and NaN keep their fraction at the top; fp16 NaNs become quiet. */
                 uint32_t fraction = (magnitude - half->infinity) << (23 - half->n_fraction);
                 uint32_t quiet = dtype == DSC_F16 && fraction ? 0x400000 : 0;
-                CHECK_EQ_INT(bits_of(wide[i]), sign | 0x7F800000 | fraction | quiet);
+                CHECK_EQ_INT(dsc_bits_of_f32(wide[i]), sign | 0x7F800000 | fraction | quiet);
             }
         }
     }
@@ -113,7 +103,7 @@ static void floats_over_the_whole_range_narrow_to_nearest_even(void) {
     uint32_t bits = 0;
     for (int round = 0; round < 12; round++) {
         for (size_t i = 0; i < 1 << 16; i++, bits += 5471u * 2 + 1) /* odd: visits all in the end */
-            x[i] = float_of(bits);
+            x[i] = dsc_f32_of_bits(bits);
         check_narrowing(x, 1 << 16);
     }
 }

@@ -2,6 +2,7 @@
  * bit. */
 #define _GNU_SOURCE
 #include "kernels/kernels.h"
+#include "kernels/bits.h"
 
 #include "case.h"
 #include "fpenv.h"
@@ -9,17 +10,6 @@
 
 #include <float.h>
 #include <math.h>
-
-static uint32_t bits_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-static float float_of(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 /* ---- inputs ---- */
 
@@ -40,12 +30,14 @@ static uint64_t random_bits(enum dsc_dtype dtype) {
     if (dtype == DSC_F16)
         return kind == 0 ? f16[pick] : kind == 1 ? bits & 0xFFFF : (random >> 48 & 0x83FF) | 0x3800;
     if (dtype == DSC_F64) {
-        double wide = kind == 0 ? (double)float_of(f32[pick]) : (double)ordinary;
+        double wide = kind == 0 ? (double)dsc_f32_of_bits(f32[pick]) : (double)ordinary;
         uint64_t wide_bits;
         memcpy(&wide_bits, &wide, sizeof wide_bits);
         return kind == 1 ? bits : wide_bits;
     }
-    uint32_t narrow = kind == 0 ? f32[pick] : kind == 1 ? (uint32_t)bits : bits_of(ordinary);
+    uint32_t narrow = kind == 0   ? f32[pick]
+                      : kind == 1 ? (uint32_t)bits
+                                  : dsc_bits_of_f32(ordinary);
     return dtype == DSC_BF16 ? narrow >> 16 : narrow;
 }
 
@@ -337,25 +329,26 @@ static void one_bad_element_is_found_wherever_it_is(void) {
 /* ---- arithmetic against a slow reference ---- */
 
 static float one_nan(float x) {
-    return isnan(x) ? float_of(0x7FC00000) : x;
+    return isnan(x) ? dsc_f32_of_bits(0x7FC00000) : x;
 }
 
 static void accumulation_starts_at_plus_zero_and_stores_one_nan(void) {
-    float x[] = {-0.0f, 0.0f, 1.5f, float_of(0xFF812345), INFINITY, -INFINITY, float_of(1)};
+    float x[] = {
+        -0.0f, 0.0f, 1.5f, dsc_f32_of_bits(0xFF812345), INFINITY, -INFINITY, dsc_f32_of_bits(1)};
     float dst[7];
     for (const char *const *name = dsc_kernels_tiers(); *name; name++) {
         const struct dsc_kernels *k = dsc_kernels_tier(*name);
         memset(dst, 0xFF, sizeof dst); /* must not be read */
         k->accumulate[DSC_F32](dst, x, 7, true);
         for (int i = 0; i < 7; i++)
-            CHECK_EQ_INT(bits_of(dst[i]), bits_of(one_nan(0.0f + x[i])));
-        CHECK_EQ_INT(bits_of(dst[0]), 0);
-        float minus[] = {INFINITY, 1, -1.5f, 2, -INFINITY, -INFINITY, float_of(2)};
+            CHECK_EQ_INT(dsc_bits_of_f32(dst[i]), dsc_bits_of_f32(one_nan(0.0f + x[i])));
+        CHECK_EQ_INT(dsc_bits_of_f32(dst[0]), 0);
+        float minus[] = {INFINITY, 1, -1.5f, 2, -INFINITY, -INFINITY, dsc_f32_of_bits(2)};
         k->accumulate[DSC_F32](dst, minus, 7, false);
-        CHECK_EQ_INT(bits_of(dst[3]), 0x7FC00000);
-        CHECK_EQ_INT(bits_of(dst[4]), 0x7FC00000);
-        CHECK_EQ_INT(bits_of(dst[2]), 0);
-        CHECK_EQ_INT(bits_of(dst[6]), 3);
+        CHECK_EQ_INT(dsc_bits_of_f32(dst[3]), 0x7FC00000);
+        CHECK_EQ_INT(dsc_bits_of_f32(dst[4]), 0x7FC00000);
+        CHECK_EQ_INT(dsc_bits_of_f32(dst[2]), 0);
+        CHECK_EQ_INT(dsc_bits_of_f32(dst[6]), 3);
     }
 }
 
@@ -377,7 +370,7 @@ static void sum_of_squares_is_sixteen_lanes_and_a_tree(void) {
 }
 
 static void sum_of_squares_of_extremes_neither_overflows_nor_vanishes(void) {
-    float large[] = {FLT_MAX, -FLT_MAX}, small[] = {float_of(1)}, nans[] = {1, -NAN, 2};
+    float large[] = {FLT_MAX, -FLT_MAX}, small[] = {dsc_f32_of_bits(1)}, nans[] = {1, -NAN, 2};
     for (const char *const *name = dsc_kernels_tiers(); *name; name++) {
         const struct dsc_kernels *k = dsc_kernels_tier(*name);
         CHECK(k->sum_squares(large, 2) == 2 * ((double)FLT_MAX * (double)FLT_MAX));
@@ -453,7 +446,7 @@ static void optimizers_store_one_nan_whatever_came_in(void) {
     float nans[16], p[16], m[16], v[16], wild[16];
     struct dsc_sgd sgd = {.grad_scale = 1, .lr = 0.1f, .momentum = 0.9f, .one_minus_dampening = 1};
     for (uint32_t i = 0; i < 16; i++)
-        nans[i] = float_of((i & 1 ? 0xFFC00000 : 0x7FC00000) | (i + 1));
+        nans[i] = dsc_f32_of_bits((i & 1 ? 0xFFC00000 : 0x7FC00000) | (i + 1));
     for (const char *const *name = dsc_kernels_tiers(); *name; name++) {
         struct dsc_adam adam = adam_hyper(2);
         memcpy(p, nans, sizeof p);
@@ -462,19 +455,19 @@ static void optimizers_store_one_nan_whatever_came_in(void) {
         memcpy(wild, nans + 7, 9 * sizeof *wild), memcpy(wild + 9, nans, 7 * sizeof *wild);
         dsc_kernels_tier(*name)->adam(p, m, v, wild, 16, &adam);
         for (int i = 0; i < 16; i++)
-            CHECK(bits_of(p[i]) == 0x7FC00000 && bits_of(m[i]) == 0x7FC00000 &&
-                  bits_of(v[i]) == 0x7FC00000);
+            CHECK(dsc_bits_of_f32(p[i]) == 0x7FC00000 && dsc_bits_of_f32(m[i]) == 0x7FC00000 &&
+                  dsc_bits_of_f32(v[i]) == 0x7FC00000);
         memcpy(p, nans, sizeof p);
         memcpy(m, wild, sizeof m);
         dsc_kernels_tier(*name)->sgd(p, m, wild, 16, &sgd);
         for (int i = 0; i < 16; i++)
-            CHECK(bits_of(p[i]) == 0x7FC00000 && bits_of(m[i]) == 0x7FC00000);
+            CHECK(dsc_bits_of_f32(p[i]) == 0x7FC00000 && dsc_bits_of_f32(m[i]) == 0x7FC00000);
         memcpy(p, nans, sizeof p);
         sgd.momentum = 0;
         dsc_kernels_tier(*name)->sgd(p, NULL, wild, 16, &sgd);
         sgd.momentum = 0.9f;
         for (int i = 0; i < 16; i++)
-            CHECK(bits_of(p[i]) == 0x7FC00000);
+            CHECK(dsc_bits_of_f32(p[i]) == 0x7FC00000);
     }
 }
 
@@ -582,7 +575,7 @@ static void softmax_of_infinities_is_zero_or_nan(void) {
     dsc_kernels()->softmax(x, x, 4, 3);
     CHECK(x[0] > 0 && x[1] == 0 && x[2] > x[0]);
     for (int i = 3; i < 12; i++)
-        CHECK_EQ_INT(bits_of(x[i]), 0x7FC00000);
+        CHECK_EQ_INT(dsc_bits_of_f32(x[i]), 0x7FC00000);
 }
 
 static void infinite_parameters_without_decay_stay_infinite(void) {
@@ -621,8 +614,8 @@ static void combine_wraps_integers_and_propagates_nan(void) {
         CHECK(COMBINED(float, DSC_F32, DSC_MIN, 1.5f, -2.0f) == -2.0f);
         CHECK(COMBINED(double, DSC_F64, DSC_MAX, 1.5, -2.0) == 1.5);
         for (int op = DSC_SUM; op < DSC_OP_COUNT; op++) {
-            CHECK_EQ_INT(bits_of(COMBINED(float, DSC_F32, op, -NAN, 1.0f)), 0x7FC00000);
-            CHECK_EQ_INT(bits_of(COMBINED(float, DSC_F32, op, 1.0f, -NAN)), 0x7FC00000);
+            CHECK_EQ_INT(dsc_bits_of_f32(COMBINED(float, DSC_F32, op, -NAN, 1.0f)), 0x7FC00000);
+            CHECK_EQ_INT(dsc_bits_of_f32(COMBINED(float, DSC_F32, op, 1.0f, -NAN)), 0x7FC00000);
             CHECK(isnan(COMBINED(double, DSC_F64, op, 1.0, NAN)));
             CHECK(isnan(COMBINED(double, DSC_F64, op, NAN, 1.0)));
         }

@@ -173,15 +173,14 @@ static void count_gathered(const struct planner *p, size_t g, int rank, struct t
     const struct dsc_plan_group *group = &job->reduce[g];
     size_t all = p->whole_elems[g], bytes = p->whole_bytes[g];
     size_t kept = dsc_min(scaled(p, group->kept_elems), all);
-    size_t forward = dsc_fetch_most(&job->fetch, all, kept, scaled(p, group->forward_elems));
-    size_t backward = dsc_fetch_most(&job->fetch, all, kept, scaled(p, group->backward_elems));
+    size_t most = dsc_fetch_most(&job->fetch, all, kept, scaled(p, group->used_elems));
     for (int phase = 0; phase < DSC_PLAN_PHASE_COUNT; phase++)
         t->gathered[phase] += share_of(bytes, kept, all);
-    t->gathered[DSC_PLAN_FORWARD] += share_of(bytes, forward - kept, all);
-    t->gathered[DSC_PLAN_BACKWARD] += share_of(bytes, backward - kept, all);
+    t->gathered[DSC_PLAN_FORWARD] += share_of(bytes, most - kept, all);
+    t->gathered[DSC_PLAN_BACKWARD] += share_of(bytes, most - kept, all);
     t->own[DSC_PLAN_FROZEN] += p->frozen_part_bytes[g];
 
-    uint64_t times = forward == all && job->fetch.reuse >= all ? 1 : 2 * job->n_micro_steps;
+    uint64_t times = most == all && job->fetch.reuse >= all ? 1 : 2 * job->n_micro_steps;
     size_t n_ranks = (size_t)group->n_ranks, n_nodes = (size_t)nodes_of(p, (int)g, rank);
     size_t moved = share_of(bytes, kept, all) + times * share_of(bytes, all - kept, all);
     struct dsc_plan_bytes *gather = &t->traffic[DSC_PLAN_GATHER];

@@ -44,9 +44,8 @@ enum dsc_plan_traffic { DSC_PLAN_TRAFFIC_MAP(X) DSC_PLAN_TRAFFIC_COUNT };
 /* A reduce group: rank r of the job is its rank r / stride % n_ranks. */
 struct dsc_plan_group {
     int n_ranks, stride;
-    /* At stage 3: elements that stay gathered, and the most others that are used at a time in a
-     * forward and in a backward pass. */
-    size_t kept_elems, forward_elems, backward_elems;
+    /* At stage 3: elements that stay gathered, and the most others that are used at a time. */
+    size_t kept_elems, used_elems;
 };
 
 struct dsc_plan_frozen {

@@ -75,7 +75,7 @@ def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
     kind, whole = optimizer_choice.kind_of(optimizer, config.get("zero_optimization.stage"),
                                            config.get("zero_allow_untested_optimizer"))
     groups, place = _groups(module, world_size, config.get("use_data_before_expert_parallelism"))
-    gathered = [(0, 0, 0)] * len(groups)
+    gathered = [(0, 0)] * len(groups)
     if config.get("zero_optimization.stage") == 3:
         gathered = _gathered(module, config, [place(p) for p in module.parameters()], len(groups))
     known = {id(p) for p in trained.values()}
@@ -146,28 +146,23 @@ def _groups(module, world_size, data_first):
 
 
 def _gathered(module, config, places, n_groups):
-    """For each reduce group: (elements that stay gathered at stage 3, the most others that are in use at a time in a
-    forward and in a backward pass): those of a module and of the modules around it. Frozen ones have no gradient that
-    says when they are done with, and stay until a backward pass ends."""
+    """For each reduce group: (elements that stay gathered at stage 3, the most others that are in use at a time: those
+    of a module and of the modules around it)."""
     from .runtime.zero.shards import persistent
     from .utils.leaf_modules import z3_leaf_module
 
     kept = {id(p) for p in persistent({p: p.numel() for p in module.parameters()}, config)}
     place = {id(p): g for p, g in zip(module.parameters(), places)}
 
-    def count(parameters, g, wanted):
-        return sum(p.numel() for p in parameters if place[id(p)] == g and wanted(p))
+    def count(parameters, g, stays):
+        return sum(p.numel() for p in parameters if place[id(p)] == g and (id(p) in kept) == stays)
 
-    def in_use(child, g, wanted):
+    def in_use(child, g):
         leaf = z3_leaf_module(child)
-        return count(child.parameters(recurse=leaf), g, wanted) + max(
-            (in_use(c, g, wanted) for c in child.children() if not leaf), default=0)
+        return count(child.parameters(recurse=leaf), g, False) + max(
+            (in_use(c, g) for c in child.children() if not leaf), default=0)
 
-    return [(count(module.parameters(), g, lambda p: id(p) in kept),
-             in_use(module, g, lambda p: id(p) not in kept),
-             in_use(module, g, lambda p: id(p) not in kept and p.requires_grad)
-             + count(module.parameters(), g, lambda p: id(p) not in kept and not p.requires_grad))
-            for g in range(n_groups)]
+    return [(count(module.parameters(), g, True), in_use(module, g)) for g in range(n_groups)]
 
 
 def _described(name, p, place):

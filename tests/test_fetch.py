@@ -236,6 +236,67 @@ def test_activation_checkpointing_changes_no_bit(ranks):
     assert ranks(2, checkpointed) == [[]] * 2
 
 
+class Adapted(torch.nn.Module):
+    """A frozen layer with a small trained one beside it, as LoRA has them; `scale` reaches the frozen weight past the
+    inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = torch.nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.gate = torch.nn.Parameter(torch.rand(WIDTH, WIDTH), requires_grad=False)
+        self.down, self.up = torch.nn.Linear(WIDTH, 2, bias=False), torch.nn.Linear(2, WIDTH, bias=False)
+        self.scale = None
+
+    def forward(self, x):
+        y = torch.nn.functional.linear(x, self.gate * self.scale)
+        return torch.relu(self.base(x) + self.up(self.down(y)))
+
+
+class Lora(torch.nn.Module):
+    def __init__(self, checkpointed=None):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Adapted() for _ in range(N_LAYERS))
+        self.scale = torch.nn.Parameter(torch.ones(WIDTH))
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for layer in self.layers:
+            layer.scale = self.scale + 1  # a gradient that no input of the layer shows
+        for i in (*range(N_LAYERS), 2, 2, 0):  # some layers are used several times
+            if self.checkpointed is None:
+                x = self.layers[i](x)
+            else:
+                x = torch.utils.checkpoint.checkpoint(self.layers[i], x, use_reentrant=self.checkpointed)
+        return x.square().mean()
+
+
+def adapted(rank, world):
+    opened(rank, world)
+    found, expected = [], None
+    for stage, checkpointed in ((2, None), (3, None), (3, False), (3, True)):
+        torch.manual_seed(1)
+        module = Lora(checkpointed)
+        engine = engine_of(module, ONE_BY_ONE, stage)
+        if stage == 3:
+            home_of(module).counters(True)
+        train(engine, rank, 2)
+        if stage == 2:
+            expected = models.bits(module)
+        else:
+            counters = home_of(module).counters()
+            found.append((models.bits(module) == expected, counters["peak"], counters["live"]))
+        engine.destroy()
+    return found
+
+
+def test_frozen_parameters_are_released_when_their_own_backward_is_over(ranks):
+    layer = 2 * LAYER + WIDTH
+    recomputed = N_LAYERS * 2 * WIDTH  # what ends a recomputed forward is thought to be used again at once, and stays
+    for found in ranks(2, adapted):
+        assert all(same and live == 0 for same, _, live in found)
+        assert all(peak <= layer + more for (_, peak, _), more in zip(found, (0, recomputed, 0), strict=True))
+
+
 class Failing:
     """A communicator of one whose operations fail when they are told to."""
 

@@ -58,7 +58,7 @@ static int read_params(PyObject *list, size_t n_reduce, struct dsc_param *params
     return 0;
 }
 
-/* ((n_ranks, stride, kept_elems, forward_elems, backward_elems), ...) */
+/* ((n_ranks, stride, kept_elems, used_elems), ...) */
 static int read_groups(PyObject *groups, struct dsc_plan_job *job) {
     job->n_reduce = (size_t)PyTuple_GET_SIZE(groups);
     if (job->n_reduce < 1 || job->n_reduce > DSC_REDUCE_MAX) {
@@ -68,9 +68,9 @@ static int read_groups(PyObject *groups, struct dsc_plan_job *job) {
     }
     for (size_t g = 0; g < job->n_reduce; g++) {
         struct dsc_plan_group *group = &job->reduce[g];
-        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(groups, (Py_ssize_t)g), "iinnn:groups",
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(groups, (Py_ssize_t)g), "iinn:groups",
                               &group->n_ranks, &group->stride, &group->kept_elems,
-                              &group->forward_elems, &group->backward_elems))
+                              &group->used_elems))
             return -1;
         if (group->n_ranks < 1 || group->stride < 1) {
             PyErr_Format(PyExc_ValueError, "groups[%zu] begins (%d, %d); allowed: numbers >= 1", g,

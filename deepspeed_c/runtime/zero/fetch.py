@@ -3,9 +3,12 @@
 A unit is a module with the parameters that are fetched for it: its own, those of other modules that it was seen to
 use (external), or, for a leaf module, its whole subtree. Forward: a pre-hook fetches, a hook releases. Backward: a
 hook on the graph's nodes that made the outputs fetches; what it fetched is released when that backward pass ends, or,
-where a home asks for it (early), parameter by parameter when its gradient is done. Invariant: every fetch is released
-once, also where a forward raises; a backward pass that raised is cleaned up after by the next forward.
+where a home asks for it (early), when the pass comes to another module's node that is older than the forward was.
+Autograd runs, of the nodes that are ready, the newest first, and a node is newer than those that it hands gradients to:
+so by then all that the forward made has run. Invariant: every fetch is released once, also where a forward raises; a
+backward pass that raised is cleaned up after by the next forward.
 """
+import functools
 import itertools
 import sys
 import weakref
@@ -16,6 +19,7 @@ import torch
 from ...utils.leaf_modules import z3_leaf_module
 from .parameter import ZeroParameter, ZeroParamStatus, by_home, is_zero
 
+_age = torch.autograd._get_sequence_nr  # of the node that this thread makes next
 _current_task = torch._C._current_graph_task_id
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
@@ -37,7 +41,7 @@ class Unit:
         self.params = tuple(params)
         self._module = None if module is None else weakref.ref(module)
         self._event = 2 * (next(_numbers) if module is None else _number(module))
-        self._depth = 0
+        self._starts = []  # of the forwards that run now: how old the first node is that each can have made
         self.ran = False
         self.hidden = set()  # units whose backward comes with this one's
         self._group()
@@ -50,7 +54,7 @@ class Unit:
         """p, of another module, is fetched for this one too from now on."""
         if any(p is q for q in self.params):
             return
-        if self._depth:
+        if self._starts:
             for home, mine in by_home((p,)):
                 home.fetch(self._event, mine, self.label)
         self.params += (p,)
@@ -69,9 +73,9 @@ class Unit:
         """Before the module's forward."""
         if _holds and not _active:
             clean_up()
-        if self._depth == 0:
+        if not self._starts:
             self._fetch(self._event)
-        self._depth += 1
+        self._starts.append(_age())
         _active.append(self)
 
     def leave(self, module, args, output):
@@ -81,8 +85,8 @@ class Unit:
         _active.pop()
         if output is not None or sys.exc_info()[1] is None:
             self._watch(output)
-        self._depth -= 1
-        if self._depth == 0:
+        self._starts.pop()
+        if not self._starts:
             _release(self.groups, self.label)
 
     def _watch(self, output):
@@ -93,14 +97,15 @@ class Unit:
         for t in _tensors(output):
             seen = True
             if graph and t.grad_fn is not None:
-                t.grad_fn.register_prehook(self.before_backward)
+                t.grad_fn.register_prehook(functools.partial(self._before_backward, t.grad_fn._sequence_nr(),
+                                                             self._starts[-1]))
             if isinstance(t, ZeroParameter) and _active:
                 _active[-1].add(t)
         if graph and not seen and _active:
             _active[-1].hidden.add(self)
 
-    def before_backward(self, grads):
-        """Gradients of an output are here: the module's backward follows."""
+    def _before_backward(self, age, start, grads):
+        """Gradients of an output are here: the backward of a forward that began at `start` follows."""
         if _whole is not None and self in _whole.units:
             return
         task = _current_task()
@@ -108,7 +113,8 @@ class Unit:
         if hold is None:
             hold = _holds[task] = _Hold(task)
             _queue_callback(hold.end)
-        hold.take(self)
+        hold.reach(age, self)
+        hold.take(self, min(age, start))
 
     def fetch_backward(self):
         self._fetch(self._event + 1)
@@ -143,55 +149,38 @@ class _Hold:
     def __init__(self, task=None):
         self.task = task
         self.units = {}  # Unit -> its groups when they were fetched
-        self._hooks, self._done = [], {}  # Unit -> ids of the parameters that were released early
+        self._starts = {}  # of units that are released early -> the age of the oldest node that may need them
 
-    def take(self, unit):
-        """Fetches a unit's parameters, once."""
-        if unit in self.units:
+    def take(self, unit, start):
+        """Fetches a unit's parameters, once, for nodes that are not older than start."""
+        if unit in self.units and start >= self._starts.get(unit, 0):
             return
-        unit.fetch_backward()
-        self.units[unit] = unit.groups
-        for other in unit.hidden:
-            self.take(other)
+        if unit not in self.units:
+            unit.fetch_backward()
+            self.units[unit] = unit.groups
         if unit.early:
-            self._done[unit] = set()
-            self._hooks += [p.register_post_accumulate_grad_hook(_GradientDone(self, unit, home))
-                            for home, params in unit.groups if home.early for p in params if p.requires_grad]
+            self._starts[unit] = min(start, self._starts.get(unit, start))
+        for other in unit.hidden:
+            self.take(other, start)
 
-    def release_early(self, unit, home, p):
-        """p's gradient of this pass is complete: nothing more needs its values."""
-        if unit in self.units and id(p) not in self._done[unit]:
-            self._done[unit].add(id(p))
-            home.release((p,), unit.label)
+    def reach(self, age, unit):
+        """The pass has come to a node of unit: what only newer ones needed is released."""
+        for other in [other for other, start in self._starts.items() if start > age and other is not unit]:
+            del self._starts[other]
+            _release(self.units.pop(other), other.label)
 
     def end(self):
         """The backward pass is over."""
         _holds.pop(self.task, None)
-        for hook in self._hooks:
-            hook.remove()
-        units, self.units = self.units, {}
+        units, self.units, self._starts = self.units, {}, {}
         error = None
         for unit, groups in units.items():
-            done = self._done.get(unit, ())
-            if done:
-                groups = [(home, tuple(p for p in params if id(p) not in done)) for home, params in groups]
             try:
                 _release(groups, unit.label)
             except RuntimeError as e:
                 error = e
         if error is not None:
             raise error
-
-
-class _GradientDone:
-    """The hook of a parameter whose gradient a hold awaits."""
-
-    def __init__(self, hold, unit, home):
-        self._hold, self._unit, self._home = hold, unit, home
-
-    def __call__(self, p):
-        if _current_task() == self._hold.task:  # a pass inside this one gives parts of gradients
-            self._hold.release_early(self._unit, self._home, p)
 
 
 def _release(groups, label):
@@ -263,7 +252,7 @@ class _Whole:
             self._hold = _whole = _Hold()
             for unit in self._units:
                 if unit.ran and not unit.early:
-                    _whole.take(unit)
+                    _whole.take(unit, 0)
 
     def __exit__(self, *exc):
         global _whole

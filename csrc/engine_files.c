@@ -12,11 +12,12 @@
 #include <stdio.h>
 #include <string.h>
 
-/* What a rank is about to take, and what there is for it; 0: no limit. */
+/* What a rank is about to take, and what there is for it. */
 struct room {
-    uint64_t needed;
-    struct dsc_memory_limit memory;
+    uint64_t needed, n_limits;
+    struct dsc_memory_limit limits[DSC_MEMORY_LIMITS];
 };
+_Static_assert(sizeof(struct room) <= DSC_MEET_MAX, "ranks tell each other their rooms");
 
 /* Elements of a space whose reduced sums this rank has, in its own memory or in its window. */
 static size_t n_sums(const struct dsc_space *space, int rank, const struct dsc_space_needs *needs) {
@@ -42,34 +43,50 @@ static uint64_t bytes_needed(const struct dsc_engine *e) {
     return sum;
 }
 
-/* All ranks look at all, so that all fail together; those of one control group share its room. */
-static enum dsc_status compare_rooms(const struct dsc_engine *e) {
-    struct room one, other;
+static bool is_in(const struct room *room, uint64_t group) {
+    for (size_t i = 0; i < room->n_limits; i++)
+        if (room->limits[i].group == group)
+            return true;
+    return false;
+}
+
+/* What all ranks in a control group are about to take. */
+static uint64_t bytes_needed_in(const struct dsc_engine *e, uint64_t group) {
+    struct room other;
+    uint64_t sum = 0;
     for (int r = 0; r < e->size; r++) {
-        uint64_t needed = 0;
-        memcpy(&one, e->meeting + (size_t)r * sizeof one, sizeof one);
-        for (int q = 0; q < e->size; q++) {
-            memcpy(&other, e->meeting + (size_t)q * sizeof other, sizeof other);
-            if (other.memory.limit > 0 && other.memory.group == one.memory.group)
-                needed += other.needed;
-        }
-        if (one.memory.limit > 0 && needed > one.memory.left)
+        memcpy(&other, e->meeting + (size_t)r * sizeof other, sizeof other);
+        sum += is_in(&other, group) ? other.needed : 0;
+    }
+    return sum;
+}
+
+/* All ranks look at all, so that all fail together. */
+static enum dsc_status compare_rooms(const struct dsc_engine *e) {
+    struct room one;
+    for (size_t at = 0; at < (size_t)e->size * DSC_MEMORY_LIMITS; at++) {
+        size_t r = at / DSC_MEMORY_LIMITS, i = at % DSC_MEMORY_LIMITS;
+        memcpy(&one, e->meeting + r * sizeof one, sizeof one);
+        if (i >= one.n_limits)
+            continue;
+        const struct dsc_memory_limit *memory = &one.limits[i];
+        uint64_t needed = bytes_needed_in(e, memory->group);
+        if (needed > memory->left)
             return DSC_FAIL(
                 DSC_ENOMEM,
-                "masters, optimizer states and sums of gradients take %llu bytes on rank %d, %llu "
+                "masters, optimizer states and sums of gradients take %llu bytes on rank %zu, %llu "
                 "with the ranks of its memory control group, which has %llu left of its limit of "
                 "%llu; nothing has changed. zero_optimization.offload_optimizer with device "
                 "\"nvme\" keeps masters and states in files",
                 (unsigned long long)one.needed, r, (unsigned long long)needed,
-                (unsigned long long)one.memory.left, (unsigned long long)one.memory.limit);
+                (unsigned long long)memory->left, (unsigned long long)memory->limit);
     }
     return DSC_OK;
 }
 
 enum dsc_status dsc__engine_check_room(struct dsc_engine *e) {
     struct room mine = {.needed = bytes_needed(e)};
-    if (!dsc_memory_limit(&mine.memory))
-        memset(&mine.memory, 0, sizeof mine.memory);
+    mine.n_limits = dsc_memory_limits("", mine.limits);
     memcpy(e->meeting, &mine, sizeof mine);
     if (e->size > 1)
         DSC_TRY(dsc_comm_meet(e->comm, "initialize", 8, &mine, sizeof mine, e->meeting));

@@ -36,60 +36,88 @@ static bool find_number(const char *text, const char *word, uint64_t *out) {
     return false;
 }
 
-/* The folder of this process's group: its line of /proc/self/cgroup has `mark` before the path. */
-static bool find_group(const char *mark, const char *root, char folder[PATH]) {
+/* Where the groups of this process are: `folder` is its own, below the first `n_mount` bytes. */
+struct place {
+    char folder[PATH];
+    size_t n_mount;
+    bool first; /* version 1 */
+};
+
+/* This process's line of /proc/self/cgroup has `mark` before the path below `mount`. */
+static bool find_place(const char *root, const char *mark, const char *mount, struct place *out) {
     char text[TEXT], path[PATH];
-    if (!read_text("/proc/self/cgroup", text))
+    snprintf(path, sizeof path, "%.2000s/proc/self/cgroup", root);
+    if (!read_text(path, text))
         return false;
     char *found = strstr(text, mark);
     if (!found)
         return false;
     found += strlen(mark);
     found[strcspn(found, "\n")] = '\0';
-    snprintf(folder, PATH, "%s%.3000s", root, found);
-    snprintf(path, sizeof path, "%.3500s/memory.stat", folder);
+    out->n_mount = (size_t)snprintf(out->folder, PATH, "%.2000s%s", root, mount);
+    snprintf(out->folder + out->n_mount, PATH - out->n_mount, "%.1500s",
+             strcmp(found, "/") == 0 ? "" : found);
+    snprintf(path, sizeof path, "%.3800s/memory.stat", out->folder);
     if (access(path, R_OK) != 0) /* a container that sees its own group as the root */
-        snprintf(folder, PATH, "%s", root);
+        out->folder[out->n_mount] = '\0';
     return true;
 }
 
-static bool read_figures(uint64_t *limit, uint64_t *used, char stat_path[PATH]) {
-    char text[TEXT], folder[PATH], path[PATH];
-    uint64_t memory = 0, shared = 0;
-    bool first = find_group(":memory:", "/sys/fs/cgroup/memory", folder); /* version 1 */
-    if (!first && !find_group("0::", "/sys/fs/cgroup", folder))
+/* To the group around it; false where there is none. */
+static bool go_up(struct place *place) {
+    char *end = strrchr(place->folder, '/');
+    if ((size_t)(end - place->folder) < place->n_mount)
         return false;
-    snprintf(path, sizeof path, "%.3500s/memory.max", folder);
-    if (!first && (!read_text(path, text) || !find_number(text, "", limit)))
-        return false;
-    snprintf(stat_path, PATH, "%.3500s/memory.stat", folder);
-    if (!read_text(stat_path, text) ||
-        (first && !find_number(text, "hierarchical_memory_limit", limit)) ||
-        !find_number(text, first ? "total_rss" : "anon", &memory))
-        return false;
-    (void)find_number(text, first ? "total_shmem" : "shmem", &shared);
-    *used = memory + shared;
+    *end = '\0';
     return true;
 }
 
 /* Groups of two machines may have the same numbers. */
-static uint64_t identify(const struct stat *place) {
-    char boot[TEXT];
-    uint64_t numbers[2] = {place->st_dev, place->st_ino};
-    (void)read_text("/proc/sys/kernel/random/boot_id", boot);
+static uint64_t identify(const char *root, const struct stat *file) {
+    char boot[TEXT], path[PATH];
+    uint64_t numbers[2] = {file->st_dev, file->st_ino};
+    snprintf(path, sizeof path, "%.2000s/proc/sys/kernel/random/boot_id", root);
+    (void)read_text(path, boot);
     return dsc_hash(dsc_hash(DSC_HASH_START, boot, strlen(boot)), numbers, sizeof numbers);
 }
 
-bool dsc_memory_limit(struct dsc_memory_limit *out) {
-    char path[PATH];
+static bool read_limit(const char *root, const struct place *place, struct dsc_memory_limit *out) {
+    char text[TEXT], path[PATH];
+    uint64_t memory = 0, shared = 0;
     struct sysinfo info;
-    struct stat place;
-    uint64_t used;
-    if (!read_figures(&out->limit, &used, path) || sysinfo(&info) != 0 || stat(path, &place) != 0 ||
+    struct stat file;
+    snprintf(path, sizeof path, "%.3800s/%s", place->folder,
+             place->first ? "memory.limit_in_bytes" : "memory.max");
+    if (!read_text(path, text) || !find_number(text, "", &out->limit) || sysinfo(&info) != 0 ||
         out->limit > (uint64_t)info.totalram * info.mem_unit)
         return false; /* no limit is a very large one in version 1 */
-    out->left =
-        (out->limit > used ? out->limit - used : 0) + (uint64_t)info.freeswap * info.mem_unit;
-    out->group = identify(&place);
+    snprintf(path, sizeof path, "%.3800s/memory.stat", place->folder);
+    if (!read_text(path, text) || stat(path, &file) != 0 ||
+        !find_number(text, place->first ? "total_rss" : "anon", &memory))
+        return false;
+    (void)find_number(text, place->first ? "total_shmem" : "shmem", &shared);
+    uint64_t used = memory + shared, swap = (uint64_t)info.freeswap * info.mem_unit;
+    out->left = (out->limit > used ? out->limit - used : 0) + swap;
+    out->group = identify(root, &file);
     return true;
+}
+
+size_t dsc_memory_limits(const char *root, struct dsc_memory_limit out[DSC_MEMORY_LIMITS]) {
+    struct place place = {.first = true};
+    struct dsc_memory_limit one;
+    size_t n = 0;
+    if (!find_place(root, ":memory:", "/sys/fs/cgroup/memory", &place)) {
+        place.first = false;
+        if (!find_place(root, "0::", "/sys/fs/cgroup", &place))
+            return 0;
+    }
+    do {
+        if (!read_limit(root, &place, &one))
+            continue;
+        if (n < DSC_MEMORY_LIMITS)
+            out[n++] = one;
+        else if (one.left < out[n - 1].left)
+            out[n - 1] = one;
+    } while (go_up(&place));
+    return n;
 }

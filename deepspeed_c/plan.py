@@ -173,15 +173,8 @@ def _described(name, p, place):
 
 
 def machine_memory():
-    """Bytes of memory of this machine, or of the control group that this process runs in."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _core.memory_limit() or sys.maxsize]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # of a container
-        try:
-            with open(path) as file:
-                limits.append(int(file.read()))
-        except (OSError, ValueError):  # no such control group, or "max"
-            pass
-    return min(limits)
+    """Bytes of memory of this machine, or of the control groups that this process runs in."""
+    return _core.memory_limit() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ---- the command ----

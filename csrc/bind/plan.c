@@ -224,17 +224,21 @@ static PyObject *plan(PyObject *module, PyObject *args, PyObject *kwargs) {
     return result;
 }
 
-PyDoc_STRVAR(memory_limit_doc,
-             "memory_limit() -> int or None\n\n"
-             "Bytes that the memory control group of this process allows; None where it has none.");
+PyDoc_STRVAR(
+    memory_limit_doc,
+    "memory_limit() -> int or None\n\n"
+    "Bytes that the memory control groups of this process allow; None where none has a limit.");
 
 static PyObject *memory_limit(PyObject *module, PyObject *unused) {
-    struct dsc_memory_limit found;
+    struct dsc_memory_limit limits[DSC_MEMORY_LIMITS];
+    uint64_t least = UINT64_MAX;
     (void)module;
     (void)unused;
-    if (!dsc_memory_limit(&found))
+    for (size_t n = dsc_memory_limits("", limits); n > 0; n--)
+        least = limits[n - 1].limit < least ? limits[n - 1].limit : least;
+    if (least == UINT64_MAX)
         Py_RETURN_NONE;
-    return PyLong_FromUnsignedLongLong(found.limit);
+    return PyLong_FromUnsignedLongLong(least);
 }
 
 static PyMethodDef functions[] = {

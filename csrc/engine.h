@@ -58,7 +58,7 @@ struct dsc_engine_options {
     struct dsc_scaler scaler;
     struct dsc_swap_options swap; /* masters and states in files */
     int n_threads;                /* of this rank */
-    dsc_team *team;               /* whose threads they are; NULL: the engine's own */
+    struct dsc_team team;         /* whose threads they are; none: the engine's own */
     uint64_t
         names_hash; /* of parameter names, so that ranks with different models are told apart */
 };

@@ -36,7 +36,7 @@ struct dsc_pool {
     pthread_cond_t work, done;
     pid_t owner;
     int n_threads;
-    dsc_team *team;
+    struct dsc_team team;
     int n_workers; /* none with a team */
     pthread_t workers[];
 };
@@ -174,8 +174,11 @@ static void run_on_threads(struct dsc_pool *pool, size_t n_items, size_t grain, 
     atomic_store_explicit(&pool->n_done, 0, memory_order_relaxed);
     uint32_t ticket = ticket_of(atomic_load(&pool->claim)) + 1;
     atomic_store(&pool->claim, (uint64_t)ticket << 32 | n_pieces);
-    if (pool->team) {
-        pool->team(take_part, pool, 0, 0);
+    if (pool->team.run) {
+        uint32_t n = 0;
+        if (pool->team.count && pool->team.count(&n) != 0)
+            n = 0;
+        pool->team.run(take_part, pool, n, 0);
         return;
     }
     wake_workers(pool);
@@ -229,12 +232,12 @@ static int start_workers(struct dsc_pool *pool, int n_workers) {
     return code;
 }
 
-enum dsc_status dsc_pool_open(int n_threads, dsc_team *team, struct dsc_pool **out) {
+enum dsc_status dsc_pool_open(int n_threads, struct dsc_team team, struct dsc_pool **out) {
     struct dsc_pool *pool = NULL;
     if (n_threads < 1 || n_threads > DSC_POOL_MAX_THREADS)
         return DSC_FAIL(DSC_EINVAL, "a pool of %d threads was asked for; allowed are 1 to %d",
                         n_threads, DSC_POOL_MAX_THREADS);
-    int n_workers = team ? 0 : n_threads - 1;
+    int n_workers = team.run ? 0 : n_threads - 1;
     size_t n_bytes = sizeof *pool + (size_t)n_workers * sizeof *pool->workers;
     DSC_TRY(dsc_alloc(n_bytes, (void **)&pool));
     pool->owner = getpid();

@@ -16,18 +16,24 @@
 
 struct dsc_pool;
 
-/* Calls body(argument) on each of a runtime's threads, the caller's among them, and returns when
- * all have returned. n_threads 0: as many as that runtime takes for a loop of its own. flags: 0.
- * This is the type of libgomp's GOMP_parallel, which other OpenMP runtimes have too. */
-typedef void dsc_team(void (*body)(void *), void *argument, unsigned n_threads, unsigned flags);
+/* Another runtime's threads. */
+struct dsc_team {
+    /* Calls body(argument) on n_threads of them, the caller's among them, and returns when all have
+     * returned. n_threads 0: as many as the runtime takes for a loop of this thread's. flags: 0. So
+     * libgomp's GOMP_parallel has it, and other OpenMP runtimes. NULL: there is no team. */
+    void (*run)(void (*body)(void *), void *argument, unsigned n_threads, unsigned flags);
+    /* How many a loop may have now, in *n; 0 where it succeeds. NULL: the runtime knows. */
+    int32_t (*count)(uint32_t *n);
+};
 
 enum { DSC_POOL_MAX_THREADS = 1024 };
 
-/* n_threads counts the caller; 1 starts no thread and leaves the team alone. team: NULL for threads
- * of the pool's own; a team has the number of threads that it has at each loop. DSC_EINVAL outside
- * [1, DSC_POOL_MAX_THREADS], DSC_EIO where a thread cannot be started (none is left behind then).
+/* n_threads counts the caller; 1 starts no thread and leaves the team alone. team: without one the
+ * threads are the pool's own; a team has the number of threads that it has at each loop. DSC_EINVAL
+ * outside [1, DSC_POOL_MAX_THREADS], DSC_EIO where a thread cannot be started (none is left behind
+ * then).
  */
-enum dsc_status dsc_pool_open(int n_threads, dsc_team *team, struct dsc_pool **out);
+enum dsc_status dsc_pool_open(int n_threads, struct dsc_team team, struct dsc_pool **out);
 /* Ends the workers; NULL is fine. No loop may be running. In a forked child it frees memory only.
  */
 void dsc_pool_close(struct dsc_pool *pool);

@@ -1,5 +1,6 @@
 """deepspeed_c.ops: optimizers without an engine, and the same objects given to one."""
 import copy
+import os
 import subprocess
 import sys
 
@@ -247,7 +248,7 @@ def test_an_object_given_to_initialize_runs_as_the_configurations(make, section)
 
 
 THREADS = """
-import os, signal, sys
+import os, signal, sys, threading
 import torch
 from deepspeed_c import _core
 from deepspeed_c.ops.adam import FusedAdam
@@ -271,6 +272,19 @@ optimizer, p = stepped()
 assert threads() == before, (before, threads())
 first = p.detach().clone()
 optimizer.step()
+
+def in_a_new_thread():  # which has run no loop of torch's
+    before = threads()
+    optimizer.step()
+    counts.append(threads() - before)
+
+counts = []
+torch.set_num_threads(1)
+other = threading.Thread(target=in_a_new_thread)
+other.start()
+other.join()
+torch.set_num_threads(2)
+assert counts == [0], counts
 pid = os.fork()
 if pid == 0:
     signal.alarm(30)  # a wait for threads that a fork took away ends here
@@ -284,5 +298,6 @@ optimizer.step()
 
 
 def test_loops_run_on_torchs_threads_and_in_a_forked_child_without_them():
-    run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120,
+                         env={**os.environ, "OMP_NUM_THREADS": "3"})
     assert run.returncode == 0, run.stderr

@@ -62,8 +62,8 @@ PyObject *dsc_bind_raise(struct dsc_bind_state *state, enum dsc_status status);
 /* dsc_interrupt_fn for communicators: takes the GIL and runs pending signal handlers. */
 bool dsc_bind_interrupted(void *context);
 
-/* torch's own threads for the loops of the core, or NULL. */
-dsc_team *dsc_bind_team(const struct dsc_bind_state *state);
+/* torch's own threads for the loops of the core, or none. */
+struct dsc_team dsc_bind_team(const struct dsc_bind_state *state);
 
 /* The values of a _core.Config, valid while the object lives; NULL with a TypeError for anything
  * else. */

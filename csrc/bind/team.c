@@ -11,15 +11,24 @@
 #include <string.h>
 #include <unistd.h>
 
-dsc_team *dsc_bind_team(const struct dsc_bind_state *state) {
-    dsc_team *team = NULL;
+/* A function of torch's, in *out, which is a pointer to one (POSIX has it so; ISO C no such cast).
+ */
+static void find(void *torch, const char *name, void *out) {
+    void *found = dlsym(torch, name);
+    memcpy(out, &found, sizeof found);
+}
+
+/* OpenMP has a number of threads per thread. One that has not yet run a loop of torch's has not
+ * got torch.set_num_threads() of another: torch's own count sees to it. */
+struct dsc_team dsc_bind_team(const struct dsc_bind_state *state) {
+    struct dsc_team team = {NULL, NULL};
     void *torch =
         getpid() == state->importer ? dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD) : NULL;
     if (!torch)
-        return NULL;
-    void *found = dlsym(torch, "GOMP_parallel");
-    memcpy(&team, &found, sizeof team); /* as POSIX has it; ISO C has no such cast */
-    dlclose(torch);                     /* torch keeps it loaded */
+        return team;
+    find(torch, "GOMP_parallel", &team.run);
+    find(torch, "torch_get_num_threads", &team.count);
+    dlclose(torch); /* torch keeps it loaded */
     return team;
 }
 
@@ -28,8 +37,8 @@ PyDoc_STRVAR(loop_threads_doc,
              "Whose threads the core's loops run on: \"torch's\" or \"its own\".");
 static PyObject *loop_threads(PyObject *module, PyObject *unused) {
     (void)unused;
-    return PyUnicode_FromString(dsc_bind_team(dsc_bind_module_state(module)) ? "torch's"
-                                                                             : "its own");
+    return PyUnicode_FromString(dsc_bind_team(dsc_bind_module_state(module)).run ? "torch's"
+                                                                                 : "its own");
 }
 
 static PyMethodDef functions[] = {

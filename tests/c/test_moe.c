@@ -118,7 +118,7 @@ static void check_places(const struct routes *r, const struct dsc_moe_size *z, b
 static void places_are_consistent_and_no_bit_depends_on_threads(void) {
     static struct routes one, many;
     struct dsc_pool *pool;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     for (int rule = DSC_MOE_TOP1; rule <= DSC_MOE_TOPK; rule++) {
         for (int drop = DSC_MOE_FIRST; drop <= DSC_MOE_LARGEST; drop++) {
             struct dsc_moe_size size = size_of((enum dsc_moe_rule)rule);
@@ -231,7 +231,7 @@ static void check_rows(const struct rows *r, enum dsc_dtype dtype) {
 static void rows_go_to_their_places_and_back_in_every_dtype(void) {
     static struct rows one, many;
     struct dsc_pool *pool;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     for (int dtype = 0; dtype < DSC_TRAIN_DTYPE_COUNT; dtype++) {
         fill_rows(&one, (enum dsc_dtype)dtype);
         many = one;
@@ -261,7 +261,7 @@ static void logits_and_their_gradients_are_matrix_products(void) {
     static float x[S * M], weight[E * M], logits[S * E], d_x[S * M], d_weight[E * M];
     static float more[S * M], threaded[E * M];
     struct dsc_pool *pool;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     for (int i = 0; i < S * M; i++)
         x[i] = next_float();
     for (int i = 0; i < E * M; i++)

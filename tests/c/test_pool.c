@@ -45,10 +45,10 @@ static struct tally tally;
 
 static void open_refuses_sizes_out_of_range(void) {
     struct dsc_pool *pool = (struct dsc_pool *)&tally;
-    CHECK_EQ_INT(dsc_pool_open(0, NULL, &pool), DSC_EINVAL);
-    CHECK_EQ_INT(dsc_pool_open(INT_MIN, NULL, &pool), DSC_EINVAL);
+    CHECK_EQ_INT(dsc_pool_open(0, (struct dsc_team){0}, &pool), DSC_EINVAL);
+    CHECK_EQ_INT(dsc_pool_open(INT_MIN, (struct dsc_team){0}, &pool), DSC_EINVAL);
     CHECK(strstr(dsc_last_error(), "-2147483648 threads"));
-    CHECK_EQ_INT(dsc_pool_open(DSC_POOL_MAX_THREADS + 1, NULL, &pool), DSC_EINVAL);
+    CHECK_EQ_INT(dsc_pool_open(DSC_POOL_MAX_THREADS + 1, (struct dsc_team){0}, &pool), DSC_EINVAL);
     CHECK(pool == (struct dsc_pool *)&tally); /* untouched */
 }
 
@@ -63,7 +63,7 @@ static void every_piece_runs_once_on_any_number_of_threads(void) {
     static const int sizes[] = {1, 2, 3, 8};
     for (size_t s = 0; s < 4; s++) {
         struct dsc_pool *pool;
-        CHECK_OK(dsc_pool_open(sizes[s], NULL, &pool));
+        CHECK_OK(dsc_pool_open(sizes[s], (struct dsc_team){0}, &pool));
         CHECK_EQ_INT(dsc_pool_size(pool), sizes[s]);
         check_run(pool, &tally, 0, 4);
         check_run(pool, &tally, 1, 4);
@@ -87,7 +87,7 @@ static void workers_take_part(void) {
     struct dsc_pool *pool;
     pthread_t who[64];
     int n_others = 0;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     dsc_pool_run(pool, 64, 1, note_thread, who);
     for (int i = 0; i < 64; i++)
         n_others += !pthread_equal(who[i], pthread_self());
@@ -112,7 +112,7 @@ static void a_loop_inside_a_body(void *context, size_t begin, size_t end) {
 }
 
 static void nested_loops_run_inline(void) {
-    CHECK_OK(dsc_pool_open(3, NULL, &tally.pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &tally.pool));
     dsc_pool_run(tally.pool, 50, 1, a_loop_inside_a_body, &tally);
     CHECK_EQ_INT(atomic_load(&tally.hits[0]), 50);
     CHECK_EQ_INT(atomic_load(&tally.wrong), 0);
@@ -131,7 +131,7 @@ static void *run_many(void *argument) {
 static void two_callers_share_a_pool(void) {
     struct dsc_pool *pool;
     pthread_t other;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     CHECK_EQ_INT(pthread_create(&other, NULL, run_many, pool), 0);
     run_many(pool);
     CHECK_EQ_INT(pthread_join(other, NULL), 0);
@@ -142,7 +142,7 @@ static void two_callers_share_a_pool(void) {
 static void loops_after_any_pause_complete(void) {
     struct dsc_pool *pool;
     uint32_t state = 1;
-    CHECK_OK(dsc_pool_open(4, NULL, &pool));
+    CHECK_OK(dsc_pool_open(4, (struct dsc_team){0}, &pool));
     for (int i = 0; i < 2000; i++) {
         state = state * 1664525 + 1013904223;
         check_run(pool, &tally, 1 + (state >> 8) % 97, 1 + (state >> 20) % 5);
@@ -156,7 +156,7 @@ static void loops_after_any_pause_complete(void) {
 
 static void a_run_allocates_nothing(void) {
     struct dsc_pool *pool;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     uint64_t before = dsc_alloc_counters().n_calls;
     for (int i = 0; i < 100; i++)
         check_run(pool, &tally, 1000, 10);
@@ -189,7 +189,7 @@ static void bodies_keep_denormals_whatever_the_caller_set(void) {
     float out[256] = {0};
     struct dsc_pool *pool;
     uint64_t flushing = flush_denormals();
-    CHECK_OK(dsc_pool_open(3, NULL, &pool)); /* threads inherit the state */
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool)); /* threads inherit the state */
     dsc_pool_run(pool, 256, 1, divide, out);
     uint64_t found = dsc_fp_enter();
     CHECK_EQ_INT(found & ~(uint64_t)0x3F, flushing);
@@ -217,7 +217,7 @@ static void note_masks(void *context, size_t begin, size_t end) {
 static void workers_block_signals_but_faults_and_the_caller_does_not(void) {
     struct dsc_pool *pool;
     atomic_int bad = 0;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     dsc_pool_run(pool, 32, 1, note_masks, &bad);
     CHECK_EQ_INT(atomic_load(&bad), 0);
     dsc_pool_close(pool);
@@ -225,7 +225,7 @@ static void workers_block_signals_but_faults_and_the_caller_does_not(void) {
 
 static void a_forked_child_runs_inline_and_closes_safely(void) {
     struct dsc_pool *pool;
-    CHECK_OK(dsc_pool_open(3, NULL, &pool));
+    CHECK_OK(dsc_pool_open(3, (struct dsc_team){0}, &pool));
     check_run(pool, &tally, N, 10);
     pid_t child = fork();
     CHECK(child >= 0);
@@ -246,6 +246,7 @@ static void a_forked_child_runs_inline_and_closes_safely(void) {
 /* A team of as many threads as it likes, made for each loop; NULL bodies never come. */
 enum { N_TEAM = 5 };
 static atomic_int n_team_loops;
+static atomic_uint n_asked_for;
 struct member {
     void (*body)(void *);
     void *argument;
@@ -261,14 +262,38 @@ static void *join_in(void *argument) {
 static void run_team(void (*body)(void *), void *argument, unsigned n_threads, unsigned flags) {
     struct member member = {body, argument};
     pthread_t threads[N_TEAM];
-    CHECK_EQ_INT(n_threads, 0);
     CHECK_EQ_INT(flags, 0);
     atomic_fetch_add(&n_team_loops, 1);
+    atomic_store(&n_asked_for, n_threads);
     for (int i = 0; i < N_TEAM; i++)
         CHECK_EQ_INT(pthread_create(&threads[i], NULL, join_in, &member), 0);
     body(argument);
     for (int i = 0; i < N_TEAM; i++)
         CHECK_EQ_INT(pthread_join(threads[i], NULL), 0);
+}
+
+static const struct dsc_team of_any_size = {run_team, NULL};
+
+static int32_t three(uint32_t *n) {
+    *n = 3;
+    return 0;
+}
+
+static int32_t fails(uint32_t *n) {
+    *n = 7;
+    return 1;
+}
+
+static void a_team_has_the_threads_that_it_counts(void) {
+    static const struct dsc_team teams[] = {{run_team, three}, {run_team, fails}, {run_team, NULL}};
+    static const unsigned expected[] = {3, 0, 0};
+    for (int i = 0; i < 3; i++) {
+        struct dsc_pool *pool;
+        CHECK_OK(dsc_pool_open(2, teams[i], &pool));
+        check_run(pool, &tally, N, 7);
+        CHECK_EQ_INT(atomic_load(&n_asked_for), expected[i]);
+        dsc_pool_close(pool);
+    }
 }
 
 static int n_threads_now(void) {
@@ -285,7 +310,7 @@ static int n_threads_now(void) {
 static void a_team_runs_every_piece_once_and_no_thread_is_started(void) {
     struct dsc_pool *pool;
     int before = n_threads_now();
-    CHECK_OK(dsc_pool_open(2, run_team, &pool));
+    CHECK_OK(dsc_pool_open(2, of_any_size, &pool));
     CHECK_EQ_INT(n_threads_now(), before);
     check_run(pool, &tally, N, 7);
     check_run(pool, &tally, N, 1);
@@ -294,7 +319,7 @@ static void a_team_runs_every_piece_once_and_no_thread_is_started(void) {
     check_run(pool, &tally, 1, 1);
     CHECK_EQ_INT(atomic_load(&n_team_loops), 3); /* one piece: no need of it */
     dsc_pool_close(pool);
-    CHECK_OK(dsc_pool_open(1, run_team, &pool));
+    CHECK_OK(dsc_pool_open(1, of_any_size, &pool));
     check_run(pool, &tally, N, 7);
     CHECK_EQ_INT(atomic_load(&n_team_loops), 3);
     dsc_pool_close(pool);
@@ -303,7 +328,7 @@ static void a_team_runs_every_piece_once_and_no_thread_is_started(void) {
 static void bodies_on_a_team_keep_denormals(void) {
     float out[256] = {0};
     struct dsc_pool *pool;
-    CHECK_OK(dsc_pool_open(2, run_team, &pool));
+    CHECK_OK(dsc_pool_open(2, of_any_size, &pool));
     dsc_pool_run(pool, 256, 1, divide, out);
     dsc_pool_close(pool);
     for (int i = 0; i < 256; i++)
@@ -311,7 +336,7 @@ static void bodies_on_a_team_keep_denormals(void) {
 }
 
 static void nested_loops_on_a_team_run_inline(void) {
-    CHECK_OK(dsc_pool_open(2, run_team, &tally.pool));
+    CHECK_OK(dsc_pool_open(2, of_any_size, &tally.pool));
     atomic_store(&tally.hits[0], 0);
     dsc_pool_run(tally.pool, 50, 1, a_loop_inside_a_body, &tally);
     CHECK_EQ_INT(atomic_load(&tally.hits[0]), 50);
@@ -333,6 +358,7 @@ static const struct test_case cases[] = {
     CASE(workers_block_signals_but_faults_and_the_caller_does_not),
     CASE(a_forked_child_runs_inline_and_closes_safely),
     CASE(a_team_runs_every_piece_once_and_no_thread_is_started),
+    CASE(a_team_has_the_threads_that_it_counts),
     CASE(bodies_on_a_team_keep_denormals),
     CASE(nested_loops_on_a_team_run_inline),
 };

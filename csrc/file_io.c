@@ -114,6 +114,10 @@ void dsc_file_close(struct dsc_file *file) {
     dsc_free(file);
 }
 
+bool dsc_file_is_direct(const struct dsc_file *file) {
+    return file->direct;
+}
+
 int dsc_file_descriptor(const struct dsc_file *file) {
     return file->fd;
 }

@@ -24,6 +24,8 @@ enum dsc_status dsc_file_open(const char *folder, const char *name, size_t n_byt
                               struct dsc_file **out);
 /* NULL is fine. The space is free once nobody maps the file either. */
 void dsc_file_close(struct dsc_file *file);
+/* Transfers go past the page cache. */
+bool dsc_file_is_direct(const struct dsc_file *file);
 /* For a mapping; stays the file's. */
 int dsc_file_descriptor(const struct dsc_file *file);
 

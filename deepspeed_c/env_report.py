@@ -13,9 +13,9 @@ from . import __version__, _core, foreign
 _WIDTH = 28
 
 
-def facts():
-    """The report as (name, what is so) pairs, in order."""
-    return [*_versions(), *_machine(), *_back_ends(), *_deepspeeds()]
+def facts(nvme_path=None):
+    """The report as (name, what is so) pairs, in order. nvme_path: a folder for files that the report looks into."""
+    return [*_versions(), *_machine(), *_back_ends(), *_files(nvme_path), *_deepspeeds()]
 
 
 def _versions():
@@ -67,6 +67,23 @@ def _delegate():
     return "yes: over gloo, for ranks that share no memory" if ready else "no: this torch has no gloo"
 
 
+def _files(folder):
+    """What moves the bytes of offload to files, and what a folder for them can do."""
+    reason = _core.no_io_uring()
+    mover = "by io_uring" if reason is None else f"by threads: {reason}"
+    return [("async_io", mover), *([("O_DIRECT", _direct(folder))] if folder is not None else [])]
+
+
+def _direct(folder):
+    try:
+        if not os.path.isdir(folder):
+            return f"unknown: {folder} is no folder"
+        works = _core.has_direct_io(folder)
+    except (OSError, ValueError) as error:
+        return f"unknown: {error}"
+    return f"works in {folder}" if works else f"does not work in {folder}: files there go through the page cache"
+
+
 def _deepspeeds():
     """The names `deepspeed` of import and of PATH, and whose they are."""
     found, compat = foreign.package(), foreign.compat_version()
@@ -80,9 +97,10 @@ def _deepspeeds():
     return [("import deepspeed", imports), ("command deepspeed", commands)]
 
 
-def main(hide_operator_status=False, hide_errors_and_warnings=False):
-    """Prints the report. Both arguments are DeepSpeed's and change nothing: there are no operators to build."""
-    for name, fact in facts():
+def main(hide_operator_status=False, hide_errors_and_warnings=False, nvme_path=None):
+    """Prints the report. The first two arguments are DeepSpeed's and change nothing: there are no operators to build.
+    nvme_path: a folder to look into, or None."""
+    for name, fact in facts(nvme_path):
         print(f"{name + ' ':.<{_WIDTH}} {fact}")
 
 
@@ -92,6 +110,7 @@ def cli_main():
     parser = argparse.ArgumentParser(prog="ds_report", description="What deepspeed_c is and can use here.")
     for name in "--hide_operator_status", "--hide_errors_and_warnings":
         parser.add_argument(name, action="store_true", help="accepted: there are no operators to build")
+    parser.add_argument("--nvme_path", metavar="FOLDER", help="whether O_DIRECT works for files in it")
     main(**vars(parser.parse_args()))
 
 

@@ -151,9 +151,39 @@ def test_ds_report_names_everything(installed, capsys):
     assert facts["deepspeed_c"].startswith(deepspeed_c.__version__)
     assert torch.__version__ in facts["torch"] and facts["kernels"].split(",")[0] in facts["kernels"].split("from ")[1]
     assert facts["back end shm"] == "yes: memfd_create and pidfd_open work"
+    assert re.match("by io_uring$|by threads: .*(liburing|io_uring)", facts["async_io"]) and "O_DIRECT" not in facts
     assert facts["core built by"].split()[0] in ("gcc", "clang") and "GiB" in facts["memory"]
     assert facts["import deepspeed"] == f"ANOTHER: another deepspeed 0.19.8 is installed in this environment, at " \
                                         f"{installed / 'deepspeed'}"
+
+
+def direct_io_works(folder):
+    try:
+        os.close(os.open(folder / "probe", os.O_CREAT | os.O_RDWR | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        os.unlink(folder / "probe")
+    return True
+
+
+def test_ds_report_looks_into_a_folder_for_files(tmp_path, monkeypatch, capsys):
+    def said(folder):
+        env_report.main(nvme_path=str(folder))
+        return dict(re.findall(r"(.+?) \.+ (.*)\n", capsys.readouterr().out))
+
+    works = "works" if direct_io_works(tmp_path) else "does not work"
+    assert said(tmp_path)["O_DIRECT"].startswith(f"{works} in {tmp_path}") and os.listdir(tmp_path) == []
+    assert said(tmp_path / "a")["O_DIRECT"] == f"unknown: {tmp_path / 'a'} is no folder" and os.listdir(tmp_path) == []
+    if subprocess.run(["mount", "-t", "ramfs", "none", tmp_path], capture_output=True).returncode == 0:  # for root
+        try:
+            assert said(tmp_path)["O_DIRECT"].startswith(f"does not work in {tmp_path}: ")
+        finally:
+            subprocess.run(["umount", tmp_path], check=True)
+    monkeypatch.setattr(env_report._core, "no_io_uring", lambda: "the kernel gave no io_uring: no")
+    assert said(tmp_path)["async_io"] == "by threads: the kernel gave no io_uring: no"
+    monkeypatch.setattr(env_report._core, "no_io_uring", lambda: None)
+    assert said(tmp_path)["async_io"] == "by io_uring"
 
 
 def test_ds_report_takes_the_documented_options(root):

@@ -301,3 +301,11 @@ def test_loops_run_on_torchs_threads_and_in_a_forked_child_without_them():
     run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120,
                          env={**os.environ, "OMP_NUM_THREADS": "3"})
     assert run.returncode == 0, run.stderr
+
+
+def test_clients_ask_whether_files_can_be_read_asynchronously():
+    """As Transformers' tests do before they offload to files."""
+    builder = deepspeed.ops.aio.AsyncIOBuilder
+    assert deepspeed.ops.__compatible_ops__[builder.NAME] and builder().is_compatible()
+    with pytest.raises(NotImplementedError, match="aio_handle is not yet"):
+        builder().load()

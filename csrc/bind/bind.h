@@ -24,6 +24,7 @@ struct dsc_comm;
     X(team)                                                                                        \
     X(kernels)                                                                                     \
     X(config)                                                                                      \
+    X(files)                                                                                       \
     X(schedule)                                                                                    \
     X(topo)                                                                                        \
     X(comm)                                                                                        \

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
 enum { TEXT = 16 * 1024, PATH = 4096 };
@@ -81,23 +80,45 @@ static uint64_t identify(const char *root, const struct stat *file) {
     return dsc_hash(dsc_hash(DSC_HASH_START, boot, strlen(boot)), numbers, sizeof numbers);
 }
 
+/* A line of /proc/meminfo, in bytes; 0 where it is not there. */
+static uint64_t of_machine(const char *root, const char *what) {
+    char text[TEXT], path[PATH];
+    uint64_t kib = 0;
+    snprintf(path, sizeof path, "%.2000s/proc/meminfo", root);
+    return read_text(path, text) && find_number(text, what, &kib) ? kib * 1024 : 0;
+}
+
+/* The one number of a file of the group. */
+static bool read_number(const struct place *place, const char *name, uint64_t *out) {
+    char text[TEXT], path[PATH];
+    snprintf(path, sizeof path, "%.3800s/%s", place->folder, name);
+    return read_text(path, text) && find_number(text, "", out);
+}
+
+/* Free swap that the group may use. Version 1 limits memory and swap together. */
+static uint64_t swap_of(const char *root, const struct place *place, uint64_t limit) {
+    uint64_t swap = of_machine(root, "SwapFree:"), most;
+    if (!read_number(place, place->first ? "memory.memsw.limit_in_bytes" : "memory.swap.max",
+                     &most))
+        return swap;
+    most -= place->first ? dsc_min(limit, most) : 0;
+    return dsc_min(swap, most);
+}
+
 static bool read_limit(const char *root, const struct place *place, struct dsc_memory_limit *out) {
     char text[TEXT], path[PATH];
     uint64_t memory = 0, shared = 0;
-    struct sysinfo info;
     struct stat file;
-    snprintf(path, sizeof path, "%.3800s/%s", place->folder,
-             place->first ? "memory.limit_in_bytes" : "memory.max");
-    if (!read_text(path, text) || !find_number(text, "", &out->limit) || sysinfo(&info) != 0 ||
-        out->limit > (uint64_t)info.totalram * info.mem_unit)
+    if (!read_number(place, place->first ? "memory.limit_in_bytes" : "memory.max", &out->limit) ||
+        out->limit > of_machine(root, "MemTotal:"))
         return false; /* no limit is a very large one in version 1 */
     snprintf(path, sizeof path, "%.3800s/memory.stat", place->folder);
     if (!read_text(path, text) || stat(path, &file) != 0 ||
         !find_number(text, place->first ? "total_rss" : "anon", &memory))
         return false;
     (void)find_number(text, place->first ? "total_shmem" : "shmem", &shared);
-    uint64_t used = memory + shared, swap = (uint64_t)info.freeswap * info.mem_unit;
-    out->left = (out->limit > used ? out->limit - used : 0) + swap;
+    uint64_t used = memory + shared;
+    out->left = (out->limit > used ? out->limit - used : 0) + swap_of(root, place, out->limit);
     out->group = identify(root, &file);
     return true;
 }

@@ -13,7 +13,7 @@
 enum { DSC_MEMORY_LIMITS = 4 };
 
 struct dsc_memory_limit {
-    uint64_t limit, left; /* bytes; left: with free swap */
+    uint64_t limit, left; /* bytes; left: with free swap that it may use */
     uint64_t group;       /* equal for processes in the same control group */
 };
 

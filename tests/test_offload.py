@@ -342,25 +342,35 @@ class Group:
     def __init__(self, folder, version):
         self.folder, self.version = folder, version
 
-    def _path(self, name):
-        return os.path.join(self.folder, name)
+    def _read(self, name):
+        with open(os.path.join(self.folder, name)) as file:
+            return file.read()
+
+    def _write(self, name, value):
+        with open(os.path.join(self.folder, name), "w") as file:
+            file.write(str(value))
 
     def limit(self, n_bytes):
-        with open(self._path("memory.max" if self.version == 2 else "memory.limit_in_bytes"), "w") as file:
-            file.write(str(n_bytes))
+        """Of memory; no swap is left, where the kernel limits that."""
+        if self.version == 2:
+            self._write("memory.max", n_bytes)
+            names, n_bytes = ["memory.swap.max"], 0
+        else:  # the second is of memory and swap, and never less than the first
+            names = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]
+            names = names if n_bytes < int(self._read(names[0])) else names[::-1]
+        for name in names:
+            if os.path.exists(os.path.join(self.folder, name)):
+                self._write(name, n_bytes)
 
     def join(self):
         """Memory that this process takes from here on counts in the group."""
-        with open(self._path("cgroup.procs"), "w") as file:
-            file.write(str(os.getpid()))
+        self._write("cgroup.procs", os.getpid())
 
     def used(self):
         """Bytes that the kernel cannot take back: page cache is left out."""
-        with open(self._path("memory.stat")) as file:
-            stat = dict(line.split() for line in file)
-        with open(self._path("memory.current" if self.version == 2 else "memory.usage_in_bytes")) as file:
-            cache, total = stat["file" if self.version == 2 else "cache"], int(file.read())
-        return total - int(cache) + int(stat["shmem"])
+        stat = dict(line.split() for line in self._read("memory.stat").splitlines())
+        total = int(self._read("memory.current" if self.version == 2 else "memory.usage_in_bytes"))
+        return total - int(stat["file" if self.version == 2 else "cache"]) + int(stat["shmem"])
 
 
 @pytest.fixture

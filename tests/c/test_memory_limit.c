@@ -6,7 +6,6 @@
 
 #include <stdarg.h>
 #include <sys/stat.h>
-#include <sys/sysinfo.h>
 #include <unistd.h>
 
 static char root[] = "/tmp/dsc_test_XXXXXX";
@@ -33,18 +32,13 @@ static void open_root(const char *groups) {
     CHECK(mkdtemp(root));
     write_file("/proc/self/cgroup", "%s", groups);
     write_file("/proc/sys/kernel/random/boot_id", "a boot\n");
+    write_file("/proc/meminfo", "MemTotal:       1000000 kB\nMemFree:  5 kB\nSwapFree:    0 kB\n");
 }
 
 static void drop_root(void) {
     char command[128];
     snprintf(command, sizeof command, "rm -r %s", root);
     CHECK_EQ_INT(system(command), 0);
-}
-
-static uint64_t free_swap(void) {
-    struct sysinfo info;
-    CHECK_EQ_INT(sysinfo(&info), 0);
-    return (uint64_t)info.freeswap * info.mem_unit;
 }
 
 static void limits_of_all_groups_around_a_process_count(void) {
@@ -59,13 +53,13 @@ static void limits_of_all_groups_around_a_process_count(void) {
     write_file("/sys/fs/cgroup/memory.stat", "anon 1\n"); /* the root group has no limit */
     CHECK_EQ_INT(dsc_memory_limits(root, found), 2);
     CHECK_EQ_INT(found[0].limit, 5000);
-    CHECK_EQ_INT(found[0].left, 1500 + free_swap());
+    CHECK_EQ_INT(found[0].left, 1500);
     CHECK_EQ_INT(found[1].limit, 100000);
-    CHECK_EQ_INT(found[1].left, free_swap()); /* it has more than it may */
+    CHECK_EQ_INT(found[1].left, 0); /* it has more than it may */
     CHECK(found[0].group != found[1].group);
     write_file("/sys/fs/cgroup/user/job/task/memory.max", "2000\n");
     CHECK_EQ_INT(dsc_memory_limits(root, found), 3);
-    CHECK_EQ_INT(found[0].left, 500 + free_swap());
+    CHECK_EQ_INT(found[0].left, 500);
     drop_root();
 }
 
@@ -83,6 +77,29 @@ static void groups_are_equal_on_one_machine_only(void) {
     drop_root();
 }
 
+static void swap_counts_as_far_as_a_group_may_use_it(void) {
+    struct dsc_memory_limit found[DSC_MEMORY_LIMITS];
+    open_root("0::/a\n");
+    write_file("/proc/meminfo", "MemTotal:       1000000 kB\nSwapFree:    2 kB\n");
+    write_file("/sys/fs/cgroup/a/memory.max", "5000\n");
+    write_file("/sys/fs/cgroup/a/memory.stat", "anon 1000\n");
+    CHECK_EQ_INT(dsc_memory_limits(root, found), 1);
+    CHECK_EQ_INT(found[0].left, 4000 + 2048);
+    write_file("/sys/fs/cgroup/a/memory.swap.max", "max\n");
+    CHECK_EQ_INT(dsc_memory_limits(root, found), 1);
+    CHECK_EQ_INT(found[0].left, 4000 + 2048);
+    write_file("/sys/fs/cgroup/a/memory.swap.max", "100\n");
+    CHECK_EQ_INT(dsc_memory_limits(root, found), 1);
+    CHECK_EQ_INT(found[0].left, 4000 + 100);
+    write_file("/proc/self/cgroup", "4:memory:/b\n");
+    write_file("/sys/fs/cgroup/memory/b/memory.limit_in_bytes", "5000\n");
+    write_file("/sys/fs/cgroup/memory/b/memory.memsw.limit_in_bytes", "5300\n");
+    write_file("/sys/fs/cgroup/memory/b/memory.stat", "total_rss 1000\n");
+    CHECK_EQ_INT(dsc_memory_limits(root, found), 1);
+    CHECK_EQ_INT(found[0].left, 4000 + 300);
+    drop_root();
+}
+
 static void version_1_has_other_names(void) {
     struct dsc_memory_limit found[DSC_MEMORY_LIMITS];
     open_root("4:memory:/job\n0::/elsewhere\n");
@@ -93,7 +110,7 @@ static void version_1_has_other_names(void) {
     write_file("/sys/fs/cgroup/memory/memory.stat", "total_rss 0\n");
     CHECK_EQ_INT(dsc_memory_limits(root, found), 1);
     CHECK_EQ_INT(found[0].limit, 7000);
-    CHECK_EQ_INT(found[0].left, 5000 + free_swap());
+    CHECK_EQ_INT(found[0].left, 5000);
     drop_root();
 }
 
@@ -103,7 +120,7 @@ static void a_container_sees_its_group_as_the_root(void) {
     write_file("/sys/fs/cgroup/memory.max", "4000\n");
     write_file("/sys/fs/cgroup/memory.stat", "anon 1000\n");
     CHECK_EQ_INT(dsc_memory_limits(root, found), 1);
-    CHECK_EQ_INT(found[0].left, 3000 + free_swap());
+    CHECK_EQ_INT(found[0].left, 3000);
     write_file("/proc/self/cgroup", "0::/\n");
     CHECK_EQ_INT(dsc_memory_limits(root, found), 1);
     CHECK_EQ_INT(found[0].limit, 4000);
@@ -126,7 +143,7 @@ static void of_very_many_limits_the_tightest_of_the_outer_ones_counts(void) {
     CHECK_EQ_INT(found[0].limit, 600);
     CHECK_EQ_INT(found[2].limit, 400);
     CHECK_EQ_INT(found[3].limit, 900);
-    CHECK_EQ_INT(found[3].left, 50 + free_swap());
+    CHECK_EQ_INT(found[3].left, 50);
     drop_root();
 }
 
@@ -147,6 +164,7 @@ static void what_cannot_be_read_is_no_limit(void) {
 static const struct test_case cases[] = {
     CASE(limits_of_all_groups_around_a_process_count),
     CASE(groups_are_equal_on_one_machine_only),
+    CASE(swap_counts_as_far_as_a_group_may_use_it),
     CASE(version_1_has_other_names),
     CASE(a_container_sees_its_group_as_the_root),
     CASE(of_very_many_limits_the_tightest_of_the_outer_ones_counts),

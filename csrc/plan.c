@@ -31,7 +31,6 @@ struct planner {
     size_t *largest; /* per space: elements of its largest parameter */
     /* Per reduce group: what parameters take where they lie; of all, elements and bytes. */
     size_t param_bytes[DSC_REDUCE_MAX], frozen_bytes[DSC_REDUCE_MAX];
-    size_t frozen_part_bytes[DSC_REDUCE_MAX]; /* of a rank, where they are in parts */
     size_t whole_elems[DSC_REDUCE_MAX], whole_bytes[DSC_REDUCE_MAX];
 };
 
@@ -52,6 +51,15 @@ static int nodes_of(const struct planner *p, int reduce, int rank) {
 /* At stage 3 a group's parameters are in parts where it is on several nodes, else in a store. */
 static bool in_parts(const struct planner *p, int reduce, int rank) {
     return p->job->options->stage == 3 && nodes_of(p, reduce, rank) > 1;
+}
+
+/* A part lies in memory, or is a piece of its rank's store of files. */
+static void hold_part(const struct planner *p, enum dsc_plan_kind kind, size_t n_bytes,
+                      struct tally *t) {
+    if (p->job->params_in_files)
+        t->file[kind] += dsc_store_bytes(n_bytes);
+    else
+        t->own[kind] += n_bytes;
 }
 
 static size_t scaled(const struct planner *p, size_t n) {
@@ -150,7 +158,8 @@ static void count_space(const struct planner *p, size_t s, int rank, struct tall
         return;
     struct dsc_parts it = dsc_parts(space, dsc_space_owned(space, place));
     while (in_parts(p, space->reduce, rank) && dsc_parts_next(&it))
-        t->own[DSC_PLAN_PARAMETERS] += dsc_range_size(it.part) * dsc_dtype_size(space->dtype);
+        hold_part(p, DSC_PLAN_PARAMETERS, dsc_range_size(it.part) * dsc_dtype_size(space->dtype),
+                  t);
     struct dsc_bucket_sizes sizes = dsc_bucket_sizes_of(space, place, &needs.buckets);
     hold(t, DSC_PLAN_SUMS, dsc_range_size(sizes.held) * sizeof(float));
     for (int i = 0; i < 2; i++) /* to send from, and to receive in */
@@ -160,6 +169,12 @@ static void count_space(const struct planner *p, size_t s, int rank, struct tall
     t->shared[DSC_PLAN_STAGING] +=
         sizes.sums_offset + (size_t)sizes.first_slots * sizes.slot_elems * sizeof(float);
     count_traffic(p, &needs, s, rank, t);
+}
+
+/* As equal as whole elements can be. */
+static size_t frozen_part(const struct planner *p, const struct dsc_plan_frozen *frozen) {
+    size_t n_ranks = (size_t)p->job->reduce[frozen->reduce].n_ranks;
+    return (scaled(p, frozen->n_elems) + n_ranks - 1) / n_ranks * frozen->elem_size;
 }
 
 static size_t share_of(size_t bytes, size_t part, size_t whole) {
@@ -178,7 +193,9 @@ static void count_gathered(const struct planner *p, size_t g, int rank, struct t
         t->gathered[phase] += share_of(bytes, kept, all);
     t->gathered[DSC_PLAN_FORWARD] += share_of(bytes, most - kept, all);
     t->gathered[DSC_PLAN_BACKWARD] += share_of(bytes, most - kept, all);
-    t->own[DSC_PLAN_FROZEN] += p->frozen_part_bytes[g];
+    for (size_t i = 0; i < job->model.n_frozen; i++)
+        if (job->model.frozen[i].reduce == (int)g)
+            hold_part(p, DSC_PLAN_FROZEN, frozen_part(p, &job->model.frozen[i]), t);
 
     uint64_t times = most == all && job->fetch.reuse >= all ? 1 : 2 * job->n_micro_steps;
     size_t n_ranks = (size_t)group->n_ranks, n_nodes = (size_t)nodes_of(p, (int)g, rank);
@@ -314,7 +331,7 @@ static void add_up(const struct planner *p, struct dsc_plan *out) {
 
 /* ---- one plan ---- */
 
-/* At stage 3 a store rounds each piece up; parts are as equal as whole elements can be. */
+/* At stage 3 a store rounds each piece up. */
 static void place_params(struct planner *p) {
     const struct dsc_plan_model *model = &p->job->model;
     bool rounds = p->job->options->stage == 3;
@@ -328,10 +345,8 @@ static void place_params(struct planner *p) {
     for (size_t i = 0; i < model->n_frozen; i++) {
         int g = model->frozen[i].reduce;
         size_t n = scaled(p, model->frozen[i].n_elems), size = model->frozen[i].elem_size;
-        size_t n_ranks = (size_t)p->job->reduce[g].n_ranks;
         p->whole_elems[g] += n;
         p->whole_bytes[g] += n * size;
-        p->frozen_part_bytes[g] += (n + n_ranks - 1) / n_ranks * size;
         p->frozen_bytes[g] += rounds ? dsc_store_bytes(n * size) : n * size;
     }
 }
@@ -368,11 +383,6 @@ enum dsc_status dsc_plan_make(const struct dsc_plan_job *job, double scale, stru
                         "%d ranks on %d nodes; allowed: 1 or more nodes with equally many ranks",
                         job->n_ranks, job->n_nodes);
     DSC_TRY(dsc_engine_check_options(job->options));
-    if (job->params_in_files && job->options->stage == 3 && job->n_nodes > 1)
-        return DSC_FAIL(DSC_ENOTYET,
-                        "zero_optimization.offload_param.device \"nvme\" on %d nodes: not yet; "
-                        "allowed: 1 node",
-                        job->n_nodes);
     struct planner p = {.job = job, .scale = scale};
     p.ways = dsc_engine_ways_of(job->options, job->reduce[0].n_ranks, job->n_nodes > 1);
     enum dsc_status status = lay_out(&p);

@@ -73,7 +73,7 @@ struct dsc_plan_job {
     struct dsc_plan_group reduce[DSC_REDUCE_MAX]; /* the first is of all ranks */
     size_t n_reduce;
     struct dsc_fetch_limits fetch;                /* stage 3, where ranks share no memory */
-    bool params_in_files;                         /* stage 3, where ranks share memory */
+    bool params_in_files;                         /* stage 3 */
     size_t comm_private_bytes, comm_shared_bytes; /* of a rank's communicator */
 };
 

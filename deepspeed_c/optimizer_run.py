@@ -44,9 +44,10 @@ class _Run:
         _rename(self.optimizer.state, [(old, p) for _, old, p in taken])
 
     def release(self):
-        """Gives up what the core has lent, so that it can be freed. What stands in the caller's own optimizer stays
-        its own."""
+        """Gives up what the core and the parameters' Homes have lent, so that it can be freed. What stands in the
+        caller's own optimizer stays its own."""
         self._masters = {}
+        self._fulls = self._kept = None
 
     @property
     def _core(self):

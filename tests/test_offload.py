@@ -60,7 +60,7 @@ def train(engine, rank, dtype, steps):
 def digest(engine):
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         values = hashlib.sha256(models.bits(engine.module))
-    for p in engine.module.parameters():
+    for p in (p for p in engine.module.parameters() if p.requires_grad):
         values.update(safe_get_full_fp32_param(p).numpy().tobytes())
     return values.hexdigest(), engine.get_global_grad_norm()
 
@@ -249,6 +249,26 @@ def start_without_space(rank, world, path):
     return errors
 
 
+def start_without_space_for_parts(rank, world, path):
+    """Rank 0 cannot make a file for its parts."""
+    module, texts = models.make(Wide), []
+    before = models.bits(module)
+    zero = {"offload_param": nvme(path if rank else "/dev/null")}
+    try:
+        deepspeed.initialize(model=module, config=models.config(3, zero=zero))
+    except OSError as error:
+        texts.append(str(error))
+    same = models.bits(module) == before and type(module.layers[0].weight) is nn.Parameter
+    train(deepspeed.initialize(model=module, config=models.config(3))[0], rank, "fp32", range(1))
+    return texts, same
+
+
+def test_a_rank_without_space_for_its_parts_fails_all_at_start_and_breaks_nothing(ranks, tmp_path):
+    (own, same), (others, same_too) = ranks(2, start_without_space_for_parts, str(tmp_path), env=FORCED)
+    assert same and same_too and "/dev/null" in own[0] and "Not a directory" in own[0]
+    assert "rank 0 has no room for its parts of parameters" in others[0] and os.listdir(tmp_path) == []
+
+
 def test_a_rank_that_cannot_make_its_files_fails_all_at_start_and_breaks_nothing(ranks, tmp_path):
     (own, params), (others, others_params) = ranks(2, start_without_space, str(tmp_path))
     for text in (own, params):
@@ -296,6 +316,81 @@ def test_a_write_that_fails_in_a_step_is_an_error_on_every_rank_and_the_engine_s
     assert other[0] == "CommError" and "File too large" in other[1]
     assert then[0] in ("RuntimeError", "CommError")
     assert max(outcome.seconds for outcome in outcomes) < 20 and os.listdir(tmp_path) == []
+
+
+FORCED = {"DSC_COMM_BACKEND": "delegate"}
+
+
+class PartlyFrozen(Wide):
+    def __init__(self):
+        super().__init__()
+        self.layers.insert(1, nn.Linear(SIDE, SIDE).requires_grad_(False))
+
+    def forward(self, x):
+        return self.layers[2](self.layers[1](F.gelu(self.layers[0](x)))).float().square().mean()
+
+
+def mapped(path):
+    """Bytes of files below path that this process has mapped."""
+    found = 0
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            if str(path) in line:
+                begin, end = line.split()[0].split("-")
+                found += int(end, 16) - int(begin, 16)
+    return found
+
+
+def parts_in_files(rank, world, path):
+    """ZeRO-3 whose ranks share no memory: a digest with parts in memory, and in files, and where these are then."""
+    torch.set_num_threads(1)
+    expected = run(rank, 3, "bf16", None, kind=PartlyFrozen)[0]
+    found = []
+    for offload, under_init in ((None, False), (nvme(path), True)):
+        config = models.config(3, "bf16", zero={"offload_param": nvme(path), "offload_optimizer": offload or {},
+                                                "stage3_param_persistence_threshold": 0})
+        torch.manual_seed(0)
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=under_init):
+            made = PartlyFrozen()
+        with deepspeed.zero.GatheredParameters(list(made.parameters()), modifier_rank=0):
+            for p, q in zip(made.parameters(), models.make(PartlyFrozen).parameters()):
+                p.data.copy_(q)
+        engine = deepspeed.initialize(model=made, model_parameters=made.parameters(), config=config)[0]
+        train(engine, rank, "bf16", range(3))
+        parts = [made.layers[i].weight.ds_tensor for i in (0, 1)]
+        lies = [str(path) in mapping_of(part.data_ptr()) for part in parts]
+        del parts
+        home = made.layers[0].weight.ds_home
+        same = digest(engine) == expected
+        engine.destroy()
+        found.append((same, lies, home._store.counters()["n_bytes"]))
+        del home
+        gc.collect()
+        found.append((mapped(path), os.listdir(path)))
+    return found
+
+
+def mapping_of(address):
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            begin, end = line.split()[0].split("-")
+            if int(begin, 16) <= address < int(end, 16):
+                return line
+    return ""
+
+
+def test_parts_of_parameters_lie_in_files_where_ranks_share_no_memory(ranks, tmp_path):
+    per_rank = ranks(2, parts_in_files, str(tmp_path), env=FORCED)
+    config = models.config(3, "bf16", zero={"offload_param": nvme(tmp_path), "stage3_param_persistence_threshold": 0})
+    found = plan(PartlyFrozen(), _core.Config(config, 2), 2, 2)
+    planned = found["file"]["parameters"] + found["file"]["frozen parameters"]
+    assert found["private"]["parameters"] == found["private"]["frozen parameters"] == 0
+    for one, gone, other, gone_too in per_rank:
+        for same, lies, _ in (one, other):
+            assert same and lies == [True, True]
+        assert gone == gone_too == (0, [])
+        assert one[2] == other[2]
+    assert planned in {rank[0][2] for rank in per_rank}  # each is a node; the planner shows the one with most memory
 
 
 def killed_in_step(rank, world, path):

@@ -181,8 +181,6 @@ def test_plans_with_states_in_files(ranks, tmp_path):
     stores = sum(rank[0]["stores"] for rank in ranks(2, held, [("awkward", config)]))
     assert found["file"]["parameters"] + found["file"]["frozen parameters"] == stores > 0
     assert found["private"]["parameters"] == found["shared"]["parameters"] == 0
-    with pytest.raises(NotImplementedError, match="offload_param.device \"nvme\" on 2 nodes: not yet"):
-        planned("awkward", config, 2, nodes=2)
 
 
 def test_plans_where_ranks_share_no_memory(ranks):

@@ -38,9 +38,6 @@ class Homes:
     def _make(self, comm):
         if comm.backend in ("self", "shm"):
             return SharedHome(comm, self._settings)
-        if self._settings["folder"]:
-            raise NotImplementedError("zero_optimization.offload_param.device \"nvme\" over ranks that share no memory "
-                                      "is not yet; allowed: \"none\", \"cpu\"")
         from .remote import RemoteHome  # few need it
 
         return RemoteHome(comm, self._settings)

@@ -8,6 +8,7 @@ on every rank that names both sides, before any value has moved.
 import weakref
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from ... import _core
 from ...model import flat
@@ -54,16 +55,16 @@ class _Slot:
                 raise
             self.work = None
 
-    def take_part(self, rank, cut):
-        """Keeps another part of a whole that is here. cut: list of size + 1."""
-        self.cut = torch.tensor(cut, device="cpu")
-        self.part = flat(self.full)[cut[rank]:cut[rank + 1]].clone()
+    def part_of_whole(self, rank, cut):
+        """(self, cut, the values of a rank's part of a whole that is here). cut: list of size + 1."""
+        return self, cut, flat(self.full)[cut[rank]:cut[rank + 1]]
 
 
 class RemoteHome(Home):
     """A Home of parts.
 
-    settings: prefetch, max_live and max_reuse, in elements: ``stage3_prefetch_bucket_size`` and so on.
+    settings: prefetch, max_live and max_reuse, in elements: ``stage3_prefetch_bucket_size`` and so on; folder: where
+    files are made in which the parts lie, None: in memory.
     early: backward shall release each parameter as soon as its gradient is done.
     """
 
@@ -72,6 +73,8 @@ class RemoteHome(Home):
     def __init__(self, comm, settings):
         super().__init__(comm)
         self._order = _core.Fetch(ahead=settings["prefetch"], live=settings["max_live"], reuse=settings["max_reuse"])
+        self._folder = settings.get("folder")
+        self._open_store()
         self._slots = []  # by number; None where a parameter was removed
         self._numbers = {}  # ds_id -> number
         self._batch = min(_BATCH, settings["max_live"])
@@ -82,7 +85,9 @@ class RemoteHome(Home):
 
     def add(self, p):
         """An ordinary Parameter takes its place; the first rank's values count. Collective in order; settle() after
-        the last. One on the meta device starts as zeros."""
+        the last. One on the meta device starts as zeros. OSError, and p is as it was, where files have no room."""
+        if sum(slot.full.numel() for slot in self._new) > self._batch:
+            self.settle()
         with torch.inference_mode(False):
             full = zeros(p.numel(), p.dtype).as_strided(p.shape, p.stride())
             if self.comm.rank == 0 and not p.is_meta:
@@ -91,19 +96,60 @@ class RemoteHome(Home):
         self._numbers[p.ds_id] = self._order.add(p.ds_numel)
         self._slots.append(_Slot(p, full))
         self._new.append(self._slots[-1])
-        if sum(slot.full.numel() for slot in self._new) > self._batch:
-            self.settle()
 
     def settle(self):
         """After add() of several: the first rank's values are in everybody's parts. Collective."""
         new, self._new = self._new, []
-        if new:
-            self._share(new, 0, f"placing parameters of ZeRO stage 3: {_names(new)}")
+        if not new:
+            return
+        self._share(new, 0, f"placing parameters of ZeRO stage 3: {_names(new)}")
+        parts = []
         for slot in new:
             size, n = self.comm.size, slot.full.numel()
             each = -(-n // size)
-            slot.take_part(self.comm.rank, [min(r * each, n) for r in range(size + 1)])
-            self._drop_storage(slot)
+            parts.append(slot.part_of_whole(self.comm.rank, [min(r * each, n) for r in range(size + 1)]))
+        try:
+            self._keep_parts(parts)
+        finally:
+            for slot in new:
+                self._drop_storage(slot)
+
+    def _open_store(self):
+        """Parts that are taken from now on lie in files of their own."""
+        self._store = _core.Store(_core.Comm.self_(), self._folder) if self._folder else None
+
+    def _keep_parts(self, parts):
+        """[(slot, cut, values of this rank's part)]: these parts are kept, as copies. Where files have no room, OSError
+        on every rank: slots keep what they had, new ones these parts in memory. Collective where parts lie in files."""
+        error, copies = None, []
+        try:
+            copies = [self._copied(values) for _, _, values in parts]
+        except (OSError, MemoryError) as e:
+            error = e
+        if self._store is not None:
+            error = self._agree(error)
+        for i, (slot, cut, values) in enumerate(parts):
+            if error is None or slot.part is None:
+                slot.cut = torch.tensor(cut, device="cpu")
+                slot.part = copies[i] if error is None else values.clone()
+        if error is not None:
+            raise error
+
+    def _copied(self, values):
+        if self._store is None or values.numel() == 0:
+            return values.clone()
+        return from_dlpack(self._store.take(values.numel(), values.dtype)).copy_(values)
+
+    def _agree(self, error):
+        """One rank's error is everybody's. Collective."""
+        size = self.comm.size
+        failed = zeros(size, torch.bool)
+        mine = torch.full_like(failed[:1], error is not None)
+        self.comm.gather_parts([failed], [mine], [torch.tensor(range(size + 1), device="cpu")], "files of parameters")
+        if error is None and failed.any():
+            error = OSError(f"rank {int(failed.nonzero()[0])} has no room for its parts of parameters in "
+                            f"{self._folder!r} (its own error says why)")
+        return error
 
     def hand_over(self, p, homes):
         """p comes under the limits of another of these Homes, with the part that is here. Not while it is gathered."""
@@ -130,6 +176,8 @@ class RemoteHome(Home):
     def bind(self, core, params):
         """`core` steps params, in its order, from now on: each rank keeps what it steps. Collective."""
         mine = [(i, p) for i, p in enumerate(params) if getattr(p, "ds_home", None) is self]
+        others = set(self._slots) - {self._slot(p) for _, p in mine} - {None}
+        self._open_store()  # the earlier one's files go with the parts in them
         while mine:
             batch, n = [], 0
             while mine and (not batch or n + mine[0][1].ds_numel <= self._batch):
@@ -137,10 +185,21 @@ class RemoteHome(Home):
                 n += batch[-1][1].ds_numel
             held = tuple(p for _, p in batch)
             self.fetch(OUTSIDE, held, "the engine's parts")
-            for i, p in batch:
-                starts = [core.part(i, r) for r in range(self.comm.size)]
-                self._slot(p).take_part(self.comm.rank, _cut_of(starts, p.ds_numel))
-            self.release(held, "the engine's parts")
+            try:
+                self._keep_parts([self._slot(p).part_of_whole(self.comm.rank, self._cut_of(core, i, p)) for i, p in batch])
+            finally:
+                self.release(held, "the engine's parts")
+        if self._store is not None:
+            self._keep_parts([(slot, slot.cut.tolist(), slot.part) for slot in self._slots if slot in others])
+
+    def _cut_of(self, core, i, p):
+        """What each rank steps of the core's parameter i, as size + 1 edges. Empty parts may say anything."""
+        cut = [0]
+        for rank in range(self.comm.size):
+            begin, n = core.part(i, rank)
+            cut.append(begin + n if n else cut[-1])
+        assert cut[-1] == p.ds_numel
+        return cut
 
     def stepped(self, p):
         """The part of p that this rank's engine steps."""
@@ -273,12 +332,3 @@ class RemoteHome(Home):
 def _names(slots):
     """Of parameters, for a text that ranks compare."""
     return ", ".join(p.ds_name if p is not None else "?" for p in (slot.param() for slot in slots))
-
-
-def _cut_of(parts, n):
-    """[(begin, n) of each rank, in order] as size + 1 edges. Empty parts may say anything."""
-    cut = [0]
-    for begin, length in parts:
-        cut.append(begin + length if length else cut[-1])
-    assert cut[-1] == n
-    return cut

@@ -104,6 +104,19 @@ static void drop(struct dsc_fetch *f, size_t param) {
     f->lists[f->plan.n_drop++] = param;
 }
 
+/* Whether this plan was to drop the parameter, which stays after all. */
+static bool takes_back(struct dsc_fetch *f, size_t param) {
+    size_t i = 0;
+    while (i < f->plan.n_drop && f->lists[i] != param)
+        i++;
+    if (i == f->plan.n_drop)
+        return false;
+    f->plan.n_drop--;
+    memmove(&f->lists[i], &f->lists[i + 1], (f->plan.n_drop - i) * sizeof *f->lists);
+    f->counters.n_evicted--;
+    return true;
+}
+
 static void take(struct dsc_fetch *f, size_t param, bool ahead) {
     struct param *p = &f->params[param];
     f->counters.live += p->n_elems;
@@ -112,6 +125,8 @@ static void take(struct dsc_fetch *f, size_t param, bool ahead) {
     p->ahead = ahead;
     p->turned = f->now;
     f->ahead += ahead ? p->n_elems : 0;
+    if (ahead && takes_back(f, param))
+        return;
     if (ahead) {
         f->lists[2 * f->n_params + f->plan.n_ahead++] = param;
         f->counters.n_ahead++;

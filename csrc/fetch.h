@@ -27,7 +27,7 @@ struct dsc_fetch_limits {
 size_t dsc_fetch_most(const struct dsc_fetch_limits *limits, size_t total, size_t kept,
                       size_t used);
 
-/* Valid until the next call. */
+/* Valid until the next call. No parameter is in two of the lists. */
 struct dsc_fetch_plan {
     const size_t *drop, *now, *ahead;
     size_t n_drop, n_now, n_ahead;

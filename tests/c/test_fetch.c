@@ -121,6 +121,35 @@ static void idle_parameters_make_room_oldest_first(void) {
     dsc_fetch_close(f);
 }
 
+/* Idle ones go oldest first: a small one in vain, then a large one, after which there is room for
+ * the small one, which is used next. */
+static void what_is_dropped_is_not_gathered_ahead_by_the_same_plan(void) {
+    struct dsc_fetch_limits limits = {.ahead = 10, .live = 100, .reuse = 1000};
+    const size_t sizes[] = {10, 80, 30};
+    struct dsc_fetch_plan plan;
+    struct dsc_fetch *f = NULL;
+    size_t param;
+    CHECK_OK(dsc_fetch_open(&limits, &f));
+    for (size_t i = 0; i < 3; i++)
+        CHECK_OK(dsc_fetch_add(f, sizes[i], &param));
+    for (int pass = 0; pass < 4; pass++)
+        for (size_t i = 0; i < 3; i++) {
+            CHECK_OK(dsc_fetch_want(f, i, &i, 1, &plan));
+            for (size_t d = 0; d < plan.n_drop; d++)
+                for (size_t a = 0; a < plan.n_ahead; a++)
+                    CHECK(plan.drop[d] != plan.ahead[a]);
+            if (pass == 3 && i == 2) {
+                CHECK_EQ_INT(plan.n_drop, 1);
+                CHECK_EQ_INT(plan.drop[0], 1);
+                CHECK_EQ_INT(plan.n_ahead, 0);
+                CHECK(dsc_fetch_is_live(f, 0));
+                CHECK_EQ_INT(dsc_fetch_counters(f).live, 40);
+            }
+            CHECK_OK(dsc_fetch_release(f, &i, 1, &plan));
+        }
+    dsc_fetch_close(f);
+}
+
 static void a_changed_order_is_recorded_anew(void) {
     struct dsc_fetch *f = open_fetch(ELEMS, 1000000, 0);
     struct seen seen = {0};
@@ -221,6 +250,7 @@ static const struct test_case cases[] = {
     CASE(what_is_used_again_soon_stays),
     CASE(neither_makes_more_live_than_the_limit),
     CASE(idle_parameters_make_room_oldest_first),
+    CASE(what_is_dropped_is_not_gathered_ahead_by_the_same_plan),
     CASE(a_changed_order_is_recorded_anew),
     CASE(what_is_in_use_stays),
     CASE(uses_aside_keep_nothing_and_change_no_record),

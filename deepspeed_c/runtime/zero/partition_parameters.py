@@ -214,9 +214,10 @@ def _ranks(group, sequence_group, mpu):
 
 
 def _apply(module, fn):
-    """Module.apply inside Init: fn sees whole parameters and may write to them; the first rank's values count."""
-    for child in module.children():
-        child.apply(fn)
-    with GatheredParameters(module.parameters(), modifier_rank=0):
+    """Module.apply inside Init: fn sees whole parameters and may write to them; the first rank's values count. The
+    outermost one makes private copies, once for all modules below."""
+    with GatheredParameters([p for p in module.parameters() if is_zero(p) and not p.ds_private], modifier_rank=0):
+        for child in module.children():
+            child.apply(fn)
         fn(module)
     return module

@@ -4,9 +4,10 @@ A unit is a module with the parameters that are fetched for it: its own, those o
 use (external), or, for a leaf module, its whole subtree. Forward: a pre-hook fetches, a hook releases. Backward: a
 hook on the graph's nodes that made the outputs fetches; what it fetched is released when that backward pass ends, or,
 where a home asks for it (early), when the pass comes to another module's node that is older than the forward was.
-Autograd runs, of the nodes that are ready, the newest first, and a node is newer than those that it hands gradients to:
-so by then all that the forward made has run. Invariant: every fetch is released once, also where a forward raises; a
-backward pass that raised is cleaned up after by the next forward.
+Autograd runs, of the nodes of a device that are ready, the newest first, and a node is newer than those that it hands
+gradients to: so by then all that the forward made has run. Invariant: every fetch is released once, also where a
+forward raises; what torch does not tell, a backward pass that raised and a forward that was interrupted, the next
+forward cleans up after.
 """
 import functools
 import itertools
@@ -41,7 +42,7 @@ class Unit:
         self.params = tuple(params)
         self._module = None if module is None else weakref.ref(module)
         self._event = 2 * (next(_numbers) if module is None else _number(module))
-        self._starts = []  # of the forwards that run now: how old the first node is that each can have made
+        self._calls = []  # a _Call for each forward that runs now
         self.ran = False
         self.hidden = set()  # units whose backward comes with this one's
         self._group()
@@ -54,7 +55,7 @@ class Unit:
         """p, of another module, is fetched for this one too from now on."""
         if any(p is q for q in self.params):
             return
-        if self._starts:
+        if self._calls:
             for home, mine in by_home((p,)):
                 home.fetch(self._event, mine, self.label)
         self.params += (p,)
@@ -71,23 +72,36 @@ class Unit:
 
     def enter(self, module, args):
         """Before the module's forward."""
+        _end_interrupted()
         if _holds and not _active:
             clean_up()
-        if not self._starts:
+        if not self._calls:
             self._fetch(self._event)
-        self._starts.append(_age())
+        self._calls.append(_Call(sys._getframe(1)))
         _active.append(self)
 
     def leave(self, module, args, output):
         """After it, also where it raised (then with no output, as of one that returns None)."""
+        _end_interrupted(self)
         if not _active or _active[-1] is not self:
             return  # another hook raised before enter() was called, or enter() itself did
         _active.pop()
         if output is not None or sys.exc_info()[1] is None:
             self._watch(output)
-        self._starts.pop()
-        if not self._starts:
+        self._end()
+
+    def _end(self):
+        self._calls.pop()
+        if not self._calls:
             _release(self.groups, self.label)
+
+    def end_interrupted(self):
+        """Ends the innermost forward if it was interrupted; whether it was."""
+        if self._calls[-1].runs():
+            return False
+        _active.pop()
+        self._end()
+        return True
 
     def _watch(self, output):
         """Looks where backward will come in, and whether a parameter itself is handed out. Where no tensor shows, the
@@ -98,7 +112,7 @@ class Unit:
             seen = True
             if graph and t.grad_fn is not None:
                 t.grad_fn.register_prehook(functools.partial(self._before_backward, t.grad_fn._sequence_nr(),
-                                                             self._starts[-1]))
+                                                             self._calls[-1].start))
             if isinstance(t, ZeroParameter) and _active:
                 _active[-1].add(t)
         if graph and not seen and _active:
@@ -135,6 +149,30 @@ class Unit:
 
     def __reduce__(self):
         return Unit, ()
+
+
+class _Call:
+    """A forward. start: the age of the first node that it can have made. frame: of torch's function around it."""
+
+    __slots__ = ("start", "_frame")
+
+    def __init__(self, frame):
+        self.start, self._frame = _age(), frame
+
+    def runs(self):
+        """Whether the forward has not ended: Python refuses to clear a frame that is in use."""
+        try:
+            self._frame.clear()
+        except RuntimeError:
+            return True
+        return False
+
+
+def _end_interrupted(last=None):
+    """Ends the innermost forwards, up to the last one, whose end torch did not tell: an exception that is no Exception
+    (KeyboardInterrupt) passes its hooks by."""
+    while _active and _active[-1] is not last and _active[-1].end_interrupted():
+        pass
 
 
 def _number(module):
@@ -195,7 +233,9 @@ def _release(groups, label):
 
 
 def clean_up():
-    """Backward passes that raised have left their holds: they end, unless one is running."""
+    """Forwards that were interrupted and backward passes that raised have left what they fetched: they end, unless a
+    backward pass is running."""
+    _end_interrupted()
     if _current_task() == -1:
         for hold in list(_holds.values()):
             hold.end()

@@ -137,6 +137,8 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
             self.lr_scheduler = self._make_scheduler(lr_scheduler)
             self._take_module(parameters)
             self._install_hooks()  # last: until here an earlier engine over the same parameters keeps its own
+            if self._shards is not None:
+                self._shards.started()
         except BaseException:
             with suppress(_core.CommError):  # the first error says more
                 self.destroy()

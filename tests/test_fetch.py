@@ -545,15 +545,36 @@ def replaced(rank, world):
     return found[0] == found[1]
 
 
+def not_taken(rank, world):
+    """An engine that fails to start over another one's parameters leaves it these, and the parts that it steps."""
+    nowhere = {"offload_optimizer": {"device": "nvme", "nvme_path": "/dev/null"}}
+    found = []
+    for failing in (False, True):
+        torch.manual_seed(1)
+        module = Deep()
+        module.layers[1].requires_grad_(False)
+        engine = engine_of(module, {"stage3_param_persistence_threshold": WIDTH})
+        train(engine, rank, 1)
+        for dtype in ("fp32", "bf16") if failing else ():
+            with pytest.raises(OSError):
+                deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                     config=models.config(3, dtype, zero=nowhere))
+        train(engine, rank, 2)
+        engine.destroy()
+        found.append(models.bits(module))
+    return found[0] == found[1]
+
+
 def several(rank, world):
-    return under_init(rank, world), put_back(rank, world), [case(rank, world) for case in (twice, elsewhere, replaced)]
+    return (under_init(rank, world), put_back(rank, world),
+            [case(rank, world) for case in (twice, elsewhere, replaced, not_taken)])
 
 
 def test_init_limits_hooks_put_back_inner_passes_torchs_optimizers_and_replaced_parameters(ranks):
     for (n_homes, peak), (first, later), same in ranks(2, several):
         assert n_homes == 1 and peak <= 3
         assert later > first
-        assert same == [True] * 3
+        assert same == [True] * 4
 
 
 # ---- ranks that differ ----

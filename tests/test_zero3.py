@@ -1,4 +1,5 @@
 """ZeRO stage 3 on ranks that share memory: sharded parameters change no bit, and act whole wherever they are used."""
+import contextlib
 import copy
 import io
 import pickle
@@ -10,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import deepspeed_c as deepspeed
+from deepspeed_c.runtime.zero.shared import SharedHome
 
 ALL_SHARDED = {"stage3_param_persistence_threshold": 0}
 
@@ -517,6 +519,28 @@ def test_a_module_built_under_init_trains_as_one_built_without(ranks, world, dty
     assert ranks(world, built, dtype) == [[]] * world
 
 
+def test_apply_inside_init_copies_each_parameter_once(monkeypatch):
+    copied, seen = [], []
+    copy_of = SharedHome.copy
+    monkeypatch.setattr(SharedHome, "copy", lambda home, p: copied.append(p) or copy_of(home, p))
+    with deepspeed.zero.Init(dtype=torch.float32):
+        module = nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(4, 3)), nn.Linear(3, 2)))
+
+        def fill(child):
+            seen.append(child)
+            for p in child.parameters():
+                p.data.add_(float(len(seen)))
+
+        with deepspeed.zero.GatheredParameters(module.parameters(), modifier_rank=0):
+            for p in module.parameters():
+                p.data.zero_()
+        copied.clear()
+        assert module.apply(fill) is module
+    assert [type(child).__name__ for child in seen] == ["Linear", "Sequential", "Linear", "Sequential", "Sequential"]
+    assert sorted(map(id, copied)) == sorted(map(id, module.parameters()))
+    assert [float(p.flatten()[0]) for p in whole_values(module).values()] == [12.0, 12.0, 12.0, 12.0]
+
+
 class OnMeta(nn.Module):
     """Its own parameter has no reset_parameters()."""
 
@@ -736,6 +760,33 @@ def test_an_engine_that_ends_leaves_alone_what_a_later_one_took():
     assert type(module[0]._parameters) is dict and not module[0]._forward_hooks
 
 
+@pytest.mark.parametrize("under_init", [False, True])
+def test_an_engine_that_fails_to_start_leaves_sharded_parameters_as_they_were(under_init):
+    """One in another dtype, one that fails after it has placed everything, and one that fails while it does."""
+    nowhere = {"device": "nvme", "nvme_path": "/dev/null"}
+    broken = (models.config(3, "bf16", zero={"offload_optimizer": nowhere}),
+              models.config(3, zero={**ALL_SHARDED, "offload_optimizer": nowhere}),
+              models.config(3, "bf16", zero={"offload_param": nowhere}))
+    found = []
+    for failing in (False, True):
+        with deepspeed.zero.Init(dtype=torch.float32, enabled=under_init):
+            module = small()
+        engine = None if under_init else engine_of(module, {"stage3_param_persistence_threshold": 4})
+        before = [vars(p).get("ds_full") for p in module.parameters()]
+        for config in broken if failing else ():
+            with pytest.raises(OSError, match="/dev/null"):
+                deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
+            assert all(p.ds_full is full for p, full in zip(module.parameters(), before, strict=True))
+            assert [p.shape == (0,) for p in module.parameters()] == [True, True, True, under_init]
+            assert module(torch.ones(2, 8)).dtype == torch.float32
+        engine = engine or engine_of(module)
+        for _ in range(2):
+            step(engine)
+        engine.destroy()
+        found.append(models.bits(module))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_lower_stages_refuse_to_train_sharded_parameters(stage):
     with deepspeed.zero.Init(dtype=torch.float32):
@@ -756,6 +807,40 @@ def test_a_backward_that_failed_leaves_nothing_to_the_next_engine():
     engine = engine_of(module)
     step(engine)
     assert released(module)
+    engine.destroy()
+
+
+class Catches(nn.Module):
+    """Goes on where one of its modules is interrupted."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        for layer in (self.first, self.second):
+            with contextlib.suppress(KeyboardInterrupt):
+                x = layer(x)
+        return x
+
+
+def test_a_forward_that_was_interrupted_leaves_nothing_to_the_next():
+    def interrupt(*ignored):
+        raise KeyboardInterrupt
+
+    module = nn.Sequential(nn.Linear(8, 8), Catches())
+    engine = engine_of(module)
+    hook = module[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine(torch.ones(2, 8))
+    hook.remove()
+    step(engine)
+    assert released(module) and not any(p.ds_count for p in module.parameters())
+    for layer in (module[1].first, module[1].second):
+        hook = layer.register_forward_pre_hook(interrupt)
+        engine(torch.ones(2, 8))
+        hook.remove()
+        assert released(module) and not any(p.ds_count for p in module.parameters()), layer
     engine.destroy()
 
 

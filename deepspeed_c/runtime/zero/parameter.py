@@ -38,8 +38,8 @@ class ZeroParameter(torch.nn.Parameter):
     Attributes: ds_id (int, in the order of making), ds_shape, ds_numel, ds_status, ds_persist (stays gathered), ds_name
     (for texts), ds_home (its Home), ds_full (a tensor in the full shape and memory order, for the parameter's life),
     ds_active_sub_modules (a set that clients clear; nothing depends on it), ds_external (used outside its module),
-    ds_z3_leaf_module (the leaf that it is fetched with; only where there is one), ds_owner (a mark of the engine that
-    took it last).
+    ds_z3_leaf_module (the leaf that it is fetched with; only where there is one), ds_owner (weak: the Shards that took
+    it last, or None).
     """
 
     ds_param_type = ZeroParamType.PARTITIONED
@@ -180,6 +180,20 @@ def make_ordinary(p, values):
     for key in _OWN:
         vars(p).pop(key, None)
     p.data = values
+
+
+def state_of(p):
+    """What make_again() needs."""
+    return {key: vars(p)[key] for key in _OWN if key in vars(p)}
+
+
+def make_again(p, state):
+    """Undoes make_ordinary(): the parameter is released, and the values in its earlier place count."""
+    p.__class__ = ZeroParameter
+    vars(p).update(state)
+    p.ds_status, p.ds_persist = ZeroParamStatus.NOT_AVAILABLE, False
+    p.ds_count = p.ds_private = 0
+    p.data = empty(p.ds_full.dtype)
 
 
 def succeed(old, new, values):

@@ -65,7 +65,7 @@ class RemoteHome(Home):
 
     settings: prefetch, max_live and max_reuse, in elements: ``stage3_prefetch_bucket_size`` and so on; folder: where
     files are made in which the parts lie, None: in memory.
-    early: backward shall release each parameter as soon as its gradient is done.
+    early: backward shall release what it fetched for a module as soon as that module's part of it is over.
     """
 
     early = True
@@ -155,10 +155,26 @@ class RemoteHome(Home):
         """p comes under the limits of another of these Homes, with the part that is here. Not while it is gathered."""
         if p.ds_count:
             return
+        homes.of(self.comm)._receive(p, self._give_up(p))
+
+    def _give_up(self, p):
         self.empty()
         number = self._numbers.pop(p.ds_id)
         slot, self._slots[number] = self._slots[number], None
-        homes.of(self.comm)._receive(p, slot)
+        return slot
+
+    def place_of(self, p):
+        """What take_back() needs."""
+        slot = self._slot(p)
+        return slot, slot.part, slot.cut
+
+    def take_back(self, p, place):
+        """p comes back from another Home, or from nowhere, with the part that it had when place_of() was asked."""
+        slot, slot.part, slot.cut = place
+        if p.ds_home is not self:
+            p.ds_home._give_up(p)
+        if p.ds_id not in self._numbers:
+            self._receive(p, slot)
 
     def _receive(self, p, slot):
         p.ds_home = self
@@ -186,7 +202,8 @@ class RemoteHome(Home):
             held = tuple(p for _, p in batch)
             self.fetch(OUTSIDE, held, "the engine's parts")
             try:
-                self._keep_parts([self._slot(p).part_of_whole(self.comm.rank, self._cut_of(core, i, p)) for i, p in batch])
+                self._keep_parts([self._slot(p).part_of_whole(self.comm.rank, self._cut_of(core, i, p))
+                                  for i, p in batch])
             finally:
                 self.release(held, "the engine's parts")
         if self._store is not None:

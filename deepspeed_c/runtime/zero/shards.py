@@ -1,10 +1,12 @@
 """ZeRO stage 3 of one engine: places the module's parameters, decides which stay gathered, hooks modules up.
 
 DeepSpeed calls this object an optimizer's ``parameter_offload``, and hands it out as the optimizer where there is none.
-Invariant: after release() every parameter that no later engine took is an ordinary one again, without hooks.
+Invariant: after release() every parameter that no later engine took is an ordinary one again, without hooks; where the
+engine never started, what was sharded before is as it was.
 """
 import contextlib
 import logging
+import weakref
 
 import torch
 
@@ -21,7 +23,9 @@ from .parameter import (
     forget,
     give_private_back,
     is_zero,
+    make_again,
     make_ordinary,
+    state_of,
     take_private,
     unique,
     write_error,
@@ -45,7 +49,8 @@ class Shards:
         self.module = module
         self._config = config
         self._params = list(everything.values())
-        self._mark = object()
+        self._mark = weakref.ref(self)
+        self._before = []  # of what was sharded already, until started()
         self.forward_hooks, self.backward_hooks, self._units = [], [], []
         self._persistent, self._homes = [], []
         try:
@@ -78,6 +83,8 @@ class Shards:
         for name, p in everything.items():
             wanted = dtype if dtype is not None and p.is_floating_point() else p.dtype
             comm = reduction.comms[reduction.index(p)]
+            if is_zero(p):
+                self._before.append(_Before(p))
             if is_zero(p) and p.ds_home.comm is comm and p.dtype == wanted:
                 forget(p)
                 p.ds_home.hand_over(p, homes)
@@ -111,6 +118,10 @@ class Shards:
         self._homes = list({id(p.ds_home): p.ds_home for p in everything.values()}.values())
         for home in self._homes:
             home.keep(tuple(p for p in kept if p.ds_home is home))
+
+    def started(self):
+        """The engine works: an earlier one does not get its parameters back."""
+        self._before = []
 
     # ---- hooks ----
 
@@ -176,12 +187,18 @@ class Shards:
 
     def release(self):
         """Every parameter that no later engine took is an ordinary one with values of its own; no hook is left on them.
-        Collective where ranks share no memory: CommError, after all is released, where others are gone; parameters are
-        empty then."""
+        Before started() what was sharded already is as it was instead. Collective where ranks share no memory:
+        CommError, after all is released, where others are gone; parameters are empty then."""
         with contextlib.suppress(RuntimeError):  # what is freed now may have been written to
             fetch.clean_up()
         self._remove_hooks()
-        params, lost = [p for p in self._params if is_zero(p) and p.ds_owner is self._mark], None
+        before, self._before, lost = self._before, [], None
+        for one in before:
+            try:
+                one.put_back()
+            except _core.CommError as error:
+                lost = lost or error
+        params = [p for p in self._params if is_zero(p) and p.ds_owner is self._mark]
         self._params, self._persistent, self._units, self._homes = [], [], [], []
         for p in params:
             try:
@@ -193,8 +210,41 @@ class Shards:
             if not any(is_zero(p) for p in child.parameters()):
                 fetch.uninstall(child)
                 child.__dict__.pop("ds_external_parameters", None)
+        if before:
+            self._put_hooks_back({one.owner for one in before})
         if lost is not None:
             raise lost
+
+    def _put_hooks_back(self, owners):
+        """Those of earlier Shards, and of modules that zero.Init built."""
+        for child in self.module.modules():
+            fetch.attach(child)
+        for shards in (owner() for owner in owners if owner is not None):
+            if shards is not None:
+                shards._register_deepspeed_module(shards.module)
+
+
+class _Before:
+    """A sharded parameter as it was before an engine took it. owner: its ds_owner."""
+
+    def __init__(self, p):
+        self._p, self._state, self.owner = p, state_of(p), p.ds_owner
+        self._place = p.ds_home.place_of(p)
+
+    def put_back(self):
+        """Collective where ranks share no memory."""
+        p, home = self._p, self._state["ds_home"]
+        if is_zero(p):
+            forget(p)
+            if p.ds_full is not self._state["ds_full"]:
+                p.ds_home.remove(p)
+        if not is_zero(p):
+            make_again(p, self._state)
+        home.take_back(p, self._place)
+        p.ds_name = self._state["ds_name"]
+        if self._state["ds_persist"]:
+            home.keep((p,))
+        p.ds_owner = self.owner
 
 
 def persistent(sizes, config):

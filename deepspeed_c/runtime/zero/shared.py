@@ -15,7 +15,7 @@ from .parameter import make, zeros
 class SharedHome(Home):
     """A Home over memory. comm: its ranks share memory, or it is one rank.
 
-    early: whether backward shall release each parameter as soon as its gradient is done; here that would save nothing.
+    early: whether backward shall release what it fetched for a module before it ends; here that would save nothing.
     """
 
     early = False
@@ -69,6 +69,12 @@ class SharedHome(Home):
 
     def hand_over(self, p, homes):
         """Nothing: there are no limits here that others would replace."""
+
+    def place_of(self, p):
+        """What take_back() needs: nothing."""
+
+    def take_back(self, p, place):
+        """Nothing: p is where it was."""
 
     def bind(self, core, params):
         """Nothing: the core steps the memory that is here."""

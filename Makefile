@@ -24,6 +24,7 @@ help:
 	@echo "lint      check C and Python style; format: apply it"
 	@echo "asan      C tests and single-process Python tests under AddressSanitizer and UBSan"
 	@echo "tsan      C tests under ThreadSanitizer"
+	@echo "fuzz      fuzz the readers of checkpoint files for SECONDS (20) each"
 	@echo "bench     measure against plain torch and DDP (and DeepSpeed where PEER names its python)"
 	@echo "clean     remove build products; distclean: the environment too"
 
@@ -105,7 +106,7 @@ $(VENV)/.lint: pyproject.toml constraints.txt $(VENV)/.made
 	$(PIP) $$($(PY) tools/requirements.py project.optional-dependencies.lint)
 	touch $@
 
-C_FILES = $(shell find csrc tests/c -name '*.[ch]')
+C_FILES = $(shell find csrc tests/c tests/fuzz -name '*.[ch]')
 
 .PHONY: lint format
 lint: $(VENV)/.lint
@@ -141,6 +142,35 @@ $(BIN)/libdsc.a: $(patsubst csrc/%.c,$(BIN)/obj/%.o,$(CORE_C))
 
 $(BIN)/test_%: tests/c/test_%.c $(wildcard tests/c/*.h) $(BIN)/libdsc.a
 	$(CC) $(CFLAGS_CORE) $(SANFLAGS) $< $(BIN)/libdsc.a $(LIBS) -o $@
+
+# ---- fuzzing: readers of files, for SECONDS each; an input that fails stays in build/fuzz/*.failed ----
+
+SECONDS ?= 20
+FUZZ    := build/fuzz
+FUZZERS := $(patsubst tests/fuzz/%.c,%,$(filter-out %_driver.c,$(wildcard tests/fuzz/fuzz_*.c)))
+FUZZED  := $(patsubst csrc/%.c,$(FUZZ)/obj/%.o,$(wildcard csrc/json.c csrc/shard*.c csrc/manifest*.c))
+FUZZFLAGS = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1
+COVERAGE  = -fsanitize-coverage=trace-pc
+
+.PHONY: fuzz fuzzers
+fuzz: $(addprefix run-,$(FUZZERS))
+fuzzers: $(addprefix $(FUZZ)/,$(FUZZERS))
+
+.PHONY: $(addprefix run-,$(FUZZERS))
+$(addprefix run-,$(FUZZERS)): run-%: $(FUZZ)/%
+	$< $(SECONDS)
+
+$(FUZZ)/obj/%.o: csrc/%.c $(CORE_H)
+	@mkdir -p $(dir $@)
+	$(CC) $(CFLAGS_CORE) $(FUZZFLAGS) $(COVERAGE) -c $< -o $@
+
+$(FUZZ)/obj/%.o: tests/fuzz/%.c tests/fuzz/fuzz.h $(CORE_H)
+	@mkdir -p $(dir $@)
+	$(CC) $(CFLAGS_CORE) $(FUZZFLAGS) $(if $(findstring driver,$@),,$(COVERAGE)) -c $< -o $@
+
+# What is not fuzzed comes from the library of the C tests.
+$(addprefix $(FUZZ)/,$(FUZZERS)): $(FUZZ)/%: $(FUZZ)/obj/%.o $(FUZZ)/obj/fuzz_driver.o $(FUZZED) build/c/libdsc.a
+	$(CC) $(FUZZFLAGS) $^ $(LIBS) -o $@
 
 .PHONY: asan tsan
 # `pytest`, not `python -m pytest`, which would put this folder and its own extension before build/asan/lib.

@@ -33,9 +33,6 @@ void dsc__config_put(char *out, size_t n, const char *format, ...)
 enum { DSC_CONFIG_SHOWN = 96 };
 const char *dsc__config_show(const cJSON *item, char out[DSC_CONFIG_SHOWN]);
 
-/* NULL for JSON text; else where it stops being that, and in *expected what should stand there. */
-const char *dsc__config_syntax(const char *text, const char **expected);
-
 /* Rules over several keys; `config` has every value, batch sizes as given. */
 enum dsc_status dsc__config_rules(int64_t n_data, const struct dsc_config_layout *layout,
                                   struct dsc_config *config, struct dsc_config_reading *reading);

@@ -5,6 +5,7 @@
 #include "config_parts.h"
 
 #include "alloc.h"
+#include "json.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -74,7 +75,7 @@ enum dsc_status dsc_config_tree(const char *text, size_t n, const char *name, cJ
     if (strlen(text) != n)
         return DSC_FAIL(DSC_ECONFIG, "%s: not JSON: a zero byte at position %zu", name,
                         strlen(text));
-    const char *at = dsc__config_syntax(text, &expected);
+    const char *at = dsc_json_syntax(text, &expected);
     if (at)
         return syntax_error(text, at, expected, name);
     cJSON *root = cJSON_ParseWithLength(text, n);

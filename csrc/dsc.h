@@ -22,7 +22,8 @@
     X(DSC_EINTR, -8, "a signal handler raised", PENDING)                                           \
     X(DSC_ENOTYET, -9, "the feature is not there yet", NOTYET)                                     \
     X(DSC_ESTATE, -10, "the object is not in a state that allows this", RUNTIME)                   \
-    X(DSC_ECONFIG, -11, "the configuration is wrong", CONFIG)
+    X(DSC_ECONFIG, -11, "the configuration is wrong", CONFIG)                                      \
+    X(DSC_EDAMAGED, -12, "a file of a checkpoint is not as it was written", CHECKPOINT)
 
 enum dsc_status {
 #define X(name, value, sentence, kind) name = value,

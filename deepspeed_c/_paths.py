@@ -91,6 +91,7 @@ def _later(what, *names):
 # Path -> {name: the path of a module and a name in it, or what it waits for}, beside what a path's own file has.
 NAMES = {
     "": {
+        "CheckpointError": "_core.CheckpointError",
         "CommError": "_core.CommError",
         "DeepSpeedConfigError": "_core.DeepSpeedConfigError",
         "DeepSpeedEngine": "engine.DeepSpeedEngine",

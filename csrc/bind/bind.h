@@ -34,15 +34,17 @@ struct dsc_comm;
     X(fetch)                                                                                       \
     X(plan)                                                                                        \
     X(stepper)                                                                                     \
-    X(moe)
+    X(moe)                                                                                         \
+    X(shard_writer)
 
 #define X(name) int dsc_bind_add_##name(PyObject *module);
 DSC_BIND_MAP(X)
 #undef X
 
 struct dsc_bind_state {
-    PyObject *config_error; /* deepspeed_c.DeepSpeedConfigError, a ValueError */
-    PyObject *comm_error;   /* deepspeed_c.CommError, a RuntimeError */
+    PyObject *config_error;     /* deepspeed_c.DeepSpeedConfigError, a ValueError */
+    PyObject *comm_error;       /* deepspeed_c.CommError, a RuntimeError */
+    PyObject *checkpoint_error; /* deepspeed_c.CheckpointError, a RuntimeError */
     PyTypeObject *config_type, *comm_type, *work_type, *engine_type, *hook_type, *grid_type;
     PyObject *str_grad, *str_requires_grad, *str_dlpack; /* interned names */
     /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */

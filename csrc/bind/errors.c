@@ -17,6 +17,7 @@ static PyObject *exception_of(struct dsc_bind_state *state, enum dsc_status stat
 #define NOTYET PyExc_NotImplementedError
 #define RUNTIME PyExc_RuntimeError
 #define CONFIG state->config_error
+#define CHECKPOINT state->checkpoint_error
     switch (status) {
 #define X(name, value, sentence, kind)                                                             \
     case name:                                                                                     \
@@ -86,6 +87,13 @@ int dsc_bind_add_errors(PyObject *module) {
         "Ranks diverged or one died; the text names the rank and the calls.", PyExc_RuntimeError,
         NULL);
     if (!state->comm_error || PyModule_AddObjectRef(module, "CommError", state->comm_error) < 0)
+        return -1;
+    state->checkpoint_error = PyErr_NewExceptionWithDoc(
+        "deepspeed_c.CheckpointError",
+        "A checkpoint is damaged or does not fit; the text names the file and the tensor.",
+        PyExc_RuntimeError, NULL);
+    if (!state->checkpoint_error ||
+        PyModule_AddObjectRef(module, "CheckpointError", state->checkpoint_error) < 0)
         return -1;
     dsc_log_set_sink(log_to_python);
     return 0;

@@ -30,6 +30,7 @@ static int module_exec(PyObject *module) {
 #define DSC_BIND_STATE_OBJECTS(X)                                                                  \
     X(config_error)                                                                                \
     X(comm_error)                                                                                  \
+    X(checkpoint_error)                                                                            \
     X(config_type)                                                                                 \
     X(comm_type)                                                                                   \
     X(work_type)                                                                                   \

@@ -103,6 +103,9 @@ struct dsc_kernels {
      * sum is in fp64, in index order. */
     void (*softmax)(float *out, const float *x, size_t n_rows, size_t n);
 
+    /* CRC32C of n_bytes, going on from the checksum of what came before (crc32c.h) */
+    uint32_t (*crc32c)(uint32_t before, const void *data, size_t n_bytes);
+
     /* acc[i] = acc[i] op src[i] for collectives. acc is fp32 where the dtype is BF16 or F16, else
      * of the dtype itself. AVG adds (the caller divides). MIN and MAX propagate NaN. Integers wrap.
      */

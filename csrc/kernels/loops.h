@@ -1,7 +1,7 @@
 /* Every loop of the kernel table, compiled once per tier: no include guard, on purpose.
  *
- * The including file defines TIER (the name), VECTOR_BYTES (its register width) and the two
- * conversions that compilers do not vectorise: widen_f16(float *, const uint16_t *, n),
+ * The including file defines TIER (the name), VECTOR_BYTES (its register width), crc32c, and the
+ * two conversions that compilers do not vectorise: widen_f16(float *, const uint16_t *, n),
  * narrow_f16(uint16_t *, const float *, n). The loops are plain C over the maths of <op>.h; the
  * compiler makes the vectors. Invariant: nothing here depends on TIER but the speed. */
 #include "adagrad.h"
@@ -385,6 +385,7 @@ const struct dsc_kernels NAME(dsc__kernels) = {
     .add_weighted_rows = NAME(add_weighted_rows),
     .dot_rows = NAME(dot_rows),
     .softmax = NAME(softmax),
+    .crc32c = crc32c,
     .adam = NAME(adam),
     .sgd = NAME(sgd),
     .adagrad = NAME(adagrad),

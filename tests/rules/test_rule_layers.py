@@ -8,15 +8,16 @@ from tree import c_files, read
 # From the bottom up. A name with a slash is a folder; others are the files <name>.c, .h and .def. A new file is
 # named here by whoever adds it: that is the moment to decide where it stands.
 LAYERS = [
-    ("base", ["dsc", "status", "alloc", "log"]),
+    ("base", ["dsc", "status", "alloc", "log", "json"]),
     ("kernels and pure arithmetic", [
         "kernels/", "fpenv", "pool", "arena", "lr", "scaler", "clip", "shuffle", "partition", "space", "source", "wire",
-        "file_io", "file_io_*", "memory_limit",
+        "file_io", "file_io_*", "memory_limit", "crc32c",
         "topo", "tensor", "optim", "lamb", "stepping", "config", "config_*",
     ]),
     ("communication", ["comm/"]),
     ("what the engine is made of", [
-        "bucket", "bucket_*", "fetch", "spread", "store", "swap", "update", "moe", "moe_*", "shard",
+        "bucket", "bucket_*", "fetch", "spread", "store", "swap", "update", "moe", "moe_*", "shard", "shard_*",
+        "save",
     ]),
     ("engine", ["engine", "engine_*", "plan"]),
     ("binding", ["bind/"]),
@@ -37,9 +38,9 @@ PRIVATE = {
 # Outside headers with one place each.
 OUTSIDE = {
     r"Python\.h|numpy/|dlpack/": r"csrc/bind/",
-    r"cJSON\.h": r"csrc/config|csrc/bind/(bind\.h|config(_source)?\.[ch])",
+    r"cJSON\.h": r"csrc/(config|json)|csrc/bind/(bind\.h|config(_source)?\.[ch])",
     r"liburing\.h": r"csrc/file_io_ring\.c",
-    r"\w*intrin\.h|arm_neon\.h|cpuid\.h": r"csrc/(kernels|comm)/(isa_\w+|dispatch)\.c|csrc/fpenv\.h",
+    r"\w*intrin\.h|arm_(?:neon|acle)\.h|cpuid\.h": r"csrc/(kernels|comm)/(isa_\w+|dispatch)\.c|csrc/fpenv\.h",
 }
 
 

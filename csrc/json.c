@@ -1,8 +1,6 @@
-/* Strict JSON grammar (RFC 8259) over a text, to say exactly where it is broken.
- *
- * Decides: nothing about content. Invariant: what passes here, cJSON and Python's json read alike;
- * cJSON by itself takes numbers like 01 and reports errors a few bytes off. */
-#include "config_parts.h"
+/* A scanner of the grammar, and one walk over a tree's numbers and texts. Invariant: as in the
+ * header. */
+#include "json.h"
 
 #include <string.h>
 
@@ -174,7 +172,7 @@ static bool scan_value(struct scan *scan, int depth) {
     return *scan->at == '-' || is_digit(*scan->at) ? scan_number(scan) : scan_word(scan);
 }
 
-const char *dsc__config_syntax(const char *text, const char **expected) {
+const char *dsc_json_syntax(const char *text, const char **expected) {
     struct scan scan = {text + (strncmp(text, "\xEF\xBB\xBF", 3) == 0 ? 3 : 0), NULL};
     if (scan_value(&scan, 0)) {
         skip_space(&scan);
@@ -184,4 +182,57 @@ const char *dsc__config_syntax(const char *text, const char **expected) {
     }
     *expected = scan.expected;
     return scan.at;
+}
+
+enum dsc_status dsc_json_parse(const char *text, size_t n_bytes, const char *what, cJSON **out) {
+    const char *expected = "'{'", *stop = text;
+    if (*text == '{')
+        stop = dsc_json_syntax(text, &expected);
+    if (!stop && strlen(text) != n_bytes) {
+        stop = text + strlen(text);
+        expected = "no byte 0";
+    }
+    if (stop)
+        return DSC_FAIL(DSC_EDAMAGED, "%s: byte %zu of the JSON text: expected %s", what,
+                        (size_t)(stop - text), expected);
+    cJSON *tree = cJSON_Parse(text);
+    if (!tree)
+        return DSC_FAIL(DSC_EDAMAGED,
+                        "%s: JSON that could not be taken in (a number of more than "
+                        "60 digits, or no memory)",
+                        what);
+    *out = tree;
+    return DSC_OK;
+}
+
+bool dsc_json_count(const cJSON *item, uint64_t *out) {
+    const double limit = 9007199254740992.0; /* 2^53: each whole number up to here is a double */
+    if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0) || item->valuedouble > limit ||
+        (double)(uint64_t)item->valuedouble != item->valuedouble)
+        return false;
+    *out = (uint64_t)item->valuedouble;
+    return true;
+}
+
+size_t dsc_json_quote(char *out, const char *text) {
+    static const char digits[] = "0123456789abcdef";
+    size_t n = 0;
+    char ignored[6];
+    for (const unsigned char *c = (const unsigned char *)text; *c; c++) {
+        char *to = out ? out + n : ignored;
+        if (*c < 0x20) {
+            memcpy(to, "\\u00", 4);
+            to[4] = digits[*c >> 4];
+            to[5] = digits[*c & 15];
+            n += 6;
+        } else {
+            if (*c == '"' || *c == '\\') {
+                *to++ = '\\';
+                n++;
+            }
+            *to = (char)*c;
+            n++;
+        }
+    }
+    return n;
 }

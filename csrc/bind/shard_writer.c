@@ -210,7 +210,7 @@ static bool report_progress(void *context, uint64_t n_done) {
     return done != NULL;
 }
 
-static enum dsc_status copy_and_start(struct dsc_save *core, int n_threads, dsc_team *team) {
+static enum dsc_status copy_and_start(struct dsc_save *core, int n_threads, struct dsc_team team) {
     struct dsc_pool *pool = NULL;
     DSC_TRY(dsc_pool_open(n_threads, team, &pool));
     enum dsc_status status = dsc_save_start(core, pool);
@@ -221,7 +221,7 @@ static enum dsc_status copy_and_start(struct dsc_save *core, int n_threads, dsc_
 static enum dsc_status run_write(WriterObject *self, bool snapshot, PyObject *progress) {
     static const char *const metadata[] = {"format", "deepspeed_c", "version", "1", NULL};
     struct report report = {progress, 0};
-    dsc_team *team = dsc_bind_team(dsc_bind_state_of(Py_TYPE(self)));
+    struct dsc_team team = dsc_bind_team(dsc_bind_state_of(Py_TYPE(self)));
     const char *path = PyBytes_AS_STRING(self->path);
     enum dsc_status status;
     Py_BEGIN_ALLOW_THREADS;

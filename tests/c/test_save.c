@@ -75,7 +75,7 @@ static void a_copy_is_written_while_the_tensors_change(void) {
     struct dsc_pool *pool;
     make_test_folder();
     for (int n_threads = 1; n_threads <= 3; n_threads++) {
-        CHECK_OK(dsc_pool_open(n_threads, NULL, &pool));
+        CHECK_OK(dsc_pool_open(n_threads, (struct dsc_team){0}, &pool));
         fill_all(2);
         struct dsc_save *save = open_save();
         CHECK_OK(dsc_save_start(save, pool));

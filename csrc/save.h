@@ -34,6 +34,7 @@ bool dsc_save_done(struct dsc_save *save);
  * DSC_EINTR, and the write goes on. DSC_ESTATE where none was begun. */
 enum dsc_status dsc_save_wait(struct dsc_save *save, bool (*interrupted)(void *), void *context);
 
+/* Where everything stands in the file; known from the opening on. */
 const struct dsc_shard_layout *dsc_save_layout(const struct dsc_save *save);
 /* layout->n_crcs of them; final once a write has begun (dsc_save_start) or ended well
  * (dsc_save_write). NULL before. */

@@ -15,6 +15,7 @@ struct tally {
     size_t own[DSC_PLAN_KIND_COUNT];    /* private; what comes and goes: unused */
     size_t shared[DSC_PLAN_KIND_COUNT]; /* its part of what the node shares */
     size_t file[DSC_PLAN_KIND_COUNT];
+    struct dsc_store_slabs slabs[DSC_REDUCE_MAX]; /* its own files for parameters */
     size_t grads[DSC_PLAN_PHASE_COUNT], gathered[DSC_PLAN_PHASE_COUNT]; /* come and go */
     struct dsc_plan_bytes traffic[DSC_PLAN_TRAFFIC_COUNT];
 };
@@ -32,6 +33,7 @@ struct planner {
     /* Per reduce group: what parameters take where they lie; of all, elements and bytes. */
     size_t param_bytes[DSC_REDUCE_MAX], frozen_bytes[DSC_REDUCE_MAX];
     size_t whole_elems[DSC_REDUCE_MAX], whole_bytes[DSC_REDUCE_MAX];
+    struct dsc_store_slabs slabs[DSC_REDUCE_MAX]; /* of a store for them */
 };
 
 static int place_in(const struct dsc_plan_group *group, int rank) {
@@ -54,12 +56,14 @@ static bool in_parts(const struct planner *p, int reduce, int rank) {
 }
 
 /* A part lies in memory, or is a piece of its rank's store of files. */
-static void hold_part(const struct planner *p, enum dsc_plan_kind kind, size_t n_bytes,
+static void hold_part(const struct planner *p, int reduce, enum dsc_plan_kind kind, size_t n_bytes,
                       struct tally *t) {
-    if (p->job->params_in_files)
+    if (p->job->params_in_files) {
         t->file[kind] += dsc_store_bytes(n_bytes);
-    else
+        dsc_store_count(&t->slabs[reduce], n_bytes);
+    } else {
         t->own[kind] += n_bytes;
+    }
 }
 
 static size_t scaled(const struct planner *p, size_t n) {
@@ -158,8 +162,8 @@ static void count_space(const struct planner *p, size_t s, int rank, struct tall
         return;
     struct dsc_parts it = dsc_parts(space, dsc_space_owned(space, place));
     while (in_parts(p, space->reduce, rank) && dsc_parts_next(&it))
-        hold_part(p, DSC_PLAN_PARAMETERS, dsc_range_size(it.part) * dsc_dtype_size(space->dtype),
-                  t);
+        hold_part(p, space->reduce, DSC_PLAN_PARAMETERS,
+                  dsc_range_size(it.part) * dsc_dtype_size(space->dtype), t);
     struct dsc_bucket_sizes sizes = dsc_bucket_sizes_of(space, place, &needs.buckets);
     hold(t, DSC_PLAN_SUMS, dsc_range_size(sizes.held) * sizeof(float));
     for (int i = 0; i < 2; i++) /* to send from, and to receive in */
@@ -195,7 +199,7 @@ static void count_gathered(const struct planner *p, size_t g, int rank, struct t
     t->gathered[DSC_PLAN_BACKWARD] += share_of(bytes, most - kept, all);
     for (size_t i = 0; i < job->model.n_frozen; i++)
         if (job->model.frozen[i].reduce == (int)g)
-            hold_part(p, DSC_PLAN_FROZEN, frozen_part(p, &job->model.frozen[i]), t);
+            hold_part(p, (int)g, DSC_PLAN_FROZEN, frozen_part(p, &job->model.frozen[i]), t);
 
     uint64_t times = most == all && job->fetch.reuse >= all ? 1 : 2 * job->n_micro_steps;
     size_t n_ranks = (size_t)group->n_ranks, n_nodes = (size_t)nodes_of(p, (int)g, rank);
@@ -222,6 +226,8 @@ static void count_params(const struct planner *p, size_t g, int rank, struct tal
         t->own[DSC_PLAN_ROUNDING] += dsc_arena_bytes(n_bytes) - n_bytes;
     mine[DSC_PLAN_PARAMETERS] += p->param_bytes[g];
     mine[DSC_PLAN_FROZEN] += p->frozen_bytes[g];
+    if (mine == t->file)
+        t->slabs[g] = p->slabs[g];
 }
 
 static void count_rank(const struct planner *p, int rank, struct tally *t) {
@@ -248,6 +254,8 @@ static void count_rank(const struct planner *p, int rank, struct tally *t) {
             spreads[g] = true;
         }
     }
+    for (size_t g = 0; g < job->n_reduce; g++)
+        t->file[DSC_PLAN_ROUNDING] += t->slabs[g].n_bytes - t->slabs[g].n_taken;
 }
 
 /* While a model is cast, or moves to where it lies, old and new values meet one parameter at a
@@ -341,6 +349,7 @@ static void place_params(struct planner *p) {
         p->whole_elems[g] += p->params[i].n_elems;
         p->whole_bytes[g] += n_bytes;
         p->param_bytes[g] += rounds ? dsc_store_bytes(n_bytes) : n_bytes;
+        dsc_store_count(&p->slabs[g], n_bytes);
     }
     for (size_t i = 0; i < model->n_frozen; i++) {
         int g = model->frozen[i].reduce;
@@ -348,6 +357,7 @@ static void place_params(struct planner *p) {
         p->whole_elems[g] += n;
         p->whole_bytes[g] += n * size;
         p->frozen_bytes[g] += rounds ? dsc_store_bytes(n * size) : n * size;
+        dsc_store_count(&p->slabs[g], n * size);
     }
 }
 

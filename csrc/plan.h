@@ -21,7 +21,7 @@
     X(DSC_PLAN_MASTERS, "masters")                                                                 \
     X(DSC_PLAN_STATES, "optimizer states")                                                         \
     X(DSC_PLAN_STAGING, "staging")                                                                 \
-    X(DSC_PLAN_ROUNDING, "rounding to huge pages")
+    X(DSC_PLAN_ROUNDING, "rounding")
 
 #define DSC_PLAN_PHASE_MAP(X)                                                                      \
     X(DSC_PLAN_INITIALIZE, "initialize")                                                           \

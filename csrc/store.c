@@ -175,7 +175,7 @@ static enum dsc_status open_file_slab(const struct dsc_store *store, size_t n_by
     struct dsc_file *file = NULL;
     struct door mine = {0}, first;
     enum dsc_status status = DSC_OK;
-    kept->n_bytes = dsc_round_up(n_bytes, DSC_FILE_ALIGN);
+    kept->n_bytes = n_bytes;
     kept->release = unmap_slab;
     if (dsc_comm_rank(store->comm) == 0)
         status = make_slab_file(store, kept->n_bytes, &file, &mine);
@@ -200,12 +200,26 @@ static enum dsc_status open_memory_slab(const struct dsc_store *store, size_t n_
     return DSC_OK;
 }
 
+static size_t slab_bytes(size_t piece_bytes) {
+    return dsc_round_up(dsc_max(piece_bytes, SLAB_BYTES), DSC_FILE_ALIGN);
+}
+
+void dsc_store_count(struct dsc_store_slabs *slabs, size_t piece_bytes) {
+    piece_bytes = dsc_store_bytes(piece_bytes);
+    if (slabs->n_left < piece_bytes) {
+        slabs->n_left = slab_bytes(piece_bytes);
+        slabs->n_bytes += slabs->n_left;
+    }
+    slabs->n_left -= piece_bytes;
+    slabs->n_taken += piece_bytes;
+}
+
 /* A slab with room for n_bytes takes the place of the full one. */
 static enum dsc_status open_slab(struct dsc_store *store, size_t n_bytes) {
     struct dsc_slab *slab = NULL;
     DSC_TRY(dsc_store_agree(store, "memory for parameters"));
     DSC_TRY(dsc_alloc(sizeof *slab, (void **)&slab));
-    n_bytes = dsc_max(n_bytes, SLAB_BYTES);
+    n_bytes = slab_bytes(n_bytes);
     enum dsc_status status = store->folder ? open_file_slab(store, n_bytes, &slab->kept)
                                            : open_memory_slab(store, n_bytes, &slab->kept);
     if (status != DSC_OK) {

@@ -32,6 +32,14 @@ void dsc_store_close(struct dsc_store *store);
 static inline size_t dsc_store_bytes(size_t n_bytes) {
     return dsc_round_up(n_bytes, DSC_STORE_ALIGN);
 }
+/* The slabs of a store, counted without making it. */
+struct dsc_store_slabs {
+    size_t n_bytes; /* of all; in files they are there from the start */
+    size_t n_taken; /* in pieces */
+    size_t n_left;  /* in the last one */
+};
+void dsc_store_count(struct dsc_store_slabs *slabs, size_t piece_bytes);
+
 /* n_bytes zeroed bytes (> 0) at DSC_STORE_ALIGN in *memory; the caller owns a share of *slab.
  * Collective whenever a slab is full: what ranks have taken is compared then. Its pages are there
  * on return, in this rank's mapping, unless they are a file's. */

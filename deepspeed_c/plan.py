@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 
 import torch
@@ -60,7 +61,7 @@ def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
     module: an nn.Module, best on the meta device; it is cast as `initialize` does. config: a _core.Config over
     world_size ranks, which are parallel over data, on `nodes` machines. memory: bytes of a machine that may be used
     (default: this one's). zero_init: the module is made inside zero.Init, so no rank ever holds all of it. Keys: those
-    of _core.plan, elements, memory, optimizer. PlanError, ValueError or NotImplementedError where it cannot be trained.
+    of _core.plan, elements, memory, optimizer, rooms (see _rooms). PlanError, ValueError or NotImplementedError where it cannot be trained.
     """
     _check_ranks(world_size)
     if nodes < 1 or world_size % nodes:
@@ -91,7 +92,26 @@ def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
         any(group.get("momentum") for group in optimizer.param_groups),
         (staging, staging if world_size > nodes else 0), memory)
     elements = {"trained": sum(p.numel() for p in trained.values()), "frozen": sum(p.numel() for p in frozen)}
-    return {**found, "elements": elements, "memory": memory, "optimizer": said}
+    return {**found, "elements": elements, "memory": memory, "optimizer": said, "rooms": _rooms(found["file"], config)}
+
+
+def _rooms(file, config):
+    """[{folders, needed, free}] of each file system of this machine in which a node's files would be made: what they
+    take, and what is free there now. file: {kind: bytes} of a node."""
+    of_states = file["masters"] + file["optimizer states"]
+    rooms = {}
+    for section, needed in ("offload_optimizer", of_states), ("offload_param", sum(file.values()) - of_states):
+        if not needed:
+            continue
+        folder = config.get(f"zero_optimization.{section}.nvme_path")
+        there = os.path.abspath(folder)
+        while not os.path.exists(there):  # initialize makes it
+            there = os.path.dirname(there)
+        room = rooms.setdefault(os.stat(there).st_dev,
+                                {"folders": [], "needed": 0, "free": shutil.disk_usage(there).free})
+        room["folders"] += [folder] * (folder not in room["folders"])
+        room["needed"] += needed
+    return list(rooms.values())
 
 
 def _check_ranks(world_size):
@@ -257,6 +277,9 @@ def report(found, world_size, nodes):
         yield from _table(("bytes in one step", "times", "sent, per rank", "received, per rank",
                            "between nodes, per node"), traffic)
         yield ""
+    for room in found["rooms"]:
+        yield (f"files of a node in {', '.join(room['folders'])}: {_amount(room['needed'])}; free here: "
+               f"{_amount(room['free'])}{', so initialize fails' * (room['needed'] > room['free'])}")
     total = n["trained"] + n["frozen"]
     yield (f"largest model of this shape in {_amount(found['memory'])} per node, without activations: "
            f"{_count(int(total * found['scale']))} parameters ({found['scale']:.3g} times this one)")

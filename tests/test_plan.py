@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import shlex
+import subprocess
+import types
 
 import models
 import pytest
@@ -16,7 +18,7 @@ from test_delegate import FORCED
 import deepspeed_c as deepspeed
 from deepspeed_c import _core
 from deepspeed_c.moe.layer import MoE
-from deepspeed_c.plan import PlanError, machine_memory, main, make_model, plan
+from deepspeed_c.plan import PlanError, machine_memory, main, make_model, plan, report
 
 HELD = ("sums over micro-steps", "reduced sums", "masters", "optimizer states", "staging")
 OPTIMIZERS = {"lamb": {"type": "Lamb", "params": {"lr": 1e-2}}, "sgd": {"type": "SGD", "params": {"lr": 1e-2}},
@@ -181,6 +183,41 @@ def test_plans_with_states_in_files(ranks, tmp_path):
     stores = sum(rank[0]["stores"] for rank in ranks(2, held, [("awkward", config)]))
     assert found["file"]["parameters"] + found["file"]["frozen parameters"] == stores > 0
     assert found["private"]["parameters"] == found["shared"]["parameters"] == 0
+
+
+def to_files(*folders):
+    sections = zip(("offload_optimizer", "offload_param"), folders)
+    return models.config(3, "bf16", zero={name: {"device": "nvme", "nvme_path": str(f)} for name, f in sections})
+
+
+def test_plans_compare_files_with_the_room_for_them(tmp_path, monkeypatch):
+    assert planned("awkward", models.config(3), 1)["rooms"] == []
+    found = planned("awkward", to_files(tmp_path / "a", tmp_path / "not" / "there"), 2)
+    room, = found["rooms"]  # one file system
+    assert room["folders"] == [str(tmp_path / "a"), str(tmp_path / "not" / "there")] and not os.listdir(tmp_path)
+    assert room["needed"] == sum(found["file"].values()) and room["free"] > 0
+    for free, fails in ((room["needed"], False), (room["needed"] - 1, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+        found = planned("awkward", to_files(tmp_path / "a", tmp_path / "b"), 2)
+        line, = [line for line in report(found, 2, 1) if line.startswith("files of a node in")]
+        assert line.endswith(", so initialize fails") == fails and "free here: 64." in line, line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_initialize_reserves_what_is_planned_for_files(tmp_path):
+    needed = planned("awkward", to_files(tmp_path, tmp_path), 1)["rooms"][0]["needed"]
+    for size in needed, needed - 4096:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", tmp_path],
+                          capture_output=True).returncode:
+            pytest.skip("mounting a small file system is not allowed here")
+        try:
+            if size == needed:
+                deepspeed.initialize(model=models.Awkward(), config=to_files(tmp_path, tmp_path))[0].destroy()
+            else:
+                with pytest.raises(OSError, match="No space left on device"):
+                    deepspeed.initialize(model=models.Awkward(), config=to_files(tmp_path, tmp_path))
+        finally:
+            subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_plans_where_ranks_share_no_memory(ranks):

@@ -61,7 +61,8 @@ def plan(module, config, world_size, nodes=1, memory=None, zero_init=False):
     module: an nn.Module, best on the meta device; it is cast as `initialize` does. config: a _core.Config over
     world_size ranks, which are parallel over data, on `nodes` machines. memory: bytes of a machine that may be used
     (default: this one's). zero_init: the module is made inside zero.Init, so no rank ever holds all of it. Keys: those
-    of _core.plan, elements, memory, optimizer, rooms (see _rooms). PlanError, ValueError or NotImplementedError where it cannot be trained.
+    of _core.plan, elements, memory, optimizer, rooms (see _rooms). PlanError, ValueError or NotImplementedError where
+    it cannot be trained.
     """
     _check_ranks(world_size)
     if nodes < 1 or world_size % nodes:

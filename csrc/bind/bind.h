@@ -35,7 +35,10 @@ struct dsc_comm;
     X(plan)                                                                                        \
     X(stepper)                                                                                     \
     X(moe)                                                                                         \
-    X(shard_writer)
+    X(shard_writer)                                                                                \
+    X(manifest)                                                                                    \
+    X(reader)                                                                                      \
+    X(folder)
 
 #define X(name) int dsc_bind_add_##name(PyObject *module);
 DSC_BIND_MAP(X)
@@ -46,6 +49,7 @@ struct dsc_bind_state {
     PyObject *comm_error;       /* deepspeed_c.CommError, a RuntimeError */
     PyObject *checkpoint_error; /* deepspeed_c.CheckpointError, a RuntimeError */
     PyTypeObject *config_type, *comm_type, *work_type, *engine_type, *hook_type, *grid_type;
+    PyTypeObject *reader_type, *folder_type;
     PyObject *str_grad, *str_requires_grad, *str_dlpack; /* interned names */
     /* Tensor types seen, with their exchange table: a plain tensor and a Parameter in practice. */
     PyTypeObject *exchange_type[4];

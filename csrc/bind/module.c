@@ -37,6 +37,8 @@ static int module_exec(PyObject *module) {
     X(engine_type)                                                                                 \
     X(hook_type)                                                                                   \
     X(grid_type)                                                                                   \
+    X(reader_type)                                                                                 \
+    X(folder_type)                                                                                 \
     X(str_grad)                                                                                    \
     X(str_requires_grad)                                                                           \
     X(str_dlpack) X(exchange_type[0]) X(exchange_type[1]) X(exchange_type[2]) X(exchange_type[3])

@@ -17,7 +17,7 @@ LAYERS = [
     ("communication", ["comm/"]),
     ("what the engine is made of", [
         "bucket", "bucket_*", "fetch", "spread", "store", "swap", "update", "moe", "moe_*", "shard", "shard_*",
-        "save",
+        "save", "manifest", "manifest_*", "reader", "publish",
     ]),
     ("engine", ["engine", "engine_*", "plan"]),
     ("binding", ["bind/"]),
@@ -31,6 +31,7 @@ PRIVATE = {
     "csrc/comm/delegate_impl.h": r"csrc/comm/delegate",
     "csrc/comm/tcp_impl.h": r"csrc/comm/tcp_",
     "csrc/file_io_impl.h": r"csrc/file_io",
+    "csrc/manifest_impl.h": r"csrc/manifest",
     "csrc/kernels/tier.h": r"csrc/kernels/",
     "csrc/kernels/loops.h": r"csrc/kernels/isa_",
     "csrc/bind/bind.h": r"csrc/bind/",

@@ -12,6 +12,7 @@ import torch
 
 from . import _core, optimizer_choice
 from . import model as model_setup
+from .checkpoint.save import EngineCheckpoints
 from .distributed import engine_comm
 from .mpu import mpu_layout
 from .offload_states import EVERYTHING, GRADIENTS, PARAMETERS, EngineOffload
@@ -79,7 +80,7 @@ def _remove_hooks(handles):
     handles.clear()
 
 
-class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Module):
+class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, EngineCheckpoints, torch.nn.Module):
     """Made by deepspeed_c.initialize.
 
     Attributes: module (the caller's own object), optimizer, lr_scheduler, training_dataloader, config (the
@@ -126,7 +127,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         self._finalizer = weakref.finalize(self, _remove_hooks, self._handles)
         self._places = {}
         self._where = None
-        self.optimizer = self.basic_optimizer = self._run = self._core = self._shards = None
+        self.optimizer = self.basic_optimizer = self._run = self._core = self._shards = self._reduction = None
         self.module = model
         self.lr_scheduler = self.training_dataloader = None
         try:
@@ -199,7 +200,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else None
         prepare_experts(self.module, self._config.get("use_data_before_expert_parallelism"), self.mp_world_size)
         everything = model_setup.every(self.module, self._params)
-        reduction = Reduction(self._layout, everything)
+        reduction = self._reduction = Reduction(self._layout, everything)
         model_setup.cast(self.module, dtype)
         if self.zero_optimization_stage() == 3:
             self._shard(everything, reduction, dtype, parameters)
@@ -396,6 +397,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
         core = self._needs_core("step")
         try:
             self._refuse_offloaded("step", EVERYTHING)
+            self._raise_failed_save()
             self._take_replaced()
             self._refuse_unscaled()
             if self._shards is not None:
@@ -583,7 +585,15 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, torch.nn.Mod
     def destroy(self):
         """Frees masters, optimizer states and shared memory, and takes the hooks off. The module stays usable,
         its parameters in ordinary private storage. Idempotent. At stage 3 where ranks share no memory it is collective:
-        CommError, with everything freed, where ranks are gone whose parts would be needed."""
+        CommError, with everything freed, where ranks are gone whose parts would be needed. Collective too where a
+        checkpoint is being written (checkpoint.async): waits for it, and raises what it met with, with everything
+        freed."""
+        try:
+            self.checkpoint_commit()
+        finally:
+            self._free()
+
+    def _free(self):
         self._finalizer()
         release(self._places)
         if self._run is not None:

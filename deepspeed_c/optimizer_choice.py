@@ -139,16 +139,23 @@ def _steps_agree(optimizer):
     return True
 
 
+def lacking(group, i):
+    """NotImplementedError where parameter group i has an option that the core has not."""
+    for key in _LACKS:
+        if group.get(key):
+            raise NotImplementedError(f"parameter group {i}: {key} is {group[key]!r}: not yet; allowed: False")
+
+
 def _not_in_core(optimizer):
     """Why torch has to run it, None where the core does."""
     cls = type(optimizer)
     if cls not in OURS and cls not in _TORCHS:
         return f"{cls.__module__}.{cls.__qualname__} is none of the core's"
     for i, group in enumerate(optimizer.param_groups):
+        if cls in OURS:
+            lacking(group, i)
         for key in _LACKS:
             if group.get(key):
-                if cls in OURS:
-                    raise NotImplementedError(f"parameter group {i}: {key} is {group[key]!r}: not yet; allowed: False")
                 return f"parameter group {i} has {key}={group[key]!r}"
     return None if _steps_agree(optimizer) else "parameters of one group have taken different numbers of steps"
 

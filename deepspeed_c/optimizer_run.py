@@ -12,7 +12,9 @@ from operator import is_
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from . import _core
 from .model import flat
+from .optimizer_choice import lacking
 
 _GRADIENT, _MASTER = -2, -1  # where others are numbers of optimizer states
 STATE_NAMES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",), "adagrad": ("sum",)}
@@ -87,6 +89,19 @@ class _Run:
         """This rank's fragment of parameter i's fp32 master, over the core's memory; None where it has none."""
         return self._masters.get(i)
 
+    def group_of(self, i):
+        """Number of parameter i's group."""
+        return self._group_of[i]
+
+    @property
+    def scaler(self):
+        """{name: number} of the loss scaler."""
+        return dict(zip(SCALER, self._core.scaler))
+
+    @scaler.setter
+    def scaler(self, state):
+        self._core.scaler = tuple(state[name] for name in SCALER)
+
     def _numbers(self):
         """Number of each trained parameter in torch's order of state dicts: group by group."""
         index = {id(p): i for i, p in enumerate(self._params)}
@@ -112,7 +127,7 @@ class _Run:
         masters = {number: self._masters[i] for number, i in self._numbers().items() if i in self._masters}
         return {"place": self._place(), "parts": self._numbered_parts(), "state": self._packed_state(),
                 "param_groups": self._packed_groups(), "masters": masters,
-                "loss_scaler": dict(zip(SCALER, self._core.scaler))}
+                "loss_scaler": self.scaler}
 
     def _numbered_parts(self):
         return {number: self._parts[i] for number, i in self._numbers().items()}
@@ -151,7 +166,7 @@ class _Run:
             self._masters[numbers[number]].copy_(master)
         for group, packed in zip(self.optimizer.param_groups, saved["param_groups"]):
             group.update({key: value for key, value in packed.items() if key != "params"})
-        self._core.scaler = tuple(saved["loss_scaler"][name] for name in SCALER)
+        self.scaler = saved["loss_scaler"]
         self._core.mend()
 
 
@@ -159,11 +174,12 @@ class CoreRun(_Run):
     """An optimizer whose rule the core has. Its ``state`` shows the core's memory: what is written there counts."""
 
     runs_hooks = True
+    makes_states = False
 
     def __init__(self, optimizer, engine, parameters, kind):
         super().__init__(optimizer, engine, parameters)
         self.state_names = getattr(optimizer, "state_names", None) or STATE_NAMES[kind]
-        self._counts = kind != "sgd"  # torch's SGD shows no number of steps
+        self._kind, self._counts = kind, kind != "sgd"  # torch's SGD shows no number of steps
         self._steps = from_dlpack(self._core.steps())
         self._shown = {}  # number of parameter -> {name: tensor}
         self._seen = None, None  # entries of ``state`` and what is in them, once it shows the core's memory
@@ -270,6 +286,58 @@ class CoreRun(_Run):
         self._take()
         return {name: t for name, t in self._shown.get(i, {}).items() if name != "step"}
 
+    def slots_of(self, i):
+        """{name: tensor} of parameter i's states that are there by now."""
+        return self.states_of(i) if self._counts or self._steps[i] > 0 else {}
+
+    def scalars_of(self, i):
+        """{name: value} of parameter i's other states."""
+        return {"step": self._steps[i].clone()} if self._counts else {}
+
+    # ---- for a checkpoint's loading ----
+
+    @property
+    def may_lack_states(self):
+        """Whether there is a time before the states: SGD's, before its first step with momentum."""
+        return not self._counts
+
+    def memory_of(self, i, name):
+        """Where this rank's fragment of a state lies."""
+        if not self._shown:
+            self._core.hold_momentum()
+            self._show()
+            self._seen = None, None
+        return self._shown[i][name]
+
+    def check_groups(self, groups):
+        """ValueError where the core cannot step by these options."""
+        for i, group in enumerate(groups):
+            lacking(group, i)
+            _core.check_group(self._kind, group, i)
+
+    def check_scalars(self, states):
+        """CheckpointError where parameters of one group have taken different numbers of steps."""
+        self._steps_by_group(states)
+
+    def _steps_by_group(self, states):
+        found = {}
+        for i, slots, scalars in states:
+            taken = float(scalars.get("step", 0)) if self._counts else float(slots is not None)
+            first, known = found.setdefault(self._group_of[i], (i, taken))
+            if known != taken:
+                raise _core.CheckpointError(f"{self._names[i]} has taken {taken:g} steps and {self._names[first]}, of "
+                                            f"the same parameter group, {known:g}: that is not yet with "
+                                            f"{type(self.optimizer).__name__}")
+        return {group: taken for group, (_, taken) in found.items()}
+
+    def adopt(self, states):
+        """What was read into memory_of() counts from now on. states: (number of parameter, {} or, where the checkpoint
+        has none, None, {name: value}) for each that has elements."""
+        by_group = self._steps_by_group(states)
+        for i, group in enumerate(self._group_of):
+            self._steps[i] = by_group.get(group, 0.0)
+        self._take_back()
+
     def _take_back(self):
         for i, shown in self._shown.items():
             self.optimizer.state[self._params[i]] = dict(shown)
@@ -280,6 +348,7 @@ class ForeignRun(_Run):
     """An optimizer that torch runs. During its step, and only then, its groups hold fragments instead of parameters."""
 
     runs_hooks = False
+    makes_states = True
     state_names = ()
 
     def __init__(self, optimizer, engine, parameters, kind):
@@ -348,6 +417,40 @@ class ForeignRun(_Run):
         shape = full.shape if n == full.numel() else (n,)
         return {name: t for name, t in self.optimizer.state.get(self._params[i], {}).items()
                 if isinstance(t, torch.Tensor) and t.shape == shape and name != "step"}
+
+    def slots_of(self, i):
+        """{name: tensor} of parameter i's states: fragments, and what is of another shape. NotImplementedError for such
+        a one where this rank steps only a part."""
+        n, full = self._parts[i][1], self._fulls[i]
+        state = self.optimizer.state.get(self._params[i], {})
+        slots = {name: t for name, t in state.items() if self._is_slot(i, t, name)}
+        for name, t in slots.items():
+            if n != full.numel() and t.shape != (n,):
+                raise NotImplementedError(f"state {name!r} of {self._names[i]} is {tuple(t.shape)} on a rank that "
+                                          f"steps {n} of {full.numel()} elements: saving it is not yet")
+        return slots
+
+    def _is_slot(self, i, value, name):
+        return isinstance(value, torch.Tensor) and name != "step" and (value.dim() > 0 or self._fulls[i].dim() == 0)
+
+    def scalars_of(self, i):
+        """{name: value} of parameter i's other states."""
+        return {name: value for name, value in self.optimizer.state.get(self._params[i], {}).items()
+                if value is not None and not self._is_slot(i, value, name)}
+
+    def check_groups(self, groups):
+        """Nothing: the optimizer reads its options itself."""
+
+    def check_scalars(self, states):
+        """Nothing: each parameter counts its own steps."""
+
+    def adopt(self, states):
+        """These states, [(number of parameter, {slot: tensor} or None, {name: value})], take the place of all."""
+        for p in self._params:
+            self.optimizer.state.pop(p, None)
+        for i, slots, scalars in states:
+            if self._parts[i][1] and (slots or scalars):
+                self.optimizer.state[self._params[i]] = {**scalars, **slots}
 
     def _packed_state(self):
         state = self.optimizer.state

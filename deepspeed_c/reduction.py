@@ -118,6 +118,10 @@ class Reduction:
         """The place of a parameter's reduce group in comms."""
         return self._index[_group_of(p)] if is_expert(p) else 0
 
+    def over_tensor(self, p):
+        """Whether p is an expert's whose group shares experts out over tensor-parallel ranks too."""
+        return _group_of(p) in self._over_tensor
+
     def counted(self, p):
         """Whether a parameter's gradient counts in the norm on this rank: what tensor-parallel ranks hold alike counts
         on the first of them, what several pipeline stages hold on one. Experts that lie over tensor-parallel ranks are

@@ -69,6 +69,7 @@ class RemoteHome(Home):
     """
 
     early = True
+    shared = False
 
     def __init__(self, comm, settings):
         super().__init__(comm)
@@ -221,6 +222,11 @@ class RemoteHome(Home):
     def stepped(self, p):
         """The part of p that this rank's engine steps."""
         return self._slot(p).part
+
+    def held(self, p):
+        """(first element, values) of what this rank has of p, to read and to write."""
+        slot = self._slot(p)
+        return int(slot.cut[self.comm.rank]), slot.part
 
     def part(self, p):
         """This rank's part of p: what its engine steps, which may be none of it, or all."""

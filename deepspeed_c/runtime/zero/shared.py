@@ -19,6 +19,7 @@ class SharedHome(Home):
     """
 
     early = False
+    shared = True
 
     def __init__(self, comm, settings=None):
         super().__init__(comm)
@@ -61,6 +62,10 @@ class SharedHome(Home):
                 if p.numel():
                     p.ds_full.copy_(p.data)
         self.comm.barrier(f"GatheredParameters of {params[0].ds_name} and {len(params) - 1} more: written")
+
+    def held(self, p):
+        """(first element, values) of what this rank reads of p: all, in memory that ranks share."""
+        return 0, flat(p.ds_full)
 
     def part(self, p):
         """This rank's part of p, a view."""

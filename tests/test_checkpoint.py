@@ -1,0 +1,306 @@
+"""What an engine has comes back: into any stage, dtype and number of ranks, and nothing changes where it cannot."""
+import hashlib
+import os
+import random
+
+import models
+import numpy
+import pytest
+import torch
+from checkpoints import MemorySource, state_of, taken
+from deepspeed_c._core import CheckpointError
+from torch import nn
+
+import deepspeed_c as deepspeed
+from deepspeed_c.checkpoint.contents import HERE
+from deepspeed_c.checkpoint.native import NativeSource
+from deepspeed_c.checkpoint.packing import pack, unpack
+from deepspeed_c.checkpoint.restore import Options, restore
+
+PATTERN = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 5}}
+
+
+def made(stage=0, dtype="fp32", seed=3, kind=models.Awkward, **more):
+    """An engine over a model of its own."""
+    more.setdefault("scheduler", PATTERN)
+    module = models.make(kind, seed)
+    return deepspeed.initialize(model=module, config=models.config(stage, dtype, **more))[0]
+
+
+# ---- values ----
+
+
+def packed_and_back(value):
+    tensors, objects = {}, []
+    return unpack(pack(value, tensors, objects), tensors.__getitem__, objects.__getitem__)
+
+
+def test_values_come_back_with_their_types():
+    odd = {"a": (1, [2.5, None]), 3: True, "$": "x", "big": 2**80, "inf": [float("inf"), -float("inf")],
+           "bytes": b"\0\xff", "number": numpy.float32(0.1), "dtype": torch.bfloat16, "empty": {}}
+    back = packed_and_back(odd)
+    assert back == odd and list(back) == list(odd)
+    assert type(back["a"]) is tuple and type(back["number"]) is numpy.float32
+    assert packed_and_back(float("nan")) != packed_and_back(float("nan"))
+    for value in (torch.tensor(0.1), torch.tensor(7, dtype=torch.int64), torch.randn(3, 4).t(), torch.zeros(0, 2)):
+        back = packed_and_back([value])[0]
+        assert torch.equal(back.reshape(value.shape), value) and back.dtype == value.dtype
+    array = numpy.arange(6, dtype=">i4").reshape(2, 3)
+    assert (packed_and_back(array) == array).all()
+
+
+def test_no_text_makes_anything_but_values():
+    for wrong in ({"$": "object_", "value": 0}, {"$": "tensor", "dtype": "load", "value": 1}, {"$": "tuple"},
+                  {"$": "array", "dtype": "O", "shape": [1], "tensor": "0"}):
+        with pytest.raises(ValueError):
+            unpack(wrong, lambda name: torch.zeros(8, dtype=torch.uint8), None)
+
+
+# ---- one rank ----
+
+
+def test_everything_comes_back_on_one_rank():
+    """From any stage and dtype into a model with other values, and training goes on with the same bits."""
+    for dtype in ("fp32", "bf16", "fp16"):
+        for a, b in ((0, 3), (3, 1), (1, 2), (2, 0)):
+            first = made(a, dtype)
+            models.train(first, 0, 3, dtype=dtype)
+            saved = MemorySource([taken(first, client_state={"step": 3, "odd": (1,)})])
+            then = state_of(first)
+            second = made(b, dtype, seed=4)
+            assert restore(second, saved, Options()) == {"step": 3, "odd": (1,)}
+            assert state_of(second) == then
+            models.train(first, 0, 2, dtype=dtype)
+            models.train(second, 0, 2, dtype=dtype)
+            assert models.bits(first.module) == models.bits(second.module)
+            assert state_of(first) == state_of(second)
+
+
+def test_random_generators_come_back():
+    engine = made()
+    saved = MemorySource([taken(engine)])
+    drawn = torch.rand(3).tolist(), random.random(), numpy.random.rand()
+    restore(engine, saved, Options())
+    assert (torch.rand(3).tolist(), random.random(), numpy.random.rand()) == drawn
+
+
+def test_another_dtype_takes_masters():
+    first = made(1, "bf16")
+    models.train(first, 0, 2, dtype="bf16")
+    saved = MemorySource([taken(first)])
+    second = made(2, "fp32", seed=4)
+    restore(second, saved, Options())
+    exact = saved.values["master", "twice.weight", HERE]
+    assert torch.equal(second.module.twice.weight.detach().flatten(), exact)
+    third = made(2, "bf16", seed=5)
+    restore(third, MemorySource([taken(second)]), Options())
+    assert models.bits(third.module) == models.bits(first.module)
+    assert state_of(third) == state_of(first)
+
+
+class Odd(nn.Module):
+    """Parameters that torch's own optimizers run over, in two groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh()).square().mean()
+
+
+@pytest.mark.parametrize("name, options", [
+    ("SGD", {"momentum": 0.9}), ("SGD", {}), ("Adagrad", {}), ("RMSprop", {"momentum": 0.5}), ("NAdam", {}),
+    ("Adam", {"amsgrad": True, "torch_adam": True}), ("Lamb", {}), ("Lion", {}), ("ASGD", {})])
+def test_the_states_of_optimizers_come_back(name, options):
+    optimizer = {"type": name, "params": {"lr": 1e-2, **options}}
+
+    def steps(engine, n):
+        for i in range(n):
+            engine.backward(engine(torch.linspace(-1, i, 12).view(3, 4)))
+            engine.step()
+
+    for n in (0, 2):
+        first, second = (made(0, kind=Odd, seed=seed, optimizer=optimizer) for seed in (1, 2))
+        steps(first, n)
+        saved = MemorySource([taken(first)])
+        steps(second, 1)
+        restore(second, saved, Options())
+        assert state_of(second) == state_of(first)
+        for engine in (first, second):
+            steps(engine, 2)
+        assert state_of(second) == state_of(first)
+
+
+def test_only_weights():
+    first = made(1, "bf16")
+    models.train(first, 0, 2, dtype="bf16")
+    saved = MemorySource([taken(first)])
+    for options in (Options(module_only=True), Options(optimizer_states=False)):
+        second = made(1, "bf16", seed=4)
+        models.train(second, 0, 1, dtype="bf16")
+        restore(second, saved, options)
+        assert models.bits(second.module) == models.bits(first.module)
+        now = {part.tensor.key: part.values for part in taken_parts(second)}
+        assert torch.equal(now["master", "twice.weight", HERE], now["model", "twice.weight", HERE].float())
+        assert second.global_steps == (1 if options.module_only else 2)
+
+
+def taken_parts(engine):
+    from deepspeed_c.checkpoint.contents import Contents
+
+    return Contents(engine).parts
+
+
+def test_what_does_not_fit_is_an_error_and_changes_nothing():
+    first = made(1)
+    models.train(first, 0, 2)
+    for damage, said in (
+            (lambda s: s.tensors.pop(("model", "twice.weight", HERE)), "not in the checkpoint: twice.weight"),
+            (lambda s: s.tensors.pop(("state.exp_avg", "conv.weight", HERE)), "states of conv.weight"),
+            (lambda s: s.tensors.update({("model", "x", HERE): s.tensors["model", "embed.weight", HERE]}), "module: x"),
+            (lambda s: reshape(s, "twice.bias"), r"twice.bias has shape \(4, 5\); the engine's has \(20,\)"),
+            (lambda s: s.sections["groups"].append({}), "2 parameter groups, the engine 1"),
+            (lambda s: s.sections["groups"][0].update(lr=-1.0), "lr"),
+            (lambda s: s.sections["schedule"].update(state={}), "last_batch_iteration"),
+            (lambda s: s.sections["world"].update(tensor=2), "2 tensor-parallel x 1 pipeline-parallel")):
+        saved = MemorySource([taken(first)])
+        damage(saved)
+        second = made(1, seed=4)
+        before = state_of(second)
+        with pytest.raises((CheckpointError, ValueError, KeyError), match=said):
+            restore(second, saved, Options())
+        assert state_of(second) == before
+        models.train(second, 0, 1)
+
+
+def reshape(source, name):
+    from dataclasses import replace
+
+    tensor = source.tensors["model", name, HERE]
+    source.tensors[tensor.key] = replace(tensor, shape=(4, 5), stride=(5, 1))
+
+
+def test_without_strict_what_both_have_is_loaded():
+    first = made(0)
+    saved = MemorySource([taken(first, exclude_frozen=True)])
+    second = made(0, seed=4)
+    with pytest.raises(CheckpointError, match="frozen.weight.*exclude_frozen_parameters"):
+        restore(second, saved, Options())
+    frozen = second.module.frozen.weight.clone()
+    restore(second, saved, Options(strict=False))
+    assert torch.equal(second.module.frozen.weight, frozen)
+    assert torch.equal(second.module.twice.weight, first.module.twice.weight)
+
+
+def test_a_function_of_the_callers_loads_the_module():
+    first, second = made(3), made(3, seed=4)
+    models.train(first, 0, 1)
+
+    def load(src, dst):
+        dst.twice.weight.data.copy_(src["twice.weight"])
+
+    restore(second, MemorySource([taken(first)]), Options(custom_load_fn=load, optimizer_states=False))
+    whole = [dict(e.module.named_parameters())["twice.weight"].ds_full for e in (first, second)]
+    assert torch.equal(*whole)
+    assert models.bits(first.module) != models.bits(second.module)
+
+
+# ---- several ranks ----
+
+STAGES = 0, 1, 2, 3
+
+
+def train_on(engine, rank, dtype):
+    """What two more steps give: a digest of all parameters."""
+    models.train(engine, rank, 2, dtype=dtype)
+    return hashlib.sha256(models.bits(engine.module)).hexdigest()
+
+
+def save_all(rank, world, folder, dtypes, stages):
+    """A checkpoint after three steps for each dtype and stage, and the digests of who went on without a break."""
+    ends = {}
+    for dtype in dtypes:
+        for stage in stages:
+            engine = made(stage, dtype)
+            models.train(engine, rank, 3, dtype=dtype)
+            tag = f"{world}.{dtype}.{stage}"
+            engine.save_checkpoint(folder, tag, {"tag": tag})
+            ends[tag] = train_on(engine, rank, dtype)
+            engine.destroy()
+    return ends
+
+
+def load_all(rank, world, folder, tags, stages):
+    """Each of these checkpoints into each stage, and saved again; the digests of who goes on from it."""
+    ends = {}
+    for tag in tags:
+        dtype = tag.split(".")[1]
+        for stage in stages:
+            engine = made(stage, dtype, seed=5)
+            path, client = engine.load_checkpoint(folder, tag)
+            assert client == {"tag": tag}
+            again = f"{tag} to {world}.{stage}"
+            engine.save_checkpoint(folder, again, client)
+            ends[again] = train_on(engine, rank, dtype)
+            engine.destroy()
+    return ends
+
+
+def all_of(folder, tag):
+    """A checkpoint without its random generators: {(key, dtype, group): bytes in C order}, some sections."""
+    source = NativeSource(os.path.join(folder, tag))
+    found = {}
+    for tensor in source.tensors.values():
+        if tensor.kind != "rng":
+            values = torch.empty(tensor.numel, dtype=tensor.dtype)
+            source.read(*tensor.key, 0, tensor.numel, values)
+            values = values.as_strided(tensor.shape, tensor.stride).contiguous()
+            found[tensor.key, tensor.dtype, tensor.group] = values.flatten().view(torch.uint8).numpy().tobytes()
+    sections = "counters", "scaler", "groups", "schedule", "client", "modules", "tied", "scalars"
+    return found, {name: source.sections.get(name) for name in sections}
+
+
+def check_matrix(ranks, folder, dtypes, worlds, saved_at=STAGES, loaded_at=STAGES):
+    """worlds: [(ranks that save, ranks that load)]"""
+    ends, made = {}, {}
+    for n in sorted({n for n, _ in worlds}):
+        ends.update(ranks(n, save_all, folder, dtypes, saved_at, timeout=300)[0])
+    for m in sorted({m for _, m in worlds}):
+        tags = [tag for tag in ends if (int(tag[0]), m) in worlds and "to" not in tag]
+        made.update(ranks(m, load_all, folder, tags, loaded_at, timeout=600)[0])
+    for tag, end in ends.items():
+        held = all_of(folder, tag)
+        for m in {m for n, m in worlds if n == int(tag[0])}:
+            digests = {made[f"{tag} to {m}.{stage}"] for stage in loaded_at}
+            assert digests == {end} if m == int(tag[0]) else len(digests) == 1, (tag, m)
+            for stage in loaded_at:
+                assert all_of(folder, f"{tag} to {m}.{stage}") == held, (tag, m, stage)
+
+
+def test_any_stage_into_any_stage(ranks, tmp_path):
+    check_matrix(ranks, str(tmp_path), ("fp32", "bf16"), [(2, 2)])
+
+
+def test_any_number_of_ranks_into_any_other(ranks, tmp_path):
+    check_matrix(ranks, str(tmp_path), ("bf16",), [(1, 3), (3, 1)], (1, 3), (0, 2, 3))
+
+
+@pytest.mark.long
+def test_the_whole_matrix(ranks, tmp_path):
+    check_matrix(ranks, str(tmp_path), ("fp32", "bf16", "fp16"), [(n, m) for n in (1, 2, 3, 4) for m in (1, 2, 3, 4)])
+
+
+def over_nodes(rank, world, folder):
+    """As save_all and load_all, where ranks share no memory."""
+    ends = save_all(rank, world, folder, ("bf16",), (0, 2, 3))
+    return ends, load_all(rank, world, folder, list(ends), (0, 1, 3))
+
+
+def test_where_ranks_share_no_memory(ranks, tmp_path):
+    ends, again = ranks(2, over_nodes, str(tmp_path), env={"DSC_COMM_BACKEND": "delegate"})[0]
+    for tag, end in again.items():
+        assert end == ends[tag.split()[0]]
+        assert all_of(tmp_path, tag) == all_of(tmp_path, tag.split()[0])
+    assert ranks(2, load_all, str(tmp_path), list(ends), (3,))[0] == {
+        tag: end for tag, end in again.items() if tag.endswith("3")}

@@ -121,8 +121,13 @@ struct sum_job {
     struct dsc_buckets *set;
     const struct dsc__bucket *bucket;
     struct dsc__record *record;
-    const struct dsc_source *own; /* boundary: this rank's part; NULL: its entry counts */
+    int begin, end;                  /* ranks whose contributions are added */
+    const struct dsc_source *own;    /* boundary: this rank's part, read where it lies */
+    const struct dsc__arrival *here; /* early: the same */
+    bool starts;                     /* this round's sums start: from zero if it is the first one */
     bool first;
+    bool takes_parked;
+    _Atomic bool finite; /* of `here` */
     double *squares;
 };
 
@@ -161,21 +166,41 @@ void dsc__bucket_round_sums(const struct dsc_buckets *set, float *sums) {
     dsc_kernels()->to_f32[dtype](sums, narrow, DSC_BLOCK);
 }
 
+static void add_here(struct sum_job *job, struct dsc_range range, float *dst) {
+    const struct dsc__arrival *here = job->here;
+    struct dsc_range part = dsc_range_cut(range, here->range);
+    size_t n = dsc_range_size(part);
+    if (n == 0)
+        return;
+    const char *src =
+        (const char *)here->data + (part.begin - here->range.begin) * dsc_dtype_size(here->dtype);
+    dsc_wire_add(&job->set->options.wire, dst + (part.begin - range.begin), job->set->slot_dtype,
+                 src, here->dtype, n);
+    if (!dsc_kernels()->is_finite[here->dtype](src, n))
+        atomic_store_explicit(&job->finite, false, memory_order_relaxed);
+}
+
 /* Block by block, so that a block stays in the first-level cache while all ranks are added. */
 static void sum_blocks(void *context, size_t first_block, size_t end_block) {
-    const struct sum_job *job = context;
-    float *sums = sums_at(job->set, job->bucket);
+    struct sum_job *job = context;
+    float *sums = sums_at(job->set, job->bucket), parked[DSC_BLOCK];
     for (size_t k = first_block; k < end_block; k++) {
         struct dsc_range range = {job->bucket->range.begin + k * DSC_BLOCK,
                                   job->bucket->range.begin + (k + 1) * DSC_BLOCK};
         float *dst = sums + k * DSC_BLOCK;
-        if (job->first)
+        if (job->takes_parked)
+            memcpy(parked, dst, sizeof parked);
+        if (job->starts && job->first)
             memset(dst, 0, DSC_BLOCK * sizeof *dst);
-        else
+        else if (job->starts)
             dsc__bucket_round_sums(job->set, dst);
-        for (int rank = 0; rank < job->set->size; rank++) {
-            if (job->own && rank == job->set->rank)
+        for (int rank = job->begin; rank < job->end; rank++) {
+            if (job->takes_parked && rank == DSC__PARKS)
+                dsc_kernels()->accumulate[DSC_F32](dst, parked, DSC_BLOCK, false);
+            else if (job->own && rank == job->set->rank)
                 add_own(job, range, dst);
+            else if (job->here && rank == job->set->rank)
+                add_here(job, range, dst);
             else
                 add_contribution(job, rank, range, dst);
         }
@@ -184,27 +209,49 @@ static void sum_blocks(void *context, size_t first_block, size_t end_block) {
     }
 }
 
-void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_source *own,
-                        struct dsc_norm *norm) {
-    const struct dsc__bucket *bucket = &set->bucket[b];
-    struct dsc__record *record = dsc__bucket_record(set, b);
-    struct sum_job job = {
-        set, bucket, record, own, atomic_load(&record->n_settled) == 0, norm ? set->squares : NULL};
-    size_t n_blocks = dsc_range_size(bucket->range) / DSC_BLOCK;
-    dsc_pool_run(set->options.pool, n_blocks, 32, sum_blocks, &job);
+/* Adds the ranks' contributions, and the squares of what comes out where a norm is asked for. */
+static void sum_up(struct sum_job *job, struct dsc_norm *norm) {
+    size_t n_blocks = dsc_range_size(job->bucket->range) / DSC_BLOCK;
+    job->squares = norm ? job->set->squares : NULL;
+    dsc_pool_run(job->set->options.pool, n_blocks, 32, sum_blocks, job);
     for (size_t k = 0; norm && k < n_blocks; k++)
-        dsc_norm_add(norm, set->squares[k]);
-    atomic_fetch_add(&record->n_settled, 1);
-    for (int rank = 0; rank < set->size; rank++)
-        atomic_store(&record->entry[rank], 0);
-    /* This rank too: its own entry is free now, which its backlog and its slots may wait for. */
-    dsc_comm_ring(set->comm, set->rank);
-    dsc_comm_ring_others(set->comm);
+        dsc_norm_add(norm, job->set->squares[k]);
+}
+
+/* All ranks' contributions to this round are in the sums. */
+static void count_settled(struct dsc_buckets *set, const struct dsc__bucket *bucket,
+                          struct dsc__record *record) {
     size_t n_bytes = bucket->n_used * sizeof(float);
+    atomic_fetch_add(&record->n_settled, 1);
     set->counters.n_settled++;
     set->counters.n_bytes_settled += n_bytes;
     if (set->in_backward)
         set->counters.n_bytes_settled_in_backward += n_bytes;
+}
+
+/* This rank too: its own entry is free now, which its backlog and its slots may wait for. */
+static void ring_all(struct dsc_buckets *set) {
+    dsc_comm_ring(set->comm, set->rank);
+    dsc_comm_ring_others(set->comm);
+}
+
+void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_source *own,
+                        struct dsc_norm *norm) {
+    struct dsc__record *record = dsc__bucket_record(set, b);
+    struct sum_job job = {
+        .set = set,
+        .bucket = &set->bucket[b],
+        .record = record,
+        .end = set->size,
+        .own = own,
+        .starts = true,
+        .first = atomic_load(&record->n_settled) == 0,
+    };
+    sum_up(&job, norm);
+    count_settled(set, job.bucket, record);
+    for (int rank = 0; rank < set->size; rank++)
+        atomic_store(&record->entry[rank], 0);
+    ring_all(set);
 }
 
 struct square_job {
@@ -233,25 +280,124 @@ bool dsc__bucket_complete(const struct dsc_buckets *set, struct dsc__record *rec
     return true;
 }
 
-static void settle_early(struct dsc_buckets *set, size_t b, struct dsc__record *record) {
-    if (!set->last) {
-        dsc__bucket_settle(set, b, NULL, NULL);
-        return;
+/* Until its owner has left the step before, a bucket's sums are in use, and a contribution waits in
+ * its entry; the owner's own will find it. */
+static bool is_open(const struct dsc_buckets *set, struct dsc__record *record) {
+    return atomic_load(&record->step) == set->step;
+}
+
+/* The rank up to which contributions to the open round can be added, from the next one on. Sums
+ * that all ranks read are in use until the last rank has contributed: then all are added. */
+static int reach(const struct dsc_buckets *set, struct dsc__record *record,
+                 const struct dsc__arrival *here) {
+    int begin = (int)atomic_load(&record->n_added), end = begin;
+    while (end < set->size &&
+           ((here && end == set->rank) || (record->parked && end == DSC__PARKS) ||
+            atomic_load(&record->entry[end]) != 0))
+        end++;
+    return set->options.shared_sums && end < set->size ? begin : end;
+}
+
+/* The caller has the lock, and there is something to add. here: NULL, or what this rank, whose turn
+ * it is, contributes. False where that is not finite. */
+static bool add_early(struct dsc_buckets *set, size_t b, const struct dsc__arrival *here) {
+    struct dsc__record *record = dsc__bucket_record(set, b);
+    int begin = (int)atomic_load(&record->n_added), end = reach(set, record, here);
+    struct sum_job job = {
+        .set = set,
+        .bucket = &set->bucket[b],
+        .record = record,
+        .begin = begin,
+        .end = end,
+        .here = here,
+        .starts = begin == 0,
+        .first = atomic_load(&record->n_settled) == 0,
+        .takes_parked = record->parked,
+        .finite = true,
+    };
+    struct dsc_norm *norm = end == set->size && set->last ? &record->norm : NULL;
+    if (norm) {
+        memset(norm, 0, sizeof *norm);
+        record->norm_round = atomic_load(&record->n_settled) + 1;
     }
-    memset(&record->norm, 0, sizeof record->norm);
-    record->norm_round = atomic_load(&record->n_settled) + 1;
-    dsc__bucket_settle(set, b, NULL, &record->norm);
+    sum_up(&job, norm);
+    record->parked = false;
+    atomic_store(&record->n_added, (uint32_t)(end == set->size ? 0 : end));
+    if (end == set->size)
+        count_settled(set, job.bucket, record);
+    for (int rank = begin; rank < end; rank++) {
+        if ((here && rank == set->rank) || (job.takes_parked && rank == DSC__PARKS))
+            continue; /* an entry of theirs is the next round's */
+        atomic_store(&record->entry[rank], 0);
+        dsc_comm_ring(set->comm, rank);
+    }
+    if (end == set->size)
+        ring_all(set);
+    return atomic_load(&job.finite);
+}
+
+/* With the lock. */
+static bool has_work(const struct dsc_buckets *set, struct dsc__record *record) {
+    return reach(set, record, NULL) > (int)atomic_load(&record->n_added);
+}
+
+/* Without. */
+static bool may_have_work(const struct dsc_buckets *set, struct dsc__record *record) {
+    if (set->options.shared_sums)
+        return dsc__bucket_complete(set, record, -1);
+    return is_open(set, record) && atomic_load(&record->entry[atomic_load(&record->n_added)]) != 0;
 }
 
 void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b) {
     struct dsc__record *record = dsc__bucket_record(set, b);
-    while (dsc__bucket_complete(set, record, -1)) {
+    while (may_have_work(set, record)) {
         if (atomic_exchange(&record->lock, 1) != 0)
             return;
-        while (dsc__bucket_complete(set, record, -1))
-            settle_early(set, b, record);
+        while (has_work(set, record))
+            (void)add_early(set, b, NULL);
         atomic_store(&record->lock, 0);
     }
+}
+
+/* Rank 1's is the second addend of the first sum, and a sum of two has no order: it may wait in the
+ * sums' own memory. */
+static void park(struct dsc_buckets *set, size_t b, const struct dsc__arrival *here, bool *finite) {
+    struct dsc__record *record = dsc__bucket_record(set, b);
+    struct sum_job job = {
+        .set = set,
+        .bucket = &set->bucket[b],
+        .record = record,
+        .begin = DSC__PARKS,
+        .end = DSC__PARKS + 1,
+        .here = here,
+        .starts = true,
+        .first = true,
+        .finite = true,
+    };
+    sum_up(&job, NULL);
+    record->parked = true;
+    *finite &= atomic_load(&job.finite);
+}
+
+bool dsc__bucket_add(struct dsc_buckets *set, size_t b, const struct dsc__arrival *here,
+                     bool *finite) {
+    struct dsc__record *record = dsc__bucket_record(set, b);
+    if (!is_open(set, record) || atomic_load(&record->entry[set->rank]) != 0 ||
+        atomic_exchange(&record->lock, 1) != 0)
+        return false;
+    while (has_work(set, record))
+        (void)add_early(set, b, NULL);
+    int n_added = (int)atomic_load(&record->n_added);
+    bool its_turn = n_added == set->rank && reach(set, record, here) > n_added;
+    bool parks = !its_turn && set->rank == DSC__PARKS && n_added == 0 && !record->parked &&
+                 !set->options.shared_sums && atomic_load(&record->n_settled) == 0;
+    if (its_turn)
+        *finite &= add_early(set, b, here);
+    else if (parks)
+        park(set, b, here, finite);
+    atomic_store(&record->lock, 0);
+    dsc__bucket_try_settle(set, b); /* what came while it was locked */
+    return its_turn || parks;
 }
 
 void dsc__bucket_post(struct dsc_buckets *set, size_t b, uint64_t tag) {
@@ -332,6 +478,8 @@ static enum dsc_status open_local(struct dsc_buckets *set) {
     DSC_TRY(lay_slots(set));
     DSC_TRY(open_window(set));
     populate(set);
+    for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++)
+        atomic_store(&dsc__bucket_record(set, b)->step, set->step);
     return DSC_OK;
 }
 

@@ -1,14 +1,15 @@
 /* Buckets: how one rank's gradients become the sums that their owners hold.
  *
- * A bucket is a run of elements inside one owner's range. Every rank publishes each bucket once per
- * round (one backward pass): data in a slot of its own staging, or 'nothing', which equals zero.
- * When all ranks have published a bucket it is settled: the contributions are added in rank order,
- * starting at +0.0, into the owner's sums.
+ * A bucket is a run of elements inside one owner's range. Every rank contributes to each bucket
+ * once per round (one backward pass): data, or 'nothing', which equals zero. Contributions are
+ * added in rank order, starting at +0.0, into the owner's sums; what has to wait for that is
+ * published in a slot of its rank's own staging. With all of them in, the bucket is settled.
  *
  * At the boundary (stages 0 and 1): dsc_buckets_exchange does all of it, with waits; only the owner
  * settles, reads its own gradients where they lie, and takes the norm while the sums are in cache.
- * Early (stage 2, or overlap_comm): gradients arrive one by one inside backward; whoever completes
- * a bucket settles it; nothing waits before the boundary. A rank that is ahead takes more slots.
+ * Early (stage 2, or overlap_comm): gradients arrive one by one inside backward. One whose rank's
+ * turn it is is added where it lies; another one is published, and added by whoever comes before
+ * it; nothing waits before the boundary. A rank that is ahead takes more slots.
  * Where ranks share no memory there is the exchange only, as one walk of all ranks over chunks of
  * all owners.
  *

@@ -1,7 +1,7 @@
 /* Early buckets: gradients arrive one by one inside backward, and nothing waits before the
- * boundary. A bucket is published when all its parts are there; whoever completes the set of ranks
- * settles it. A rank whose previous round of a bucket is not settled yet keeps the next in its
- * backlog. Invariant: rounds of a bucket are posted in order. */
+ * boundary. A contribution is added at once if it is all of a bucket and its rank's turn, else
+ * published when all its parts are there. A rank whose previous round of a bucket is not settled
+ * yet keeps the next in its backlog. Invariant: rounds of a bucket are posted in order. */
 #include "bucket_impl.h"
 
 #include "alloc.h"
@@ -87,6 +87,17 @@ static enum dsc_status open_slot(struct dsc_buckets *set, size_t b) {
     return DSC_OK;
 }
 
+/* A gradient that is all of a bucket needs no slot where its turn has come. */
+static bool add_at_once(struct dsc_buckets *set, size_t b, const struct dsc__arrival *here,
+                        bool *finite) {
+    struct dsc__bucket *bucket = &set->bucket[b];
+    if (bucket->slot >= 0 || bucket->n_waiting > 0 ||
+        dsc_range_size(here->range) != bucket->n_used || !dsc__bucket_add(set, b, here, finite))
+        return false;
+    bucket->published = true;
+    return true;
+}
+
 /* src NULL: zeros. */
 static enum dsc_status fill(struct dsc_buckets *set, size_t b, struct dsc_range part,
                             const void *src, enum dsc_dtype dtype, bool *finite) {
@@ -124,8 +135,10 @@ enum dsc_status dsc_buckets_arrive(struct dsc_buckets *set, size_t segment, cons
     for (size_t at = whole.begin; at < whole.end;) {
         size_t b = dsc__bucket_at(set, at);
         struct dsc_range part = dsc_range_cut(whole, set->bucket[b].range);
-        DSC_TRY(fill(set, b, part, (const char *)grad + (at - whole.begin) * dsc_dtype_size(dtype),
-                     dtype, finite));
+        const struct dsc__arrival here = {
+            (const char *)grad + (at - whole.begin) * dsc_dtype_size(dtype), dtype, part};
+        if (!add_at_once(set, b, &here, finite))
+            DSC_TRY(fill(set, b, part, here.data, dtype, finite));
         at = part.end;
     }
     return DSC_OK;
@@ -292,5 +305,6 @@ void dsc_buckets_reset(struct dsc_buckets *set) {
     for (size_t b = set->first[set->rank]; b < set->first[set->rank + 1]; b++) {
         dsc__bucket_record(set, b)->norm_round = 0;
         atomic_store(&dsc__bucket_record(set, b)->n_settled, 0);
+        atomic_store(&dsc__bucket_record(set, b)->step, set->step);
     }
 }

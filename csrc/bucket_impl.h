@@ -26,9 +26,15 @@ struct dsc__header {
 };
 enum { DSC__HEADER_BYTES = 64 };
 
+/* The rank whose contribution may wait in the sums' memory, see dsc__bucket_add. */
+enum { DSC__PARKS = 1 };
+
 struct dsc__record {
     _Atomic uint32_t lock;
     _Atomic uint32_t n_settled;
+    _Atomic uint32_t step;    /* early: the one that its owner's sums are of */
+    _Atomic uint32_t n_added; /* early: ranks whose part of the open round is in the sums */
+    bool parked;              /* early, under the lock: one's lies where the first sum will be */
     uint32_t norm_round;  /* early: `norm` is of the sums after this many rounds; 0: not taken */
     struct dsc_norm norm; /* written before n_settled counts up, by whoever settles */
     _Atomic uint64_t entry[];
@@ -43,6 +49,13 @@ struct dsc__bucket {
     int32_t n_waiting;  /* entries of the backlog */
     bool published;     /* in the open round */
     bool blocked;       /* in one pass over the backlog */
+};
+
+/* Early: all of a bucket's elements, as a gradient that has just arrived has them. */
+struct dsc__arrival {
+    const void *data; /* of the range's first element on */
+    enum dsc_dtype dtype;
+    struct dsc_range range;
 };
 
 struct dsc__outstanding {
@@ -106,9 +119,13 @@ void dsc__bucket_settle(struct dsc_buckets *set, size_t b, const struct dsc_sour
 /* norm += the squares of n_blocks blocks (of one slot at most) from `sums` on. */
 void dsc__bucket_add_squares(struct dsc_buckets *set, const float *sums, size_t n_blocks,
                              struct dsc_norm *norm);
-/* Settles a bucket where all entries are there. Never waits: if another rank holds the lock, that
- * rank looks again after it has unlocked. */
+/* Early: adds, in rank order, what is there, and settles the bucket where that is all. Never waits:
+ * if another rank holds the lock, that rank looks again after it has unlocked. */
 void dsc__bucket_try_settle(struct dsc_buckets *set, size_t b);
+/* Early: adds this rank's contribution from where it lies, if it is its turn and nobody else is at
+ * the bucket; false: it is not, and the contribution has to be published. */
+bool dsc__bucket_add(struct dsc_buckets *set, size_t b, const struct dsc__arrival *here,
+                     bool *finite);
 
 /* dst (of type `to`, at range.begin) = a source's values as they travel, zero where there is none.
  */

@@ -10,6 +10,7 @@
 
 #include <math.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <time.h>
 
 enum { N_PARAMS = 7, MAX_RANKS = 4, N_STEPS = 4 };
@@ -29,6 +30,7 @@ struct setup {
     int poison_step;  /* rank 1 makes one element infinite in this step; -1: never */
     int unused_param; /* gets no gradient on rank 0; -1: none */
     bool experts;     /* four ranks, see reduce_of */
+    int turns;        /* 1: ranks run backward one after another; -1: the last rank first */
 };
 
 struct outcome {
@@ -45,6 +47,7 @@ struct rank_job {
     const struct setup *setup;
     struct dsc_comm *comm;
     int rank;
+    atomic_int *n_done; /* backward passes of all ranks */
     struct outcome out;
 };
 
@@ -163,6 +166,17 @@ static void satisfy(struct dsc_engine *engine, struct model *model, enum dsc_dty
     }
 }
 
+/* With turns: until all have left the step before, and those whose turn is earlier are done. */
+static void wait_for_turn(struct rank_job *job, int pass) {
+    const struct setup *s = job->setup;
+    if (s->turns == 0)
+        return;
+    CHECK_OK(dsc_comm_barrier(job->comm, "turns"));
+    int place = s->turns > 0 ? job->rank : s->size - 1 - job->rank;
+    while (atomic_load(job->n_done) < pass * s->size + place)
+        sleep_us(20);
+}
+
 static void backward(struct rank_job *job, struct dsc_engine *engine, struct model *model, int step,
                      int micro, uint32_t *seed) {
     const struct setup *s = job->setup;
@@ -274,8 +288,12 @@ static void *run_rank(void *context) {
     dsc_engine_load_masters(engine, view(&model, s->dtype));
     for (int step = 0; step < N_STEPS; step++) {
         uint64_t before = dsc_alloc_counters().n_calls;
-        for (int micro = 0; micro < s->n_micro; micro++)
+        for (int micro = 0; micro < s->n_micro; micro++) {
+            wait_for_turn(job, step * s->n_micro + micro);
             backward(job, engine, &model, step, micro, &seed);
+            if (s->turns != 0)
+                atomic_fetch_add(job->n_done, 1);
+        }
         maybe_delay(job, &seed);
         CHECK_OK(dsc_engine_step(engine, view(&model, s->dtype), groups, &job->out.last));
         if (s->optim == DSC_OPTIM_FOREIGN) {
@@ -315,6 +333,7 @@ static void check_masters(const struct rank_job *jobs, int r) {
 
 static struct outcome *run(const struct setup *setup) {
     struct rank_job *jobs = calloc((size_t)setup->size, sizeof *jobs);
+    atomic_int n_done = 0;
     struct dsc_comm *comms[MAX_RANKS];
     pthread_t threads[MAX_RANKS];
     struct dsc_comm_options options = {.timeout_s = 8};
@@ -325,6 +344,7 @@ static struct outcome *run(const struct setup *setup) {
     for (int r = 0; r < setup->size; r++) {
         jobs[r].setup = setup;
         jobs[r].comm = comms[r];
+        jobs[r].n_done = &n_done;
         jobs[r].rank = r;
         CHECK(pthread_create(&threads[r], NULL, run_rank, &jobs[r]) == 0);
     }
@@ -340,6 +360,7 @@ static struct outcome *run(const struct setup *setup) {
     for (int r = 1; r < setup->size; r++) {
         CHECK(memcmp(jobs[r].out.norm, first->norm, sizeof first->norm) == 0);
         first->counters.n_settled += jobs[r].out.counters.n_settled;
+        first->counters.n_extra_slots += jobs[r].out.counters.n_extra_slots;
         first->counters.n_bytes_settled += jobs[r].out.counters.n_bytes_settled;
         first->counters.n_bytes_settled_in_backward +=
             jobs[r].out.counters.n_bytes_settled_in_backward;
@@ -487,6 +508,30 @@ static void random_delays_change_no_bit_2_ranks(void) {
 }
 static void random_delays_change_no_bit_3_ranks(void) {
     sweep(3, 2, true, DSC_OPTIM_ADAM, false);
+}
+
+/* What arrives in the order of ranks holds no slot; what comes against it does. */
+static void contributions_in_turn_take_no_slots(void) {
+    for (int size = 2; size <= 4; size += 2)
+        for (int n_micro = 1; n_micro <= 2; n_micro++)
+            for (int stage = 1; stage <= 3; stage++) {
+                struct setup base = plain, ordered = plain;
+                base.size = ordered.size = size;
+                base.n_micro = ordered.n_micro = n_micro;
+                base.stage = ordered.stage = stage;
+                base.overlap = ordered.overlap = true;
+                base.bucket = ordered.bucket = 1000;
+                ordered.turns = 1;
+                check_same(&base, &ordered);
+                struct outcome *in_turn = run(&ordered);
+                ordered.turns = -1;
+                check_same(&base, &ordered);
+                struct outcome *against = run(&ordered);
+                CHECK(in_turn->counters.n_extra_slots == 0);
+                CHECK(against->counters.n_extra_slots > 0);
+                free(in_turn);
+                free(against);
+            }
 }
 
 static void lamb_agrees_over_stages_on_2_ranks(void) {
@@ -682,6 +727,7 @@ static const struct test_case cases[] = {
     CASE(stages_overlap_and_buckets_agree_on_4_ranks),
     CASE(three_micro_steps_agree_on_2_ranks),
     CASE(three_micro_steps_agree_on_4_ranks),
+    CASE(contributions_in_turn_take_no_slots),
     CASE(random_delays_change_no_bit_2_ranks),
     CASE(random_delays_change_no_bit_3_ranks),
     CASE(a_slow_rank_is_waited_for_over_many_micro_steps),

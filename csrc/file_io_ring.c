@@ -78,7 +78,7 @@ static enum dsc_status open_ring(struct dsc_io *io) {
 
 static void close_ring(struct dsc_io *io) {
     struct state *state = io->state;
-    if (io->pid == getpid()) { /* a child has not inherited the ring's memory */
+    if (io->pid == getpid()) { /* a child shares the ring's memory, and leaves it alone */
         state->library.queue_exit(&state->ring);
         (void)dlclose(state->library.handle);
     }

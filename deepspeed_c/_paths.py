@@ -60,6 +60,7 @@ PATHS = {
     "runtime.sequence_parallel.ulysses_sp": MADE,
     "runtime.utils": FILE,
     "runtime.zero": FILE,
+    "runtime.zero.config": MADE,
     "runtime.zero.muon": MADE,
     "runtime.zero.muon.original_muon": MADE,
     "runtime.zero.offload_config": FILE,
@@ -75,7 +76,7 @@ PATHS = {
     "utils.parallel_state_deepspeed": FILE,
     "utils.tensor_fragment": FILE,
     "utils.timer": FILE,
-    "utils.zero_to_fp32": MADE,
+    "utils.zero_to_fp32": FILE,
     "zero": "runtime.zero",
 }
 
@@ -113,6 +114,7 @@ NAMES = {
     "runtime.pipe.module": _later("pipeline parallelism", "LayerSpec", "PipelineModule", "TiedLayerSpec"),
     "runtime.sequence_parallel.ulysses_sp": _later("sequence parallelism", "UlyssesSPAttentionHF",
                                                    "UlyssesSPDataLoaderAdapter"),
+    "runtime.zero.config": {"ZeroStageEnum": "checkpoint.deepspeed_files.ZeroStageEnum"},  # checkpoints name it
     "runtime.zero.muon.original_muon": _later("the Muon optimizer", "MuonWithAuxAdam"),
     "runtime.zero.stage3": {
         "DeepSpeedZeroOptimizer_Stage3": "optimizer.DeepSpeedOptimizer",
@@ -141,9 +143,7 @@ NAMES = {
             "safe_set_local_fp32_param", "safe_set_local_grad", "safe_set_local_optimizer_state",
             "safe_update_full_grad_vectorized")},
     },
-    "utils.zero_to_fp32": _later("checkpoints", "convert_zero_checkpoint_to_fp32_state_dict",
-                                 "get_fp32_state_dict_from_zero_checkpoint", "get_model_state_file",
-                                 "get_optim_files", "load_state_dict_from_zero_checkpoint"),
+    "utils.tensor_fragment": {"fragment_address": "checkpoint.deepspeed_files.fragment_address"},
 }
 
 
@@ -245,6 +245,11 @@ def install():
     """Has `import` follow the table. First in line, because a folder's own finder would make some modules twice."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
+
+
+def is_known_as(name):
+    """Whether the package is imported by this other name too."""
+    return name in _finder.roots
 
 
 def also_as(root):

@@ -46,6 +46,7 @@ MODULES = {
                               "ProcessTopology"],
     "runtime.utils": ["move_to_device"],
     "runtime.zero": ["GatheredParameters", "Init", "register_external_parameter"],
+    "runtime.zero.config": ["ZeroStageEnum"],
     "runtime.zero.offload_config": ["OffloadDeviceEnum", "OffloadStateTypeEnum"],
     "runtime.zero.partition_parameters": ["GatheredParameters", "Init", "ZeroParamStatus",
                                           "register_external_parameter", "zero_wrapper_for_fp_tensor_constructor"],
@@ -60,6 +61,9 @@ MODULES = {
     "utils.parallel_state_deepspeed": [
         "get_current_parallel_state", "get_data_parallel_group", "get_parallel_state_instance",
         "initialize_parallel_state_from_config", "is_initialized", "set_current_parallel_state"],
+    "utils.tensor_fragment": ["fragment_address"],
+    "utils.zero_to_fp32": ["convert_zero_checkpoint_to_fp32_state_dict", "get_fp32_state_dict_from_zero_checkpoint",
+                           "get_model_state_file", "get_optim_files", "load_state_dict_from_zero_checkpoint"],
     "zero": ["GatheredParameters", "Init"],
 }
 # Paths that lead to what is not there: importable, and an error that says so at the name.
@@ -70,8 +74,6 @@ NOT_YET = {
     "runtime.sequence_parallel.ulysses_sp": ["UlyssesSPAttentionHF", "UlyssesSPDataLoaderAdapter"],
     "runtime.zero.muon.original_muon": ["MuonWithAuxAdam"],
     "sequence.layer": ["DistributedAttention"],
-    "utils.zero_to_fp32": ["get_fp32_state_dict_from_zero_checkpoint", "get_model_state_file", "get_optim_files",
-                           "load_state_dict_from_zero_checkpoint"],
 }
 # What is reached by dots after a bare `import deepspeed`, beside the modules above and their names.
 TOP_LEVEL = ["DeepSpeedEngine", "__version__", "add_config_arguments", "init_distributed", "init_inference",

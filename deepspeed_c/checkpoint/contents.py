@@ -98,19 +98,19 @@ class Names:
     def __init__(self, engine):
         self._engine, self._reduction, self._layout = engine, engine._reduction, engine._layout
         self.parameters = every(engine.module, engine._params)  # {name in the module: Parameter}
-        self._experts = []  # (prefix, the first one's number, all, group_name of who shares them out or "")
+        self.expert_layers = []  # (prefix, the first one's number, all, group_name of who shares them out or "")
         mixtures = sys.modules.get("deepspeed_c.moe.sharded_moe")
         for name, child in engine.module.named_modules() if mixtures else ():
             if isinstance(child, mixtures.MOELayer):
                 n, sharers = child.num_local_experts, child.ep_group_name if child.ep_size > 1 else ""
                 first = n * _rank_among_sharers(sharers) if sharers else 0
                 prefix = f"{name}.experts.deepspeed_experts.".lstrip(".")
-                self._experts.append((prefix, first, n * child.ep_size, sharers))
+                self.expert_layers.append((prefix, first, n * child.ep_size, sharers))
 
     def of(self, name):
         """(the name in a checkpoint, the group_name of the ranks that share its experts out: "" where one rank has all,
         None where it is no expert's)."""
-        for prefix, first, _, sharers in self._experts:
+        for prefix, first, _, sharers in self.expert_layers:
             number, dot, rest = name.removeprefix(prefix).partition(".")
             if name.startswith(prefix) and number.isdigit():
                 return f"{prefix}{first + int(number)}{dot}{rest}", sharers
@@ -118,7 +118,7 @@ class Names:
 
     def is_elsewhere(self, name):
         """Whether a name in a checkpoint is of an expert that other ranks have."""
-        for prefix, _, total, sharers in self._experts:
+        for prefix, _, total, sharers in self.expert_layers:
             number = name.removeprefix(prefix).partition(".")[0]
             if sharers and name.startswith(prefix) and number.isdigit() and int(number) < total:
                 return True

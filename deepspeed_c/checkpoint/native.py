@@ -209,6 +209,10 @@ class NativeSource:
                     "classes that are to be allowed") from error
         return self._objects[number]
 
+    def load_path(self, engine):
+        """What load_checkpoint returns as the path."""
+        return self.folder
+
     def path_of(self, kind, name, place):
         """The manifest's path: the reader's own errors name files."""
         return os.path.join(self.folder, MANIFEST)

@@ -14,8 +14,9 @@ import weakref
 
 import torch
 
-from .. import _core
+from .. import _core, _paths
 from ..offload_states import MASTERS, PARAMETERS, STATES
+from ..reduction import is_expert
 from ..utils.logging import log_dist, logger
 from .agree import broadcast_bytes, together
 
@@ -57,7 +58,10 @@ class EngineCheckpoints:
         together(self._comm, problem, _SAVE)
         tag = self._agreed_tag(tag)
         self._warn_of_open_step()
-        from .native import save  # who saves nothing starts quicker without
+        if self._writes_deepspeeds():
+            from .deepspeed_writer import save
+        else:
+            from .native import save  # who saves nothing starts quicker without
 
         begun = time.monotonic()
         aside = Aside(self._comm, save_dir, tag, self.use_node_local_storage())
@@ -107,15 +111,15 @@ class EngineCheckpoints:
         options = Options(load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only,
                           custom_load_fn)
         client = restore(self, source, options)
-        path = os.path.join(load_dir, tag)
-        log_dist(f"checkpoint {path} loaded", ranks=[0])
+        path = source.load_path(self)
+        log_dist(f"checkpoint {os.path.join(load_dir, tag)} loaded", ranks=[0])
         return path, client
 
     def _source(self, load_dir, tag):
         """What is loaded from. Collective."""
         source, problem = None, None
         try:
-            source = source_of(load_dir, tag)
+            source = source_of(load_dir, tag, self)
         except Exception as error:
             problem = error
         together(self._comm, problem, _LOAD)
@@ -126,6 +130,15 @@ class EngineCheckpoints:
             if nodes.n > 1:
                 nodes.complete(os.path.join(load_dir, tag), source.file_names(), _LOAD)
         return source
+
+    def _writes_deepspeeds(self):
+        """Whether save_checkpoint writes DeepSpeed's own layout: as checkpoint.format says, else where the package is
+        imported by DeepSpeed's name, but for experts at stage 3, which that layout does not know."""
+        chosen = self._config.get("checkpoint.format")
+        if chosen is not None:
+            return chosen == "deepspeed"
+        return _paths.is_known_as("deepspeed") and not (
+            self.zero_optimization_stage() == 3 and any(map(is_expert, self.module.parameters())))
 
     def checkpoint_tag_validation_enabled(self):
         """Whether the ranks' tags are compared aloud: ``checkpoint.tag_validation`` is not "Ignore"."""
@@ -200,8 +213,9 @@ def _no_tag(load_dir, tag, why):
     return FileNotFoundError(2, f"there is no checkpoint {tag!r} ({why}); {known}", os.path.join(load_dir, tag))
 
 
-def source_of(load_dir, tag):
-    """The source (see restore.py) of a checkpoint of either format. FileNotFoundError, CheckpointError."""
+def source_of(load_dir, tag, engine=None):
+    """The source (see restore.py) of a checkpoint of either format. engine: who loads; it knows what an optimizer's
+    parameters are called where DeepSpeed's files do not say. FileNotFoundError, CheckpointError."""
     from .native import MANIFEST, NativeSource
 
     folder = os.path.join(load_dir, tag)
@@ -210,6 +224,10 @@ def source_of(load_dir, tag):
     names = os.listdir(folder)
     if MANIFEST in names:
         return NativeSource(folder)
+    from .deepspeed_reader import DeepSpeedSource, is_deepspeed, names_in
+
+    if is_deepspeed(folder):
+        return DeepSpeedSource(folder, None if engine is None else names_in(engine))
     raise _core.CheckpointError(f"{folder}: no {MANIFEST} in it, and no *_model_states.pt: this is no checkpoint")
 
 

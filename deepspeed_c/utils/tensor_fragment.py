@@ -9,6 +9,7 @@ import weakref
 
 import torch
 
+from .. import _paths
 from ..model import flat
 from ..offload_states import GRADIENTS, MASTERS, STATES
 from ..runtime.zero.partition_parameters import GatheredParameters
@@ -19,6 +20,8 @@ __all__ = ["safe_get_full_fp32_param", "safe_get_full_grad", "safe_get_full_opti
            "safe_set_full_fp32_param", "safe_set_full_grad", "safe_set_full_optimizer_state",
            "safe_set_local_fp32_param", "safe_set_local_grad", "safe_set_local_optimizer_state",
            "safe_update_full_grad_vectorized"]
+
+__getattr__, __dir__ = _paths.attributes(__name__)
 
 # Which engine trains a parameter, by id: a parameter itself must stay picklable.
 _PLACES = {}

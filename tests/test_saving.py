@@ -5,14 +5,18 @@ import contextlib
 import json
 import logging
 import os
+import random
 import resource
+import shutil
 import signal
+import threading
 
 import models
 import pytest
 import torch
 from checkpoints import state_of
 from deepspeed_c._core import CheckpointError, CommError
+from deepspeed_c.checkpoint.native import NativeSource
 from ranks import die
 from test_checkpoint import made
 
@@ -32,6 +36,11 @@ def lines():
         logger.removeHandler(handler)
 
 
+def listed(folder):
+    """What lies in a folder of checkpoints, but for the script that is put beside them."""
+    return sorted({*os.listdir(folder)} - {"zero_to_fp32.py"})
+
+
 def trained(stage=1, steps=2, **more):
     engine = made(stage, **more)
     models.train(engine, engine.global_rank, steps)
@@ -47,11 +56,10 @@ def test_names_of_what_is_written(tmp_path):
     assert (tmp_path / "latest").read_bytes() == b"global_step2"
     assert sorted(os.listdir(tmp_path / "global_step2")) == ["manifest.json", "rank_00000.safetensors"]
     engine.save_checkpoint(str(tmp_path), 3.5, client_sd={"epoch": 1}, save_latest=False)
-    assert {"3.5", "global_step2", "latest"} <= set(os.listdir(tmp_path))
     assert (tmp_path / "latest").read_bytes() == b"global_step2"
     path, client = made(2, seed=4).load_checkpoint(tmp_path, "3.5")
     assert path == str(tmp_path / "3.5") and client == {"epoch": 1}
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert listed(tmp_path) == ["3.5", "global_step2", "latest"]
 
 
 def test_any_tool_can_open_the_file(tmp_path):
@@ -224,6 +232,50 @@ def test_a_rank_that_does_not_come_is_an_error(ranks, tmp_path, how):
     assert (tmp_path / "latest").read_bytes() == b"before" and not (tmp_path / "after").exists()
 
 
+def save_until_killed(rank, world, folder, victim, delay, behind):
+    """Saves on and on; `returned` has the number of the last save that is done. The victim dies in the middle."""
+    engine = made(1, checkpoint={"async": behind})
+    returned = os.path.join(folder, "returned")
+    first = int(open(returned).read()) + 1 if os.path.exists(returned) else 0
+    for i in range(first, first + 10**6):
+        if i == first + 2 and rank == victim:
+            threading.Timer(delay, die).start()
+        engine.save_checkpoint(folder, f"save{i}", {"number": i})
+        engine.checkpoint_commit()
+        if rank == 0:
+            with open(returned, "w") as file:
+                file.write(str(i))
+
+
+def check_kills(ranks, folder, n, seed):
+    draw = random.Random(seed)
+    for i in range(n):
+        victim = i % 2
+        outcomes = ranks.outcomes(2, save_until_killed, str(folder), victim, draw.uniform(0, 0.1), i % 4 > 1,
+                                  timeout=60)
+        assert outcomes[victim].exit_code == -signal.SIGKILL
+        assert outcomes[1 - victim].error in ("CommError", "CheckpointError"), outcomes[1 - victim].describe()
+        last, latest = int((folder / "returned").read_text()), (folder / "latest").read_text()
+        assert int(latest.removeprefix("save")) >= last
+        whole = NativeSource(folder / latest)
+        whole.verify()
+        assert whole.sections.get("client") == {"number": int(latest.removeprefix("save"))}
+        for entry in folder.iterdir():  # what the next save does not need; debris stays for it to clean
+            if entry.is_dir() and entry.name.startswith("save") and entry.name != latest:
+                shutil.rmtree(entry)
+    made().save_checkpoint(folder, "end")
+    assert set(listed(folder)) <= {"returned", "latest", latest, "end"}
+
+
+def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_whole(ranks, tmp_path):
+    check_kills(ranks, tmp_path, 4, 1)
+
+
+@pytest.mark.long
+def test_a_hundred_kills(ranks, tmp_path):
+    check_kills(ranks, tmp_path, 100, 2)
+
+
 def fill_disk(rank, world, folder, behind):
     """Rank 1 may write no more than a few bytes to a file."""
     engine = trained(1, checkpoint={"async": behind})
@@ -250,7 +302,7 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_loses_nothing(ranks, tmp
     first, second = ranks(2, fill_disk, str(tmp_path), behind)
     assert second.startswith("OSError: [Errno 27]") and "rank_00001" in second
     assert first.startswith("CheckpointError") and "rank_00001" in first
-    assert sorted(os.listdir(tmp_path)) == ["again", "before", "latest"]
+    assert listed(tmp_path) == ["again", "before", "latest"]
     assert (tmp_path / "latest").read_bytes() == b"again"
 
 
@@ -302,7 +354,7 @@ def fail_behind(rank, world, folder):
 def test_a_failure_behind_training_surfaces_at_the_next_call(ranks, tmp_path):
     first, second = ranks(2, fail_behind, str(tmp_path))
     assert second == ["OSError", "OSError"] and first[1] == "CheckpointError"
-    assert sorted(os.listdir(tmp_path)) == ["b", "latest"]
+    assert listed(tmp_path) == ["b", "latest"]
 
 
 def end_without_waiting(rank, world, folder):

@@ -183,7 +183,7 @@ class NativeSource:
             self.tensors[tensor.key] = tensor
         self.sections = _Sections(self.manifest)
         self._reader = self.manifest.open(folder)
-        self.read, self.check = self._reader.read, self._reader.check
+        self.read, self.check, self.verify = self._reader.read, self._reader.check, self._reader.verify
         self._objects = None
 
     def file_names(self):

@@ -28,6 +28,19 @@ def accelerate(tmp_path_factory):
                        tmp_path_factory.mktemp("accelerate"))
 
 
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    return plain.start("torch.distributed.run --standalone --nproc-per-node 2", "resume_script.py",
+                       tmp_path_factory.mktemp("resumed"))
+
+
+def test_a_run_that_was_stopped_goes_on_with_the_same_losses(resumed):
+    found = [row for rank in resumed for row in rank]
+    assert len(found) == 24
+    for row in found:
+        assert row["resumed"] == row["straight"], (row["case"], row["stage"])
+
+
 def rows(results, case, stage):
     """What each rank wrote about a case."""
     found = [row for rank in results for row in rank if row["case"] == case and row["stage"] == stage]

@@ -189,56 +189,79 @@ static bool is_ours(const char *name) {
            ends_with(name, "_states.pt") || ends_with(name, ".part");
 }
 
-/* Does `handle` with the path of each entry of a folder; on failure, or where there is none, with
- * as many as there are. */
-static void each_entry(const char *folder,
-                       void (*handle)(const char *path, const char *name, const void *context),
+/* Does `handle` with the path of each entry of a folder. False where one said so, or the folder
+ * could not be read; one that is not there has no entries. */
+static bool each_entry(const char *folder,
+                       bool (*handle)(const char *path, const char *name, const void *context),
                        const void *context) {
     DIR *list = opendir(folder);
-    const struct dirent *entry;
-    while (list && (entry = readdir(list)) != NULL) {
+    if (!list)
+        return errno == ENOENT;
+    bool fine = true;
+    for (;;) {
         char *path;
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0 ||
-            make_path(&path, "%s/%s", folder, entry->d_name) != DSC_OK)
+        errno = 0;
+        const struct dirent *entry = readdir(list);
+        if (!entry)
+            break;
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
             continue;
-        handle(path, entry->d_name, context);
-        dsc_free(path);
+        errno = 0;
+        if (make_path(&path, "%s/%s", folder, entry->d_name) == DSC_OK) {
+            fine = handle(path, entry->d_name, context) && fine;
+            dsc_free(path);
+        } else {
+            fine = false;
+        }
     }
-    if (list)
-        (void)closedir(list);
+    fine = fine && errno == 0;
+    (void)closedir(list);
+    return fine;
 }
 
-/* What a user had put into the checkpoint that was replaced goes into the one in its place. */
-static void rescue(const char *path, const char *name, const void *target) {
+/* What a user had put into the checkpoint that was replaced goes into the one in its place, unless
+ * that has one of the name. */
+static bool rescue(const char *path, const char *name, const void *target) {
     struct stat info;
     char *to;
-    if (is_ours(name) || make_path(&to, "%s/%s", (const char *)target, name) != DSC_OK)
-        return;
-    if (lstat(to, &info) != 0 && errno == ENOENT && rename(path, to) != 0)
+    if (is_ours(name))
+        return true;
+    if (make_path(&to, "%s/%s", (const char *)target, name) != DSC_OK)
+        return false;
+    const bool fine = lstat(to, &info) == 0 || (errno == ENOENT && rename(path, to) == 0);
+    if (!fine)
         dsc_log(DSC_LOG_WARNING, "could not move %s to %s: %s", path, to, strerror(errno));
     dsc_free(to);
+    return fine;
 }
 
-static void remove_entry_of_aside(const char *path, const char *name, const void *unused) {
+static bool remove_in_aside(const char *path, const char *name, const void *unused) {
     (void)unused;
-    if (strcmp(name, "lock") != 0)
+    if (strcmp(name, "lock") != 0 && strcmp(name, "replacing") != 0)
         remove_tree(path);
+    return true;
 }
 
 /* Empties `aside`, whose lock we hold, but for the lock. Once "replacing" is there, "files" is, or
- * is about to be, a checkpoint that was replaced. */
+ * is about to be, a checkpoint that was replaced; it stays where a user's files cannot be saved. */
 static void empty(const char *aside) {
     const char *tag = strrchr(aside, '/') + 1 + strlen(ASIDE);
     const int n_dir = (int)(strrchr(aside, '/') - aside);
     char *mark = NULL, *files = NULL, *target = NULL;
-    if (make_path(&mark, "%s/replacing", aside) == DSC_OK &&
-        make_path(&files, "%s/files", aside) == DSC_OK &&
-        make_path(&target, "%.*s/%s", n_dir, aside, tag) == DSC_OK && access(mark, F_OK) == 0)
-        each_entry(files, rescue, target);
+    bool fine = make_path(&mark, "%s/replacing", aside) == DSC_OK &&
+                make_path(&files, "%s/files", aside) == DSC_OK &&
+                make_path(&target, "%.*s/%s", n_dir, aside, tag) == DSC_OK;
+    if (fine && access(mark, F_OK) == 0)
+        fine = each_entry(files, rescue, target);
+    else
+        fine = fine && errno == ENOENT;
+    if (fine) {
+        (void)each_entry(aside, remove_in_aside, NULL);
+        (void)unlink(mark);
+    }
     dsc_free(mark);
     dsc_free(files);
     dsc_free(target);
-    each_entry(aside, remove_entry_of_aside, NULL);
 }
 
 /* The folder, whose lock we hold, goes, and the lock with it. Whoever takes it meanwhile has made a
@@ -256,14 +279,15 @@ static void drop(const char *aside, int lock) {
 }
 
 /* What a dead save left. Nothing that fails here stands in the way of another one. */
-static void clean(const char *path, const char *name, const void *unused) {
+static bool clean(const char *path, const char *name, const void *unused) {
     int lock;
     (void)unused;
     if (strncmp(name, ASIDE, strlen(ASIDE)) != 0 || !name[strlen(ASIDE)] ||
         take(path, false, &lock) != DSC_OK || lock < 0)
-        return;
+        return true;
     dsc_log(DSC_LOG_WARNING, "removing what an unfinished save left: %s", path);
     drop(path, lock);
+    return true;
 }
 
 /* ---- a folder's life ---- */
@@ -308,7 +332,7 @@ static enum dsc_status open_folder(struct dsc_folder *folder, const char *dir, c
     DSC_TRY(make_path(&folder->tag, "%s", tag));
     DSC_TRY(make_path(&folder->aside, "%s/%s%s", folder->dir, ASIDE, tag));
     DSC_TRY(make_path(&folder->path, "%s/files", folder->aside));
-    each_entry(folder->dir, clean, NULL);
+    (void)each_entry(folder->dir, clean, NULL);
     DSC_TRY(take_patiently(folder->aside, &folder->lock));
     if (folder->lock < 0)
         return DSC_FAIL(DSC_ESTATE,
@@ -443,13 +467,15 @@ static enum dsc_status prepare_latest(const struct dsc_folder *folder, const cha
     return refused("write", latest);
 }
 
+/* What comes after that moment. */
 static enum dsc_status put_latest(const struct dsc_folder *folder, const char *latest,
                                   const char *latest_aside) {
-    if (rename(latest_aside, latest) == 0)
-        return sync_folder(folder->dir);
-    const int error = errno;
-    return DSC_FAIL_OS(error, "the checkpoint %s/%s is there, but %s could not be written: %s",
-                       folder->dir, folder->tag, latest, strerror(error));
+    DSC_TRY(sync_folder(folder->dir));
+    if (!latest)
+        return DSC_OK;
+    if (rename(latest_aside, latest) != 0)
+        return refused("write", latest);
+    return sync_folder(folder->dir);
 }
 
 /* Everything before the moment at which the checkpoint is there. */
@@ -479,10 +505,12 @@ enum dsc_status dsc_folder_publish(struct dsc_folder *folder, bool latest,
         status = move_in(folder, target);
     if (status == DSC_OK) {
         folder->published = true;
-        status = sync_folder(folder->dir);
+        status = put_latest(folder, latest ? latest_path : NULL, latest_aside);
+        const int error = dsc_last_errno();
+        if (status == DSC_EIO)
+            status =
+                DSC_FAIL_OS(error, "the checkpoint %s is there, but: %s", target, dsc_last_error());
     }
-    if (status == DSC_OK && latest)
-        status = put_latest(folder, latest_path, latest_aside);
     dsc_free(target);
     dsc_free(latest_path);
     dsc_free(latest_aside);

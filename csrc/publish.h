@@ -33,8 +33,8 @@ struct dsc_beside {
 };
 /* Syncs the folder and makes it <dir>/<tag>; one that stood there goes. latest: <dir>/latest names
  * the tag from then on. beside: is written where it is not there already, before. Files in it were
- * synced by those who wrote them. On failure the checkpoint is not there, except where the text
- * says that only `latest` failed. Once. */
+ * synced by those who wrote them. On failure the checkpoint is not there, unless the text says
+ * that it is. Once. */
 enum dsc_status dsc_folder_publish(struct dsc_folder *folder, bool latest,
                                    const struct dsc_beside *beside, size_t n_beside);
 /* Removes what is left aside and frees. NULL is fine. A forked child only frees. */

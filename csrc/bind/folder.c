@@ -122,8 +122,8 @@ PyDoc_STRVAR(
     "publish(latest, beside={})\n\n"
     "Makes it <dir>/<tag>, in the place of one that is there; latest: <dir>/latest names it then;\n"
     "beside: {name: bytes} of executables in <dir>. What was written into the folder must be\n"
-    "synced before. OSError with path: the checkpoint is not there, unless the text says that\n"
-    "only `latest` failed; abandon() then removes the rest.");
+    "synced before. OSError with path: the checkpoint is not there, unless the text says that it\n"
+    "is; abandon() then removes the rest.");
 
 static PyObject *folder_publish(FolderObject *self, PyObject *args, PyObject *kwargs) {
     static char *keys[] = {"latest", "beside", NULL};

@@ -10,6 +10,8 @@
 #include <sys/ptrace.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/user.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -285,6 +287,96 @@ static bool save_killed_at(int n, const char *tag, int version) {
     return true;
 }
 
+enum end { DONE, FAILED, CANNOT_EXCHANGE, CANNOT_LOCK };
+
+/* The same, but the n-th call of a number (-1: of any) fails with an error instead. *end: how it
+ * ended. */
+static bool save_with_a_failure_at(int n, long number, int error, const char *tag, int version,
+                                   enum end *end) {
+#ifdef __x86_64__
+    const pid_t child = fork();
+    struct user_regs_struct registers;
+    int how;
+    if (child == 0) {
+        if (ptrace(PTRACE_TRACEME, 0, NULL, NULL) != 0)
+            _exit(77);
+        raise(SIGSTOP);
+        if (save(tag, version) == DSC_OK)
+            _exit(DONE);
+        _exit(strstr(dsc_last_error(), "RENAME_EXCHANGE") ? CANNOT_EXCHANGE
+              : strstr(dsc_last_error(), "flock")         ? CANNOT_LOCK
+                                                          : FAILED);
+    }
+    CHECK(waitpid(child, &how, 0) == child);
+    if (WIFEXITED(how) && WEXITSTATUS(how) == 77)
+        return false;
+    CHECK(ptrace(PTRACE_SETOPTIONS, child, NULL, PTRACE_O_EXITKILL) == 0);
+    for (bool enters = true, fails = false; !fails || !enters; enters = !enters) {
+        CHECK(ptrace(PTRACE_SYSCALL, child, NULL, NULL) == 0);
+        CHECK(waitpid(child, &how, 0) == child);
+        if (WIFEXITED(how)) {
+            *end = WEXITSTATUS(how);
+            return false;
+        }
+        CHECK(WIFSTOPPED(how));
+        CHECK(ptrace(PTRACE_GETREGS, child, NULL, &registers) == 0);
+        const long called = (long)registers.orig_rax;
+        if (enters && called != SYS_exit_group && (number < 0 || called == number) && --n == 0) {
+            fails = true;
+            registers.orig_rax = (unsigned long long)-1; /* the kernel does nothing */
+        } else if (fails) {
+            registers.rax = (unsigned long long)-error;
+        }
+        CHECK(ptrace(PTRACE_SETREGS, child, NULL, &registers) == 0);
+    }
+    CHECK(ptrace(PTRACE_CONT, child, NULL, NULL) == 0);
+    CHECK(waitpid(child, &how, 0) == child && WIFEXITED(how));
+    *end = WEXITSTATUS(how);
+    return true;
+#else /* its registers have other names */
+    (void)n, (void)number, (void)error;
+    *end = save(tag, version) == DSC_OK ? DONE : FAILED;
+    return false;
+#endif
+}
+
+/* Whatever fails, a save that says it is done is done, and all else is as after a kill. */
+static void stress_a_failure_of_any_call(void) {
+    enum end end = FAILED;
+    int n = 1;
+    for (bool failed = true; failed; n++) {
+        make_dir();
+        CHECK_OK(save("t", 1));
+        run("echo mine > %s/t/notes.txt%s", "");
+        failed = save_with_a_failure_at(n, -1, EIO, "t", 2, &end);
+        const int version = version_of_latest();
+        CHECK(version == 2 || (end != DONE && version == 1));
+        CHECK_OK(save("v", 3));
+        CHECK_EQ_INT(version_of_latest(), 3);
+        CHECK(strcmp(text_of("t/notes.txt"), "mine\n") == 0);
+        check_no_debris();
+        remove_dir();
+    }
+    CHECK(n == 2 || n > 30);
+}
+
+static void a_file_system_that_cannot_is_an_error_that_says_so(void) {
+    enum end end;
+    make_dir();
+    CHECK_OK(save("t", 1));
+    if (save_with_a_failure_at(1, SYS_renameat2, EINVAL, "t", 2, &end)) {
+        CHECK_EQ_INT(end, CANNOT_EXCHANGE);
+        CHECK_EQ_INT(version_of_latest(), 1);
+        CHECK(save_with_a_failure_at(1, SYS_flock, ENOLCK, "u", 2, &end));
+        CHECK_EQ_INT(end, CANNOT_LOCK);
+        CHECK_EQ_INT(version_of_latest(), 1);
+    }
+    CHECK_OK(save("u", 3));
+    CHECK_EQ_INT(version_of_latest(), 3);
+    check_no_debris();
+    remove_dir();
+}
+
 static void kill_everywhere(const char *tag) {
     int n = 1;
     for (bool killed = true; killed; n++) {
@@ -357,8 +449,10 @@ static const struct test_case cases[] = {
     CASE(a_forked_child_leaves_the_folder_alone),
     CASE(without_room_an_error_names_the_path_and_nothing_changes),
     CASE(savers_of_one_folder_do_not_disturb_each_other),
+    CASE(a_file_system_that_cannot_is_an_error_that_says_so),
     CASE(stress_a_kill_at_any_call_of_a_new_tag),
     CASE(stress_a_kill_at_any_call_of_a_tag_that_is_there),
     CASE(stress_kills_at_random_moments),
+    CASE(stress_a_failure_of_any_call),
 };
 RUN_CASES(cases)

@@ -1,9 +1,8 @@
 /* The checksum by the fastest loop of this machine. Invariant: as in the header. */
 #include "crc32c.h"
 
+#include "kernels/crc32c.h"
 #include "kernels/kernels.h"
-
-#include <string.h>
 
 uint32_t dsc_crc32c(uint32_t before, const void *data, size_t n_bytes) {
     return dsc_kernels()->crc32c(before, data, n_bytes);
@@ -16,7 +15,18 @@ uint32_t dsc_crc32c_copy(void *dst, const void *src, size_t n_bytes) {
     for (size_t at = 0; at < n_bytes; at += CHUNK) {
         size_t n = dsc_min(CHUNK, n_bytes - at);
         crc = kernels->crc32c(crc, (const char *)src + at, n);
-        memcpy((char *)dst + at, (const char *)src + at, n);
+        dsc__stream_copy((char *)dst + at, (const char *)src + at, n);
     }
     return crc;
+}
+
+/* a moves on by 8 * n bits: it is multiplied by x^(8 n), by squaring. */
+uint32_t dsc_crc32c_join(uint32_t a, uint32_t b, size_t n_bytes_of_b) {
+    uint32_t power = 0x00800000u; /* x^8 */
+    for (size_t n = n_bytes_of_b; n > 0; n >>= 1) {
+        if (n & 1)
+            a = dsc_crc32c_times(power, a);
+        power = dsc_crc32c_times(power, power);
+    }
+    return a ^ b;
 }

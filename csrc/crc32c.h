@@ -11,7 +11,10 @@
 /* Goes on from the checksum of what came before, 0 at the start: crc32c(crc32c(0, a), b) is that of
  * a and b one behind the other. */
 uint32_t dsc_crc32c(uint32_t before, const void *data, size_t n_bytes);
-/* Copies, and gives the checksum of what was copied: memory is read once. */
+/* Of a and b one behind the other, from those of each. */
+uint32_t dsc_crc32c_join(uint32_t a, uint32_t b, size_t n_bytes_of_b);
+/* Copies, and gives the checksum of what was copied: memory is read once, and `dst`, for which
+ * stores go around the caches, not at all. */
 uint32_t dsc_crc32c_copy(void *dst, const void *src, size_t n_bytes);
 
 #endif

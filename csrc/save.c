@@ -20,9 +20,9 @@ struct dsc_save {
     char *path;
     struct dsc_shard_layout layout;
     struct dsc_shard_writing writing;
-    const void **data; /* of layout.tensors[i]; in the copy, where there is one */
+    const void **data; /* of layout.tensors[i] */
     uint32_t *crcs;
-    char *copy;
+    char *copy; /* the whole file, where a thread writes it */
     bool begun, threaded;
 
     pthread_t thread;
@@ -70,14 +70,10 @@ enum dsc_status dsc_save_open(const char *path, const struct dsc_shard_tensor *t
     return status;
 }
 
-static uint64_t copy_bytes(const struct dsc_save *save) {
-    return save->layout.n_bytes - save->layout.header_bytes;
-}
-
 static void free_copy(struct dsc_save *save) {
     void *copy = save->copy;
     save->copy = NULL; /* first: a child that is forked in between must not free it again */
-    dsc_arena_free(copy, copy_bytes(save));
+    dsc_arena_free(copy, save->layout.n_bytes);
 }
 
 void dsc_save_close(struct dsc_save *save) {
@@ -161,10 +157,9 @@ static void copy_blocks(void *context, size_t begin, size_t end) {
         for (; begin < end && begin < layout->first_crc[low + 1]; begin++) {
             const struct dsc_shard_tensor *tensor = &layout->tensors[low];
             uint64_t at = (begin - layout->first_crc[low]) * (uint64_t)DSC_SHARD_CRC_BYTES;
-            save->crcs[begin] =
-                dsc_crc32c_copy(save->copy + (tensor->offset - layout->header_bytes) + at,
-                                (const char *)save->data[low] + at,
-                                dsc_min(DSC_SHARD_CRC_BYTES, tensor->n_bytes - at));
+            save->crcs[begin] = dsc_crc32c_copy(save->copy + tensor->offset + at,
+                                                (const char *)save->data[low] + at,
+                                                dsc_min(DSC_SHARD_CRC_BYTES, tensor->n_bytes - at));
         }
 }
 
@@ -181,12 +176,10 @@ static int start_thread(struct dsc_save *save) {
 enum dsc_status dsc_save_start(struct dsc_save *save, struct dsc_pool *pool) {
     const struct dsc_shard_layout *layout = &save->layout;
     DSC_TRY(may_begin(save));
-    DSC_TRY(dsc_arena_alloc(copy_bytes(save), (void **)&save->copy));
+    DSC_TRY(dsc_arena_alloc(layout->n_bytes, (void **)&save->copy));
+    memcpy(save->copy, layout->header, layout->header_bytes);
     dsc_pool_run(pool, layout->n_crcs, 1, copy_blocks, save);
-    for (size_t i = 0; i < layout->n_tensors; i++)
-        save->data[i] = save->copy + (layout->tensors[i].offset - layout->header_bytes);
-    save->writing = (struct dsc_shard_writing){
-        .layout = layout, .data = save->data, .crcs = save->crcs, .has_crcs = true};
+    save->writing = (struct dsc_shard_writing){.layout = layout, .image = save->copy};
     save->begun = true;
     save->threaded = start_thread(save) == 0;
     if (!save->threaded) /* then this one writes; how that ends is for whoever waits */

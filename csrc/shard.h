@@ -73,7 +73,7 @@ enum dsc_status dsc_shard_size(enum dsc_shard_dtype dtype, int n_dims, const uin
 
 /* ---- writing ---- */
 
-/* Where everything will stand. Owns copies of keys and shapes. */
+/* Where everything will stand: shard.c. Owns copies of keys and shapes. */
 struct dsc_shard_layout {
     size_t n_tensors;
     struct dsc_shard_tensor *tensors; /* in the order of the file */
@@ -95,8 +95,9 @@ void dsc_shard_layout_free(struct dsc_shard_layout *layout);
 struct dsc_shard_writing {
     const struct dsc_shard_layout *layout;
     const void *const *data; /* of tensors[i] */
-    uint32_t *crcs;          /* layout->n_crcs of them; filled, unless they are there already */
-    bool has_crcs;
+    uint32_t *crcs;          /* layout->n_crcs of them, which are filled */
+    /* The whole file in memory from dsc_arena_alloc, in place of data and crcs; or NULL. */
+    const char *image;
     /* Called now and then with the bytes moved so far, from the calling thread; false ends the
      * write with DSC_EINTR. May be NULL. */
     bool (*progress)(void *context, uint64_t n_done);

@@ -284,8 +284,7 @@ void dsc__reduce_ranks(void *dst, const void *const *srcs, int n_srcs, size_t n_
 void dsc__reduce_nodes(void *dst, const void *const *srcs, int n_srcs, size_t n_elems,
                        enum dsc_dtype dtype, enum dsc_op op, int n_ranks);
 
-/* isa_stream.c: memcpy past the caches. Pays for results from about this size on. */
+/* dsc__stream_copy pays for results from about this size on. */
 enum { DSC__STREAM_FROM = 16 << 20 };
-void dsc__stream_copy(void *dst, const void *src, size_t n_bytes);
 
 #endif

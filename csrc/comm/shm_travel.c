@@ -12,6 +12,8 @@
  * have room in an area, of whatever two operations they are. */
 #include "shm.h"
 
+#include "../kernels/kernels.h"
+
 #include <string.h>
 
 enum { LAG = 4 };

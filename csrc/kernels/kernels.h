@@ -123,4 +123,7 @@ const struct dsc_kernels *dsc_kernels_tier(const char *name);
 /* Names of the tiers that this machine can run, NULL-terminated, slowest first. */
 const char *const *dsc_kernels_tiers(void);
 
+/* memcpy with stores that go around the caches (isa_stream.c); no tiers. */
+void dsc__stream_copy(void *dst, const void *src, size_t n_bytes);
+
 #endif

@@ -55,8 +55,12 @@ static void every_tier_gives_what_one_bit_at_a_time_gives(void) {
 static void a_checksum_goes_on_where_another_ended(void) {
     fill_bytes();
     uint32_t whole = dsc_crc32c(0, bytes, ROOM);
-    for (size_t cut = 0; cut <= ROOM; cut += 977)
-        CHECK_EQ_INT(dsc_crc32c(dsc_crc32c(0, bytes, cut), bytes + cut, ROOM - cut), whole);
+    for (size_t cut = 0; cut <= ROOM; cut += 977) {
+        uint32_t a = dsc_crc32c(0, bytes, cut), b = dsc_crc32c(0, bytes + cut, ROOM - cut);
+        CHECK_EQ_INT(dsc_crc32c(a, bytes + cut, ROOM - cut), whole);
+        CHECK_EQ_INT(dsc_crc32c_join(a, b, ROOM - cut), whole);
+    }
+    CHECK_EQ_INT(dsc_crc32c_join(whole, 0, 0), whole);
 }
 
 static void a_copy_is_the_same_bytes_and_their_checksum(void) {

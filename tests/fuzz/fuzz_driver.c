@@ -14,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { ROOM = 1 << 16, MOST_INPUTS = 8192, PLACES = 1 << 16, ALARM_S = 20 };
+enum { ROOM = 1 << 16, MOST_INPUTS = 8192, PLACES = 1 << 13, ALARM_S = 20 };
 
 static struct input {
     uint8_t *data;

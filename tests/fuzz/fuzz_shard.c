@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { ZEROS = 3 * 4096, MOST_BYTES = 3 << 20, CRCS = MOST_BYTES / DSC_SHARD_CRC_BYTES + 2 };
+enum { ZEROS = 2 * 4096, MOST_BYTES = 3 << 20, CRCS = MOST_BYTES / DSC_SHARD_CRC_BYTES + 2 };
 
 static char out[MOST_BYTES + (1 << 17)];
 
@@ -102,7 +102,7 @@ static const struct {
      "\"shape\":[],\"data_offsets\":[0,8]},\"c\":{\"dtype\":\"BOOL\",\"shape\":[0,7],"
      "\"data_offsets\":[16,16]}}",
      16, 0},
-    {"{\"big\":{\"dtype\":\"U8\",\"shape\":[2457600],\"data_offsets\":[0,2457600]}}", 0, 200},
+    {"{\"big\":{\"dtype\":\"U8\",\"shape\":[1064960],\"data_offsets\":[0,1064960]}}", 0, 130},
 };
 
 size_t fuzz_seed(size_t i, uint8_t *to, size_t room) {

@@ -5,7 +5,7 @@
  * cached chunk, two cores: 8.6 ms with memcpy, 2.5 ms so). SSE2 is x86-64's baseline, so there is
  * nothing to choose. Invariant: the same bytes as memcpy, visible to other threads as after
  * ordinary stores. */
-#include "backend.h"
+#include "kernels.h"
 
 #include <string.h>
 

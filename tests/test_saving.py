@@ -16,11 +16,11 @@ import pytest
 import torch
 from checkpoints import state_of
 from deepspeed_c._core import CheckpointError, CommError
-from deepspeed_c.checkpoint.native import NativeSource
 from ranks import die
 from test_checkpoint import made
 
 import deepspeed_c as deepspeed
+from deepspeed_c.checkpoint.native import NativeSource
 
 
 @contextlib.contextmanager
@@ -60,6 +60,7 @@ def test_names_of_what_is_written(tmp_path):
     path, client = made(2, seed=4).load_checkpoint(tmp_path, "3.5")
     assert path == str(tmp_path / "3.5") and client == {"epoch": 1}
     assert listed(tmp_path) == ["3.5", "global_step2", "latest"]
+    assert os.access(tmp_path / "zero_to_fp32.py", os.X_OK)
 
 
 def test_any_tool_can_open_the_file(tmp_path):

@@ -257,8 +257,10 @@ class Aside:
         self.path = os.path.join(save_dir, where)  # which is `where` itself, unless that is relative
 
     def publish(self, save_latest):
-        """Who leads: the folder gets its name; `latest` names it."""
-        self._folder.publish(save_latest)
+        """Who leads: the folder gets its name; `latest` names it. The script that joins weights stands beside."""
+        from ..utils.zero_to_fp32 import SCRIPT
+
+        self._folder.publish(save_latest, beside={"zero_to_fp32.py": SCRIPT.encode()})
 
     def abandon(self):
         """Who leads: the folder goes; elsewhere nothing."""

@@ -1,4 +1,4 @@
-"""Transformers' Trainer and Accelerate's save_state, stopped in the middle and resumed, as their documentation shows."""
+"""Transformers' Trainer and Accelerate's save_state, stopped in the middle and resumed as their documentation shows."""
 import os
 import sys
 

@@ -149,6 +149,20 @@ def test_verify_reports_progress_and_names_what_is_damaged(tmp_path):
         reader.check_file("other")
 
 
+def test_a_manifest_of_other_files_is_seen(tmp_path):
+    n_bytes, crc, table = write_file(tmp_path / "r.safetensors", {"model/w": ("F32", torch.arange(8.0))})
+    offset = table["model/w"][0]
+    for size, head, first, says in ((n_bytes + 4, crc, offset, f"{n_bytes + 4} were written"),
+                                    (n_bytes, crc ^ 1, offset, "header"), (n_bytes, crc, offset + 4, f"{offset + 4}")):
+        manifest = _core.Manifest()
+        manifest.add_file("r.safetensors", size, head)
+        n = (size - first) // 4
+        manifest.add_tensor("model", "w", HERE, "F32", (n,), (1,), 0, [(0, first, 0, n, [0])])
+        with pytest.raises(_core.CheckpointError) as raised:
+            manifest.open(tmp_path).check("model", "w", HERE, 0, 1)
+        assert "model/w" in str(raised.value) and "r.safetensors" in str(raised.value) and says in str(raised.value)
+
+
 def test_the_documented_reader_reads_it(tmp_path, root):
     page = (root / "docs" / "checkpoint.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, flags=re.S).group(1)

@@ -217,6 +217,16 @@ static const struct {
           "\"stride\":[1],\"group\":-2,\"pieces\":" WHOLE "}"),
      "a whole number"},
     {REST("{\"kind\":\"k\",\"name\":\"\\ud800\"}"), "surrogate"},
+    {REST("{\"kind\":\"k\",\"name\":\"\\ud800\\u0061\"}"), "surrogate"},
+    {REST("{\"kind\":\"k\",\"name\":\"\\u0000\"}"), "a character before this"},
+    {REST("{\"kind\":\"k\",\"name\":\"\\u00g0\"}"), "four hexadecimal digits"},
+    {REST("{\"kind\":\"k\",\"name\":\"\\x\"}"), "an escape that JSON has"},
+    {REST("{\"kind\":\"k\",\"name\":\"a\nb\"}"), "no control character"},
+    {REST("{\"kind\":\"k\",\"name\":7}"), "a string"},
+    {REST("\xED\xA0\x80"), "not UTF-8"},
+    {REST("\xF4\x90\x80\x80"), "not UTF-8"},
+    {START "\"sections\":{\"a\":[1,[2,[3,}", "a value"},
+    {START "\"sections\":{\"a\":-x}", "a digit"},
     {REST("{\"kind\":\"k\",\"name\":\"\xC0\x80\"}"), "not UTF-8"},
     {REST("") ",\"more\":1", "unknown key \"more\""},
 };
@@ -248,6 +258,23 @@ static void what_is_not_right_is_refused_and_named(void) {
     CHECK_OK(dsc_manifest_parse(text, n, "here", &manifest));
     dsc_free(text);
     dsc_manifest_free(manifest);
+}
+
+/* Spaces and escapes as other writers may have them. */
+static void a_text_may_be_written_in_other_ways(void) {
+    struct dsc_manifest *manifest;
+    size_t n;
+    char *text = with_digest("{ \"format\" :\t\"deepspeed_c\",\r\n\"version\" : 1 , \"sections\" : "
+                             "{ \"\\u0061\" : [ 1E+2 , -0.5e1, {} ] } , " FILES
+                             " \"tensors\" : [ " TENSOR("\\u20ac\\uD83d\\uDE00\\n\\/\\\"\\u00e9",
+                                                        "[4]", "[1]", WHOLE) " ] ",
+                             &n);
+    CHECK_OK(dsc_manifest_parse(text, n, "here", &manifest));
+    CHECK(strcmp(dsc_manifest_section(manifest, "a"), " [ 1E+2 , -0.5e1, {} ]") == 0);
+    CHECK(dsc_manifest_find(manifest, "k", "\xE2\x82\xAC\xF0\x9F\x98\x80\n/\"\xC3\xA9",
+                            (uint32_t[]){0, 0}));
+    dsc_manifest_free(manifest);
+    dsc_free(text);
 }
 
 static void a_call_that_is_refused_changes_nothing(void) {
@@ -500,6 +527,7 @@ static const struct test_case cases[] = {
     CASE(a_table_comes_back_as_it_was),
     CASE(any_changed_byte_is_found),
     CASE(what_is_not_right_is_refused_and_named),
+    CASE(a_text_may_be_written_in_other_ways),
     CASE(a_call_that_is_refused_changes_nothing),
     CASE(a_hundred_thousand_pieces_of_many_files_are_quick),
     CASE(ranges_are_read_across_pieces_and_files),

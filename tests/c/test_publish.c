@@ -109,6 +109,29 @@ static void a_published_folder_has_its_name_and_latest_names_it(void) {
     remove_dir();
 }
 
+static void a_file_beside_is_written_where_it_is_another(void) {
+    static const struct dsc_beside beside[] = {{"tool", "one", 3}, {"tool", "two", 3}};
+    static const int which[] = {0, 0, 1};
+    struct stat before = {0}, after;
+    struct dsc_folder *folder;
+    char path[128];
+    make_dir();
+    snprintf(path, sizeof path, "%s/tool", dir);
+    for (int i = 0; i < 3; i++, before = after) {
+        CHECK_OK(dsc_folder_open(dir, "t", &folder));
+        CHECK_OK(dsc_folder_publish(folder, false, &beside[which[i]], 1));
+        dsc_folder_close(folder);
+        CHECK(stat(path, &after) == 0 && strcmp(text_of("tool"), beside[which[i]].data) == 0);
+        CHECK((before.st_ino == after.st_ino && before.st_ctime == after.st_ctime) == (i == 1));
+    }
+    CHECK_OK(dsc_folder_open(dir, "tool", &folder));
+    CHECK_EQ_INT(dsc_folder_publish(folder, false, beside, 1), DSC_EINVAL);
+    dsc_folder_close(folder);
+    CHECK(!exists("latest"));
+    check_no_debris();
+    remove_dir();
+}
+
 static void a_tag_that_is_there_is_replaced_and_its_users_files_stay(void) {
     make_dir();
     CHECK_OK(save("t", 1));
@@ -441,6 +464,7 @@ static void stress_kills_at_random_moments(void) {
 
 static const struct test_case cases[] = {
     CASE(a_published_folder_has_its_name_and_latest_names_it),
+    CASE(a_file_beside_is_written_where_it_is_another),
     CASE(a_tag_that_is_there_is_replaced_and_its_users_files_stay),
     CASE(what_is_abandoned_leaves_all_as_it_was),
     CASE(tags_that_no_folder_can_have_are_refused),

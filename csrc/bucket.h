@@ -89,7 +89,8 @@ enum dsc_status dsc_buckets_finish(struct dsc_buckets *buckets, uint32_t n_round
 enum dsc_status dsc_buckets_wait_settled(struct dsc_buckets *buckets, uint32_t n_rounds,
                                          const char *label);
 /* Replaces this rank's sums of a segment's part that it owns by `values` (of the segment's first
- * element on) times factor. Settled sums only. */
+ * element on) times factor. Settled sums only; early, a meeting has to follow before any rank opens
+ * a round. */
 void dsc_buckets_put_sums(struct dsc_buckets *buckets, size_t segment, const float *values,
                           float factor);
 /* Before a round is opened: waits while an earlier round of this rank still waits for a rank that

@@ -150,6 +150,14 @@ static enum dsc_status put_local(struct dsc_engine *e, size_t param, struct dsc_
     return DSC_OK;
 }
 
+/* A rank in its next backward pass adds to the sums of others: not before all are replaced. */
+static enum dsc_status put_sums(struct dsc_engine *e, size_t param, const float *grad,
+                                float factor) {
+    const struct dsc_holding *holding = &e->holdings[e->param_space[param]];
+    dsc_buckets_put_sums(holding->buckets, e->param_segment[param], grad, factor);
+    return e->ways.early ? dsc_comm_barrier(holding->comm, e->label) : DSC_OK;
+}
+
 enum dsc_status dsc_engine_set_grad(struct dsc_engine *e, size_t param, struct dsc_view *views,
                                     const float *grad, double *into_grad) {
     enum dsc_status status = DSC_OK;
@@ -165,8 +173,7 @@ enum dsc_status dsc_engine_set_grad(struct dsc_engine *e, size_t param, struct d
     if (handed_over(e, param)) {
         status = settle_all(e, views);
         if (status == DSC_OK)
-            dsc_buckets_put_sums(e->holdings[e->param_space[param]].buckets,
-                                 e->param_segment[param], grad, (float)sum);
+            status = put_sums(e, param, grad, (float)sum);
     } else if (!dsc__engine_is_16bit(e, param)) {
         *into_grad = share;
     } else {

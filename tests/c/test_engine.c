@@ -534,6 +534,68 @@ static void contributions_in_turn_take_no_slots(void) {
             }
 }
 
+/* Two large parameters, the second one rank 1's: rank 0 has none of it to replace, and is in its
+ * next backward pass while rank 1 still writes. */
+enum { LARGE = 1 << 20 };
+
+static void *replace_sums(void *context) {
+    struct rank_job *job = context;
+    struct dsc_engine_options options = {
+        .stage = 2, .bucket_elems = LARGE, .many_micro_steps = true, .n_threads = 1};
+    struct dsc_param params[2] = {{.n_elems = LARGE, .dtype = DSC_F32},
+                                  {.n_elems = LARGE, .dtype = DSC_F32}};
+    struct dsc_hyper hyper = {.beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8};
+    struct dsc_engine_ranks ranks = dsc_engine_ranks_of(job->comm);
+    float *
+        memory[4]; /* the parameter that is looked at and its gradient, what is set, what is read */
+    dsc_scaler_init_static(&options.scaler, 1);
+    for (int k = 0; k < 4; k++) {
+        memory[k] = aligned_alloc(64, LARGE * sizeof(float));
+        for (size_t i = 0; i < LARGE; i++)
+            memory[k][i] = k == 2 ? 1e-40f : 1; /* subnormal: many processors are slow */
+    }
+    struct dsc_engine *engine;
+    CHECK_OK(dsc_engine_open(&ranks, &options, params, 2, 1, &engine));
+    for (int step = 0; step < 20; step++) {
+        struct dsc_view views[2] = {{.data = memory[0]}, {.data = memory[0]}};
+        struct dsc_step_report report;
+        double into_grad;
+        int need;
+        bool taken;
+        for (int micro = 0; micro < 2; micro++) {
+            CHECK_OK(dsc_engine_begin_backward(engine, micro == 1, &need));
+            CHECK_OK(dsc_engine_arrive(engine, 1, memory[1], DSC_F32, &taken));
+            CHECK_OK(dsc_engine_end_backward(engine, micro == 1, &need));
+            if (micro == 0)
+                CHECK_OK(dsc_engine_set_grad(engine, 1, views, memory[2], &into_grad));
+        }
+        CHECK_OK(dsc_engine_get_grad(engine, 1, views, memory[3]));
+        for (size_t i = 0; i < LARGE; i++)
+            CHECK(memory[3][i] == 1); /* what was set, and the mean of the second pass */
+        CHECK_OK(dsc_engine_step(engine, views, &hyper, &report));
+    }
+    dsc_engine_close(engine);
+    for (int k = 0; k < 4; k++)
+        free(memory[k]);
+    return NULL;
+}
+
+static void a_replaced_gradient_keeps_what_comes_after_it(void) {
+    struct rank_job jobs[2] = {{.rank = 0}, {.rank = 1}};
+    struct dsc_comm *comms[2];
+    pthread_t threads[2];
+    struct dsc_comm_options options = {.timeout_s = 8};
+    CHECK_OK(dsc_comm_open_threads(&options, 2, comms));
+    for (int r = 0; r < 2; r++) {
+        jobs[r].comm = comms[r];
+        CHECK(pthread_create(&threads[r], NULL, replace_sums, &jobs[r]) == 0);
+    }
+    for (int r = 0; r < 2; r++)
+        pthread_join(threads[r], NULL);
+    for (int r = 0; r < 2; r++)
+        dsc_comm_close(comms[r]);
+}
+
 static void lamb_agrees_over_stages_on_2_ranks(void) {
     sweep(2, 1, true, DSC_OPTIM_LAMB, false);
 }
@@ -728,6 +790,7 @@ static const struct test_case cases[] = {
     CASE(three_micro_steps_agree_on_2_ranks),
     CASE(three_micro_steps_agree_on_4_ranks),
     CASE(contributions_in_turn_take_no_slots),
+    CASE(a_replaced_gradient_keeps_what_comes_after_it),
     CASE(random_delays_change_no_bit_2_ranks),
     CASE(random_delays_change_no_bit_3_ranks),
     CASE(a_slow_rank_is_waited_for_over_many_micro_steps),

@@ -50,7 +50,8 @@ def test_values_come_back_with_their_types():
 
 
 def test_no_text_makes_anything_but_values():
-    for wrong in ({"$": "object_", "value": 0}, {"$": "tensor", "dtype": "load", "value": 1}, {"$": "tuple"},
+    for wrong in ({"$": "object_", "value": 0}, {"$": "namespace", "value": [1]},
+                  {"$": "tensor", "dtype": "load", "value": 1}, {"$": "tuple"},
                   {"$": "array", "dtype": "O", "shape": [1], "tensor": "0"}):
         with pytest.raises(ValueError):
             unpack(wrong, lambda name: torch.zeros(8, dtype=torch.uint8), None)
@@ -289,6 +290,91 @@ def test_any_number_of_ranks_into_any_other(ranks, tmp_path):
 @pytest.mark.long
 def test_the_whole_matrix(ranks, tmp_path):
     check_matrix(ranks, str(tmp_path), ("fp32", "bf16", "fp16"), [(n, m) for n in (1, 2, 3, 4) for m in (1, 2, 3, 4)])
+
+
+class Rows(torch.optim.Optimizer):
+    """An optimizer that is not known to treat each element alone: a mean square per row, and a number."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, rows=torch.zeros(p.shape[:1]), last=torch.zeros_like(p))
+                state["step"] += 1
+                state["rows"].mul_(0.9).add_(p.grad.square().flatten(1).mean(1) if p.dim() > 1 else p.grad.square())
+                rows = state["rows"].view(-1, *[1] * (p.dim() - 1))
+                state["last"].copy_(p.grad / (rows.sqrt() + 1e-3))
+                p.sub_(state["last"], alpha=group["lr"])
+
+
+OPTIMIZERS = {
+    "RMSprop in two groups": lambda m: torch.optim.RMSprop([
+        {"params": [p for p in m.parameters() if p.dim() > 1]},
+        {"params": [p for p in m.parameters() if p.dim() < 2], "lr": 1e-4}], lr=1e-3, momentum=0.5),
+    "Rows": lambda m: Rows(m.parameters(), 1e-3),
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9),
+}
+
+
+def through_optimizers(rank, world, folder, save, load):
+    """Digests after two more steps, by optimizer and (stage, with fp32 masters or without) that was loaded into."""
+    found = {}
+    for name, make in OPTIMIZERS.items():
+        for stage, masters in load:
+            if name != "SGD" and not masters:
+                continue
+            module = models.make(Odd, 1 if save else 5)
+            engine = deepspeed.initialize(model=module, optimizer=make(module), config={
+                "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+                "zero_allow_untested_optimizer": True, "bf16": {
+                    "enabled": True, "bf16_master_weights_and_grads": not masters}})[0]
+            tag = f"{name}, {masters}"
+            if save:
+                steps_of(engine, rank, 2)
+                engine.save_checkpoint(folder, tag)
+            else:
+                engine.load_checkpoint(folder, tag)
+            steps_of(engine, rank, 2)
+            found[name, stage, masters] = hashlib.sha256(models.bits(module)).hexdigest()
+            engine.destroy()
+    return found
+
+
+def steps_of(engine, rank, n):
+    for i in range(n):
+        x = torch.linspace(-1, 1 + i + rank, 12).view(3, 4).bfloat16()
+        engine.backward(engine(x))
+        engine.step()
+
+
+def test_optimizers_that_torch_runs_and_models_without_masters(ranks, tmp_path):
+    ends = ranks(2, through_optimizers, str(tmp_path), True, [(1, True), (2, False)])[0]
+    again = ranks(2, through_optimizers, str(tmp_path), False, [(s, m) for s in STAGES for m in (True, False)])[0]
+    for (name, stage, masters), end in again.items():
+        assert end == ends[name, 1 if masters else 2, masters], (name, stage, masters)
+    three = ranks(3, through_optimizers, str(tmp_path), False, [(s, True) for s in STAGES])[0]
+    for name in OPTIMIZERS:
+        assert len({end for (other, *_), end in three.items() if other == name}) == 1
+
+
+def test_another_grouping_of_parameters_is_an_error():
+    first, second = made(kind=Odd), models.make(Odd)
+    groups = [{"params": list(second.a.parameters())}, {"params": list(second.b.parameters()), "lr": 0.5}]
+    engine = deepspeed.initialize(model=second, model_parameters=groups, config=models.config(1))[0]
+    with pytest.raises(CheckpointError, match="1 parameter groups, the engine 2"):
+        restore(engine, MemorySource([taken(first)]), Options())
+    third = models.make(Odd)
+    other = deepspeed.initialize(model=third, config=models.config(2), model_parameters=[
+        {"params": [third.a.weight]}, {"params": [third.a.bias, *third.b.parameters()]}])[0]
+    with pytest.raises(CheckpointError, match="a.bias is in parameter group 0 in the checkpoint and in 1 here"):
+        restore(other, MemorySource([taken(engine)]), Options())
+    restore(other, MemorySource([taken(engine)]), Options(optimizer_states=False))
+    assert torch.equal(third.a.bias, second.a.bias)
 
 
 def over_nodes(rank, world, folder):

@@ -1,6 +1,8 @@
 """save_checkpoint and load_checkpoint as a script calls them: files and names, ranks that differ or are gone, saving
 behind training's back, and everything that may stand in the way of a load."""
+import argparse
 import atexit
+import collections
 import contextlib
 import json
 import logging
@@ -21,6 +23,7 @@ from test_checkpoint import made
 
 import deepspeed_c as deepspeed
 from deepspeed_c.checkpoint.native import NativeSource
+from deepspeed_c.checkpoint.save import Bar
 
 
 @contextlib.contextmanager
@@ -77,11 +80,12 @@ def test_any_tool_can_open_the_file(tmp_path):
 def test_client_state_of_every_kind(tmp_path):
     engine = trained()
     state = {"step": 3, "best": float("inf"), "tensor": torch.arange(5.0), "pair": (1, "a"), "names": {"a", "b"},
-             "nested": {"x": [torch.tensor(2)]}}
+             "nested": {"x": [torch.tensor(2)]}, "arguments": argparse.Namespace(lr=0.1),
+             "counted": collections.Counter("aab")}
     engine.save_checkpoint(tmp_path, client_state=state)
     back = made(seed=4).load_checkpoint(tmp_path)[1]
     assert torch.equal(back.pop("tensor"), state.pop("tensor")) and back == state
-    assert "objects.pt" in os.listdir(tmp_path / "global_step2")  # a set is neither JSON nor a tensor
+    assert "objects.pt" in os.listdir(tmp_path / "global_step2")  # a Counter is none of what JSON tells
 
 
 class Evil:
@@ -93,7 +97,9 @@ class Evil:
 
 def test_an_object_that_would_run_code_is_refused(tmp_path):
     engine = trained()
-    engine.save_checkpoint(tmp_path, client_state={"evil": Evil()})
+    with lines() as said:
+        engine.save_checkpoint(tmp_path, client_state={"evil": Evil()})
+    assert any("system" in line and "add_safe_globals" in line for line in said)
     second = made(seed=4)
     before = state_of(second)
     with pytest.raises(CheckpointError, match="objects.pt.*system"):
@@ -244,8 +250,9 @@ def save_until_killed(rank, world, folder, victim, delay, behind):
         engine.save_checkpoint(folder, f"save{i}", {"number": i})
         engine.checkpoint_commit()
         if rank == 0:
-            with open(returned, "w") as file:
+            with open(f"{returned}.new", "w") as file:
                 file.write(str(i))
+            os.rename(f"{returned}.new", returned)
 
 
 def check_kills(ranks, folder, n, seed):
@@ -265,7 +272,7 @@ def check_kills(ranks, folder, n, seed):
             if entry.is_dir() and entry.name.startswith("save") and entry.name != latest:
                 shutil.rmtree(entry)
     made().save_checkpoint(folder, "end")
-    assert set(listed(folder)) <= {"returned", "latest", latest, "end"}
+    assert set(listed(folder)) <= {"returned", "returned.new", "latest", latest, "end"}
 
 
 def test_a_kill_at_any_moment_leaves_the_newest_checkpoint_whole(ranks, tmp_path):
@@ -367,6 +374,32 @@ def end_without_waiting(rank, world, folder):
 def test_a_script_that_ends_has_its_checkpoint(ranks, tmp_path):
     ranks(2, end_without_waiting, str(tmp_path))
     assert (tmp_path / "latest").read_bytes() == b"a"
+
+
+def abandoned(rank, world, folder):
+    """Rank 1 is gone before it has written its file; rank 0's end does not wait for it for long."""
+    engine = trained(1, checkpoint={"async": True})
+    engine.save_checkpoint(folder, "a")
+    if rank == 1:
+        die()
+    engine._saving._names.append("of nobody")
+    engine.save_checkpoint(folder, "b")
+
+
+def test_a_rank_that_dies_behind_training_is_an_error(ranks, tmp_path):
+    first = ranks.outcomes(2, abandoned, str(tmp_path), timeout=30)[0]
+    assert first.error == "CommError" and first.seconds < 20
+    assert listed(tmp_path) in ([], ["a", "latest"])
+
+
+def test_a_long_save_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("deepspeed_c.checkpoint.save._BAR_AFTER", 0)
+    bar = Bar(trained()._comm, 100)
+    bar(60)
+    bar.close()
+    out, err = capsys.readouterr()
+    assert out == "" and "checkpoint (rank 0)" in err
 
 
 # ---- the loader ----

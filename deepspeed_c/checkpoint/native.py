@@ -12,6 +12,7 @@ import re
 import torch
 
 from .. import _core
+from ..utils.logging import logger
 from .agree import broadcast_bytes, gather_json, together
 from .contents import Contents, Tensor
 from .save import Bar, Saving
@@ -78,6 +79,7 @@ def _shared_files(comm, contents, everyone):
                 file = io.BytesIO()
                 torch.save(contents.objects, file)
                 objects = file.getvalue()
+                _warn_of_classes(objects)
             sections = dict(contents.sections)
             sections["scalars"] = [row for *_, own in everyone for row in own["scalars"]]
             sections["rng"] = {rank: state for *_, own in everyone for rank, state in own["rng"].items()}
@@ -86,6 +88,14 @@ def _shared_files(comm, contents, everyone):
         problem = error
     together(comm, problem, "save_checkpoint")
     return tuple(broadcast_bytes(comm, data, 0, "save_checkpoint") for data in (text, objects))
+
+
+def _warn_of_classes(objects):
+    """Says at once what will not load."""
+    refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(objects)))
+    if refused:
+        logger.warning("client_state, or the schedule, holds values of %s: load_checkpoint takes them only after "
+                       "torch.serialization.add_safe_globals() with these", ", ".join(refused))
 
 
 def _write(folder, name, data):

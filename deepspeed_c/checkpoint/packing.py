@@ -1,10 +1,11 @@
 """Python values as JSON: what a checkpoint says beside its large tensors.
 
 What JSON has stands as it is. Everything else is an object with the key "$", which says how to read it: tuples, dicts
-with other keys, numbers that are not finite or too long, bytes, numpy's numbers. Tensors and arrays go to a list
-beside, other objects to another one, and the JSON has their numbers. Invariant: unpack(pack(x)) equals x, types
-included, and no text from a file makes anything but values.
+with other keys, sets, argparse's namespaces, numbers that are not finite or too long, bytes, numpy's numbers. Tensors
+and arrays go to a list beside, other objects to another one, and the JSON has their numbers. Invariant:
+unpack(pack(x)) equals x, types included, and no text from a file makes anything but values.
 """
+import argparse
 import base64
 import importlib
 import math
@@ -12,6 +13,7 @@ from collections import OrderedDict
 
 import torch
 
+_SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
 _MOST = 2**53  # integers up to here are the same in every reader of JSON
 _SCALARS = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16,
             torch.int8, torch.uint8, torch.bool}
@@ -43,8 +45,10 @@ class _Packer:
         return self._tagged(kind, value)
 
     def _tagged(self, kind, value):
-        if kind is tuple:
-            return {"$": "tuple", "value": [self.pack(item) for item in value]}
+        if kind in _SEQUENCES.values():
+            return {"$": kind.__name__, "value": [self.pack(item) for item in value]}
+        if kind is argparse.Namespace:
+            return {"$": "namespace", "value": self.pack(dict(vars(value)))}
         if kind in (dict, OrderedDict):
             rows = [[self.pack(key), self.pack(item)] for key, item in value.items()]
             return {"$": "dict" if kind is dict else "ordered", "value": rows}
@@ -108,8 +112,10 @@ def _untag(packed, tensor, object_):
         return _dtype(value)
     if tag == "object":
         return object_(value)
-    if tag == "tuple":
-        return tuple(unpack(item, tensor, object_) for item in value)
+    if tag in _SEQUENCES:
+        return _SEQUENCES[tag](unpack(item, tensor, object_) for item in value)
+    if tag == "namespace":
+        return argparse.Namespace(**unpack(value, tensor, object_))
     if tag in ("dict", "ordered"):
         rows = [(unpack(key, tensor, object_), unpack(item, tensor, object_)) for key, item in value]
         return dict(rows) if tag == "dict" else OrderedDict(rows)

@@ -23,6 +23,7 @@ from .agree import broadcast_bytes, together
 _SAVE, _LOAD = "save_checkpoint", "load_checkpoint"
 _LATEST = "latest"
 _PAUSE = 0.02  # seconds between two looks at what other ranks have written
+_PATIENCE = 5.0  # seconds that a process which ends waits for other ranks' files, from when one last grew
 _BAR_AFTER = 3.0  # seconds after which a save shows how far it is
 
 
@@ -334,11 +335,23 @@ class Saving:
         except Exception as error:
             logger.error("the checkpoint that was being written is not there: %s", error)
             return
-        if self._thread is not None:
-            self._thread.join(60.0)
-            if self._thread.is_alive() or self._failure is not None:
-                logger.error("the checkpoint that was being written is not there: %s",
-                             self._failure or "other ranks have not written their files")
+        seen, since = None, time.monotonic()
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() - since < _PATIENCE:
+            self._thread.join(_PAUSE)
+            now = _sizes(self._aside.path)
+            if now != seen:
+                seen, since = now, time.monotonic()
+        if self._thread is not None and (self._thread.is_alive() or self._failure is not None):
+            logger.error("the checkpoint that was being written is not there: %s",
+                         self._failure or "other ranks have not written their files")
+
+
+def _sizes(folder):
+    """{name: bytes} of the files that are being written."""
+    try:
+        return {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    except OSError:
+        return None
 
 
 _UNDER_WAY = weakref.WeakSet()

@@ -260,3 +260,27 @@ def test_files_of_real_deepspeed_in_the_same_folder_are_an_error(site, tmp_path)
     (tmp_path / "both" / "deepspeed" / "runtime").mkdir()
     out = python("try:\n    import deepspeed\nexcept ImportError as error:\n    print(error)", tmp_path / "both")
     assert "holds files of another deepspeed (runtime)" in out and "pip uninstall deepspeed" in out
+
+
+SAVES = """
+import json, os, sys, torch, deepspeed
+from deepspeed.utils.zero_to_fp32 import get_model_state_file, get_optim_files
+module = torch.nn.Linear(3, 2)
+config = {"train_batch_size": 1, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}
+engine, *_ = deepspeed.initialize(model=module, config=config)
+engine.save_checkpoint(sys.argv[1], client_state={"epoch": 3})
+path, client = engine.load_checkpoint(sys.argv[1])
+folder = os.path.join(sys.argv[1], "global_step0")
+optimizer = torch.load(get_optim_files(folder)[0], weights_only=False)["optimizer_state_dict"]
+print(json.dumps([path == get_model_state_file(folder, optimizer["zero_stage"]), client, optimizer["zero_stage"],
+                  type(optimizer["loss_scaler"]).__module__, sorted(os.listdir(sys.argv[1]))]))
+"""
+
+
+def test_under_the_name_deepspeed_checkpoints_have_deepspeeds_files(site, tmp_path):
+    """Pickled by names that are ours then; see docs/deepspeed_layout.md."""
+    done = subprocess.run([sys.executable, "-c", SAVES, tmp_path], env=environment(site), capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [True, {"epoch": 3}, 2, "deepspeed_c.runtime.fp16.loss_scaler",
+                                       ["global_step0", "latest", "zero_to_fp32.py"]]

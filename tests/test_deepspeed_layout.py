@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import tarfile
 import tempfile
 
@@ -189,6 +190,11 @@ def write_and_read(rank, world, folder, cases):
         trained = peer.values(engine, deepspeed_c.utils)
         if rank == 0:
             torch.save({"values": state, "lr": lr, "trained": trained}, os.path.join(folder, case, "values.pt"))
+        if case == "stage1-fp32":
+            native = ours(case, 1, checkpoint={"format": "native"})
+            peer.train(native, rank, 0, peer.N_STEPS)
+            native.save_checkpoint(os.path.join(folder, "native"), client_state={"epoch": 3, "seen": torch.ones(2)})
+            native.destroy()
         engine.destroy()
         for other in cases:
             if other.partition("-")[2] != case.partition("-")[2]:
@@ -225,6 +231,8 @@ def test_what_we_write_in_deepspeeds_layout_loads_at_every_stage(written):
             f"{'bf16_' if dtype == 'bf16' else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)}
         assert names == model | optimizer
         assert (written / case / "latest").read_text() == LATEST
+        assert {path.name for path in (written / case).iterdir()} == {
+            LATEST, "latest", "zero_to_fp32.py", "values.pt"}
 
 
 def test_files_name_deepspeeds_classes(written):
@@ -235,7 +243,7 @@ def test_files_name_deepspeeds_classes(written):
         "utils.tensor_fragment.fragment_address")]
 
 
-def awkward_there_and_back(rank, world, folder, dtypes):
+def awkward_there_and_back(rank, world, folder, cases):
     """Elements in another order, none at all, a scale, several optimizers; written while training goes on."""
     torch.set_num_threads(1)
 
@@ -254,31 +262,31 @@ def awkward_there_and_back(rank, world, folder, dtypes):
                 found[name] = deepspeed_c.utils.safe_get_full_fp32_param(p).tolist()
         return found
 
-    for dtype in dtypes:
-        for optimizer in ({"type": "Adam", "params": {"lr": 1e-2}},
-                          {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}):
-            for stage in range(4):
-                path = os.path.join(folder, f"{dtype}-{optimizer['type']}-{stage}")
-                saved = engine(stage, dtype, optimizer, **{"async": stage % 2 == 1})
-                models.train(saved, rank, 2, dtype=dtype)
-                at = everything(saved)
-                saved.save_checkpoint(path, tag=7.5, save_latest=stage > 1)
-                models.train(saved, rank, 1, dtype=dtype)
-                saved.checkpoint_commit()
-                after = everything(saved)
-                saved.destroy()
-                for other in (stage, (stage + 1) % 4, (stage + 2) % 4):
-                    loaded = engine(other, dtype, optimizer)
-                    models.train(loaded, rank, 1, dtype=dtype)
-                    loaded.load_checkpoint(path, 7.5)
-                    assert everything(loaded) == at, (path, other)
-                    models.train(loaded, rank, 1, dtype=dtype)
-                    assert everything(loaded) == after, (path, other)
-                    loaded.destroy()
+    for dtype, optimizer in cases:
+        for stage in range(4):
+            path = os.path.join(folder, f"{dtype}-{stage}")
+            saved = engine(stage, dtype, optimizer, **{"async": stage % 2 == 1})
+            models.train(saved, rank, 2, dtype=dtype)
+            at = everything(saved)
+            saved.save_checkpoint(path, tag=7.5, save_latest=stage > 1)
+            models.train(saved, rank, 1, dtype=dtype)
+            saved.checkpoint_commit()
+            after = everything(saved)
+            saved.destroy()
+            for other in (stage, (stage + 1) % 4):
+                loaded = engine(other, dtype, optimizer)
+                models.train(loaded, rank, 1, dtype=dtype)
+                loaded.load_checkpoint(path, 7.5)
+                assert everything(loaded) == at, (path, other)
+                models.train(loaded, rank, 1, dtype=dtype)
+                assert everything(loaded) == after, (path, other)
+                loaded.destroy()
 
 
 def test_awkward_modules_come_back_in_deepspeeds_layout(ranks, tmp_path):
-    ranks(2, awkward_there_and_back, str(tmp_path), ("fp32", "fp16"), timeout=200)
+    cases = [("fp16", {"type": "Adam", "params": {"lr": 1e-2}}),
+             ("fp32", {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}})]
+    ranks(2, awkward_there_and_back, str(tmp_path), cases, timeout=200)
 
 
 def experts_there_and_back(rank, world, folder):
@@ -342,7 +350,7 @@ def stored_weights(folder, case):
 
 
 @pytest.mark.parametrize("case", ["stage1-bf16", "stage3-fp32", "stage2-fp32"])
-def test_zero_to_fp32_gives_the_masters(written, case, tmp_path):
+def test_zero_to_fp32_gives_the_masters(written, case):
     wanted = stored_weights(written, case)
     state = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(written / case)
     lazy = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(written / case, LATEST, lazy_mode=True)
@@ -354,6 +362,15 @@ def test_zero_to_fp32_gives_the_masters(written, case, tmp_path):
         assert torch.equal(model.state_dict()[name], value), name
     lean = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(written / case, exclude_frozen_parameters=True)
     assert set(state) - set(lean) == {"frozen.weight", "frozen.bias"}
+
+
+def test_the_script_beside_a_checkpoint_joins_its_weights(written, tmp_path, root):
+    script = written / "native" / "zero_to_fp32.py"
+    assert os.access(script, os.X_OK) and (written / "stage2-bf16" / script.name).read_bytes() == script.read_bytes()
+    subprocess.run([sys.executable, script.name, ".", tmp_path], cwd=script.parent, check=True, timeout=60,
+                   env={**os.environ, "PYTHONPATH": str(root)})
+    state = torch.load(tmp_path / "pytorch_model.bin")
+    assert all(torch.equal(state[name], value) for name, value in stored_weights(written, "stage1-fp32").items())
 
 
 def test_export_cuts_files_at_the_limit(written, tmp_path, capsys):
@@ -388,6 +405,10 @@ def test_inspect_verify_and_diff(written, capsys):
     assert tools.main(["diff", folder, str(written / "stage1-bf16")]) == 1
     assert "model up.weight: dtype" in capsys.readouterr().out
     assert tools.main(["diff", folder, folder]) == 0
+    assert tools.main(["diff", folder, str(written / "native")]) == 1
+    assert capsys.readouterr().out.splitlines() == ["config.checkpoint.format: 'deepspeed' and 'native'"]
+    assert tools.main(["verify", str(written / "native")]) == 0
+    assert tools.main(["inspect", str(written / "native")]) == 0
     assert tools.main(["verify", folder, "--tag", "nothing"]) == 1
 
 

@@ -83,7 +83,7 @@ def _verify(options):
     done = [0]
 
     def progress(n_bytes):
-        done[0] += n_bytes
+        done[0] = n_bytes
 
     source.verify(progress)
     print(f"{source.folder}: {done[0]} bytes are as they were written")

@@ -9,7 +9,8 @@ import torch
 from .contents import row_major, same_order
 
 _CHUNK = 1 << 22  # elements
-_SECTIONS = ("counters", "scaler", "groups", "schedule", "loader", "client", "config", "world")
+_SECTIONS = ("counters", "scaler", "optimizer", "groups", "schedule", "loader", "client", "config", "world")
+_WHOLE = ("groups", "client", "config")  # of the other sections a format may lack entries
 _NOT_COMPARED = ("rng", "client")  # kinds: what differs where nothing of the training does, and parts of sections
 
 
@@ -25,8 +26,7 @@ def differences(a, b):
             yield f"{key[0]} {key[1]}{where}: {text}"
     for name in _SECTIONS:
         first, second = a.sections.get(name), b.sections.get(name)
-        if first != second:
-            yield from _values(name, first, second)
+        yield from _values(name, first, second, name in _WHOLE)
 
 
 def _tensors(a, b, first, second):
@@ -72,12 +72,13 @@ def _told(n, most, numel):
     return f"{n} of {numel} elements differ, by at most {most:.9g}" if n else ""
 
 
-def _values(name, first, second):
-    """Lines about two values of a section."""
-    if isinstance(first, dict) and isinstance(second, dict):
+def _values(name, first, second, everything):
+    """Lines about two values of a section; everything: also about what only one of them has."""
+    if first == second or not everything and None in (first, second):
+        return
+    if isinstance(first, dict) and isinstance(second, dict) and "$" not in first and "$" not in second:
         for key in sorted({*first, *second}):
-            if first.get(key) != second.get(key):
-                yield from _values(f"{name}.{key}", first.get(key), second.get(key))
+            yield from _values(f"{name}.{key}", first.get(key), second.get(key), everything)
     else:
         yield f"{name}: {_short(first)} and {_short(second)}"
 

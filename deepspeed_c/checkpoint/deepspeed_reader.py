@@ -98,13 +98,15 @@ class DeepSpeedSource:
         return self.folder
 
     def verify(self, progress=None):
-        """CheckpointError where any file is damaged. progress(bytes) is called after each file."""
+        """CheckpointError where any file is damaged. progress(bytes so far) is called after each file."""
+        done = 0
         for name in self._listing:
             if name.endswith(".pt"):
                 path = os.path.join(self.folder, name)
                 files.verify(path)
+                done += os.path.getsize(path)
                 if progress is not None:
-                    progress(os.path.getsize(path))
+                    progress(done)
 
     def _touched(self, kind, name, place, begin, n):
         """(piece, first, last) of those that hold elements of [begin, begin + n)."""

@@ -47,6 +47,9 @@ def _save(engine, aside, client_state, save_latest, exclude_frozen):
         together(comm, problem, _CALL)
         return result
 
+    if len(aside.ranks) < comm.size:
+        raise NotImplementedError("checkpoint.use_node_local_storage over several nodes is not yet in DeepSpeed's "
+                                  'layout; checkpoint.format "native" has it')
     writer = agreed(lambda: DeepSpeedWriter(engine, Contents(engine, client_state, exclude_frozen), client_state,
                                             exclude_frozen))
     writer.share()

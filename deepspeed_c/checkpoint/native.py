@@ -219,6 +219,11 @@ class NativeSource:
                     "classes that are to be allowed") from error
         return self._objects[number]
 
+    def verify(self, progress=None):
+        """CheckpointError where any byte of any file is not as it was written. progress(bytes so far) is called now and
+        then."""
+        self._reader.verify(progress)
+
     def load_path(self, engine):
         """What load_checkpoint returns as the path."""
         return self.folder

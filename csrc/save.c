@@ -1,11 +1,9 @@
-/* A save, its copy and its thread. Invariant: `writing` and what it points to belong to the thread
- * from its start until `done`; the rest of the object belongs to the caller. */
+/* A save and its thread. Invariant: the job belongs to the thread from its start until `done`, but
+ * for detaching, which a job takes from anybody; the rest of the object belongs to the caller. */
 #define _GNU_SOURCE
 #include "save.h"
 
 #include "alloc.h"
-#include "arena.h"
-#include "crc32c.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -19,11 +17,10 @@ struct dsc_save {
     pid_t pid;
     char *path;
     struct dsc_shard_layout layout;
-    struct dsc_shard_writing writing;
+    struct dsc_shard_job *job;
     const void **data; /* of layout.tensors[i] */
     uint32_t *crcs;
-    char *copy; /* the whole file, where a thread writes it */
-    bool begun, threaded;
+    bool begun, threaded, detached;
 
     pthread_t thread;
     pthread_mutex_t lock;
@@ -70,12 +67,6 @@ enum dsc_status dsc_save_open(const char *path, const struct dsc_shard_tensor *t
     return status;
 }
 
-static void free_copy(struct dsc_save *save) {
-    void *copy = save->copy;
-    save->copy = NULL; /* first: a child that is forked in between must not free it again */
-    dsc_arena_free(copy, save->layout.n_bytes);
-}
-
 void dsc_save_close(struct dsc_save *save) {
     if (!save)
         return;
@@ -85,7 +76,7 @@ void dsc_save_close(struct dsc_save *save) {
         (void)pthread_cond_destroy(&save->ended);
         (void)pthread_mutex_destroy(&save->lock);
     }
-    free_copy(save); /* still there in a forked child, and where a start ran out of memory */
+    dsc_shard_job_close(save->job);
     dsc_free(save->crcs);
     dsc_free(save->data);
     dsc_shard_layout_free(&save->layout);
@@ -106,8 +97,7 @@ static enum dsc_status may_begin(const struct dsc_save *save) {
 
 /* Writes, and keeps how that ended. */
 static enum dsc_status write_now(struct dsc_save *save) {
-    enum dsc_status status = dsc_shard_write(save->path, &save->writing);
-    free_copy(save);
+    enum dsc_status status = dsc_shard_job_run(save->job);
     save->status = status;
     if (status != DSC_OK) {
         size_t n = dsc_min(strlen(dsc_last_error()), sizeof save->text - 1);
@@ -117,15 +107,19 @@ static enum dsc_status write_now(struct dsc_save *save) {
     return status;
 }
 
+static enum dsc_status begin(struct dsc_save *save,
+                             bool (*progress)(void *context, uint64_t n_done), void *context) {
+    const struct dsc_shard_writing writing = {&save->layout, save->data, save->crcs, progress,
+                                              context};
+    DSC_TRY(may_begin(save));
+    DSC_TRY(dsc_shard_job_open(save->path, &writing, &save->job));
+    save->begun = true;
+    return DSC_OK;
+}
+
 enum dsc_status dsc_save_write(struct dsc_save *save,
                                bool (*progress)(void *context, uint64_t n_done), void *context) {
-    DSC_TRY(may_begin(save));
-    save->begun = true;
-    save->writing = (struct dsc_shard_writing){.layout = &save->layout,
-                                               .data = save->data,
-                                               .crcs = save->crcs,
-                                               .progress = progress,
-                                               .context = context};
+    DSC_TRY(begin(save, progress, context));
     enum dsc_status status = write_now(save);
     atomic_store(&save->done, true);
     return status;
@@ -141,28 +135,6 @@ static void *thread_main(void *context) {
     return NULL;
 }
 
-/* Blocks of tensors, numbered as their checksums are. */
-static void copy_blocks(void *context, size_t begin, size_t end) {
-    struct dsc_save *save = context;
-    const struct dsc_shard_layout *layout = &save->layout;
-    size_t low = 0, high = layout->n_tensors;
-    while (high - low > 1) { /* the tensor of the first block */
-        size_t middle = low + (high - low) / 2;
-        if (layout->first_crc[middle] <= begin)
-            low = middle;
-        else
-            high = middle;
-    }
-    for (; begin < end; low++)
-        for (; begin < end && begin < layout->first_crc[low + 1]; begin++) {
-            const struct dsc_shard_tensor *tensor = &layout->tensors[low];
-            uint64_t at = (begin - layout->first_crc[low]) * (uint64_t)DSC_SHARD_CRC_BYTES;
-            save->crcs[begin] = dsc_crc32c_copy(save->copy + tensor->offset + at,
-                                                (const char *)save->data[low] + at,
-                                                dsc_min(DSC_SHARD_CRC_BYTES, tensor->n_bytes - at));
-        }
-}
-
 /* With no signal of the process: its handlers run in the caller's threads. */
 static int start_thread(struct dsc_save *save) {
     sigset_t all, before;
@@ -173,17 +145,27 @@ static int start_thread(struct dsc_save *save) {
     return error;
 }
 
-enum dsc_status dsc_save_start(struct dsc_save *save, struct dsc_pool *pool) {
-    const struct dsc_shard_layout *layout = &save->layout;
-    DSC_TRY(may_begin(save));
-    DSC_TRY(dsc_arena_alloc(layout->n_bytes, (void **)&save->copy));
-    memcpy(save->copy, layout->header, layout->header_bytes);
-    dsc_pool_run(pool, layout->n_crcs, 1, copy_blocks, save);
-    save->writing = (struct dsc_shard_writing){.layout = layout, .image = save->copy};
-    save->begun = true;
+enum dsc_status dsc_save_start(struct dsc_save *save) {
+    DSC_TRY(begin(save, NULL, NULL));
     save->threaded = start_thread(save) == 0;
     if (!save->threaded) /* then this one writes; how that ends is for whoever waits */
         (void)thread_main(save);
+    return DSC_OK;
+}
+
+static enum dsc_status may_look(const struct dsc_save *save) {
+    if (!save->begun)
+        return DSC_FAIL(DSC_ESTATE, "%s: nothing has begun to write it", save->path);
+    if (save->pid != getpid())
+        return DSC_FAIL(DSC_ESTATE, "%s: this is a forked child: the save is of process %ld",
+                        save->path, (long)save->pid);
+    return DSC_OK;
+}
+
+enum dsc_status dsc_save_detach(struct dsc_save *save, struct dsc_pool *pool) {
+    DSC_TRY(may_look(save));
+    dsc_shard_job_detach(save->job, pool);
+    save->detached = true;
     return DSC_OK;
 }
 
@@ -205,11 +187,7 @@ static void wait_a_little(struct dsc_save *save) {
 }
 
 enum dsc_status dsc_save_wait(struct dsc_save *save, bool (*interrupted)(void *), void *context) {
-    if (!save->begun)
-        return DSC_FAIL(DSC_ESTATE, "%s: nothing has begun to write it", save->path);
-    if (save->pid != getpid())
-        return DSC_FAIL(DSC_ESTATE, "%s: this is a forked child: the save is of process %ld",
-                        save->path, (long)save->pid);
+    DSC_TRY(may_look(save));
     while (!atomic_load(&save->done)) {
         wait_a_little(save);
         if (!atomic_load(&save->done) && interrupted && interrupted(context))
@@ -225,5 +203,5 @@ const struct dsc_shard_layout *dsc_save_layout(const struct dsc_save *save) {
 }
 
 const uint32_t *dsc_save_crcs(const struct dsc_save *save) {
-    return save->begun ? save->crcs : NULL;
+    return save->detached || (save->begun && atomic_load(&save->done)) ? save->crcs : NULL;
 }

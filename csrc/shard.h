@@ -15,6 +15,7 @@
 #define DSC_SHARD_H
 
 #include "dsc.h"
+#include "pool.h"
 
 /* The element types of the layout: name, bytes. */
 #define DSC_SHARD_DTYPE_MAP(X)                                                                     \
@@ -96,8 +97,6 @@ struct dsc_shard_writing {
     const struct dsc_shard_layout *layout;
     const void *const *data; /* of tensors[i] */
     uint32_t *crcs;          /* layout->n_crcs of them, which are filled */
-    /* The whole file in memory from dsc_arena_alloc, in place of data and crcs; or NULL. */
-    const char *image;
     /* Called now and then with the bytes moved so far, from the calling thread; false ends the
      * write with DSC_EINTR. May be NULL. */
     bool (*progress)(void *context, uint64_t n_done);
@@ -106,6 +105,21 @@ struct dsc_shard_writing {
 /* Writes <path>.part, syncs it and gives it its name. On failure neither is left, and what stood at
  * `path` before is as it was. The caller syncs the folder. */
 enum dsc_status dsc_shard_write(const char *path, const struct dsc_shard_writing *writing);
+
+/* The same in steps, so that one thread may write while another needs the tensors back. */
+struct dsc_shard_job;
+/* Takes the memory that a write needs, some 16 MiB; `writing` is copied, what it points to is not.
+ */
+enum dsc_status dsc_shard_job_open(const char *path, const struct dsc_shard_writing *writing,
+                                   struct dsc_shard_job **out);
+/* The write; once. */
+enum dsc_status dsc_shard_job_run(struct dsc_shard_job *job);
+/* From any other thread, before, during or after the write: on return the tensors may change, and
+ * the checksums are final, unless the write has failed. Copies what has not been read yet, on the
+ * threads of `pool`; where there is no memory for that, waits until it has been. */
+void dsc_shard_job_detach(struct dsc_shard_job *job, struct dsc_pool *pool);
+/* Nothing may be running; NULL is fine. In a forked child it frees memory only. */
+void dsc_shard_job_close(struct dsc_shard_job *job);
 
 /* ---- reading ---- */
 

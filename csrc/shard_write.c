@@ -1,9 +1,11 @@
-/* Writing a file: threads take chunks of it in turn, gather each in a buffer of their own (or find
- * it in an image of the file), and write it past the page cache where the file system lets them.
+/* Writing a file: threads take chunks of it in turn, gather each in a buffer of their own, and
+ * write it past the page cache where the file system lets them.
  *
  * Copying into the page cache costs a processor more than the disk needs for the bytes, and the
- * processor has a training to do. Invariant: what is written is what the layout says, header and
- * data, and has its name only once it is on the disk. */
+ * processor has a training to do. Who wants to change the tensors meanwhile has what is not
+ * gathered yet copied first, and threads find it in the copy. Invariant: what is written is what
+ * the layout says, header and data, and has its name only once it is on the disk; every chunk is
+ * gathered once, by who took it under the lock. */
 #define _GNU_SOURCE
 #include "shard.h"
 
@@ -31,19 +33,24 @@ struct rest {
     size_t n_bytes, block;
 };
 
-struct job {
-    const struct dsc_shard_writing *writing;
+struct dsc_shard_job {
+    struct dsc_shard_writing writing;
     const struct dsc_shard_layout *layout;
-    const char *path;
+    char path[PATH_BYTES], part[PATH_BYTES];
     int fd;
-    size_t n_chunks;
-    struct rest *rests; /* of each chunk; unless there is an image */
-    char *buffers;      /* a chunk for each thread; unless there is an image */
-    atomic_size_t next_chunk;
-    atomic_uint n_workers; /* that have taken a buffer */
-    _Atomic uint64_t n_done;
-    atomic_bool direct, stop;
+    size_t n_chunks, n_buffers;
+    struct rest *rests; /* of each chunk */
+    char *buffers;      /* a chunk for each thread */
+    atomic_bool direct;
+
     pthread_mutex_t lock;
+    pthread_cond_t changed;
+    size_t next_chunk, n_taken, n_gathering; /* n_taken: buffers */
+    bool held;                               /* no chunk may be taken now */
+    bool stopped;
+    char *copy; /* of chunks from first_copied on, or NULL */
+    size_t first_copied;
+    uint64_t n_done;
     int error; /* the first that failed, and where */
     uint64_t failed_at;
 };
@@ -71,16 +78,16 @@ static const char *name_at(const struct dsc_shard_layout *layout, uint64_t offse
 }
 
 /* Copies bytes [from, to) of a tensor, block by block, with their checksums. */
-static void gather_tensor(struct job *job, size_t i, uint64_t from, uint64_t to, struct rest *rest,
-                          char *out) {
+static void gather_tensor(struct dsc_shard_job *job, size_t i, uint64_t from, uint64_t to,
+                          struct rest *rest, char *out) {
     enum { BLOCK = DSC_SHARD_CRC_BYTES };
-    const char *data = job->writing->data[i];
+    const char *data = job->writing.data[i];
     while (from < to) {
         size_t block = job->layout->first_crc[i] + (size_t)(from / BLOCK);
         size_t n = dsc_min(BLOCK - from % BLOCK, to - from);
         uint32_t crc = dsc_crc32c_copy(out, data + from, n);
         if (from % BLOCK == 0)
-            job->writing->crcs[block] = crc;
+            job->writing.crcs[block] = crc;
         else
             *rest = (struct rest){crc, n, block};
         from += n;
@@ -88,7 +95,7 @@ static void gather_tensor(struct job *job, size_t i, uint64_t from, uint64_t to,
     }
 }
 
-static void gather(struct job *job, size_t chunk, char *out) {
+static void gather(struct dsc_shard_job *job, size_t chunk, char *out) {
     const struct dsc_shard_layout *layout = job->layout;
     uint64_t begin = chunk * (uint64_t)CHUNK, end = dsc_min(begin + CHUNK, layout->n_bytes);
     if (begin < layout->header_bytes)
@@ -104,38 +111,43 @@ static void gather(struct job *job, size_t chunk, char *out) {
     }
 }
 
-/* Blocks that lie in two chunks. */
-static void join_rests(struct job *job) {
+/* Blocks that lie in two chunks, once all are gathered. */
+static void join_rests(struct dsc_shard_job *job) {
+    (void)pthread_mutex_lock(&job->lock); /* who detaches and who writes may both come here */
     for (size_t i = 0; i < job->n_chunks; i++) {
-        const struct rest *rest = &job->rests[i];
+        struct rest *rest = &job->rests[i];
         if (rest->n_bytes > 0)
-            job->writing->crcs[rest->block] =
-                dsc_crc32c_join(job->writing->crcs[rest->block], rest->crc, rest->n_bytes);
+            job->writing.crcs[rest->block] =
+                dsc_crc32c_join(job->writing.crcs[rest->block], rest->crc, rest->n_bytes);
+        rest->n_bytes = 0;
     }
+    (void)pthread_mutex_unlock(&job->lock);
 }
 
 /* ---- threads ---- */
 
-static void leave_direct(struct job *job) {
+static void leave_direct(struct dsc_shard_job *job) {
     int flags = fcntl(job->fd, F_GETFL);
     if (flags >= 0)
         (void)fcntl(job->fd, F_SETFL, flags & ~O_DIRECT);
     atomic_store(&job->direct, false);
 }
 
-static void fail(struct job *job, int error, uint64_t offset) {
+static void stop(struct dsc_shard_job *job, int error, uint64_t offset) {
     (void)pthread_mutex_lock(&job->lock);
     if (job->error == 0) {
         job->error = error;
         job->failed_at = offset;
     }
+    job->stopped = true;
+    (void)pthread_cond_broadcast(&job->changed);
     (void)pthread_mutex_unlock(&job->lock);
-    atomic_store(&job->stop, true);
 }
 
 /* Past the page cache in whole sectors; what is too much at the end is cut off later. Where the
  * file system does not want that, through the page cache from then on. */
-static void write_chunk(struct job *job, const char *data, uint64_t offset, size_t n_bytes) {
+static void write_chunk(struct dsc_shard_job *job, const char *data, uint64_t offset,
+                        size_t n_bytes) {
     bool refused = false;
     for (size_t at = 0; at < n_bytes;) {
         size_t n = atomic_load(&job->direct) ? dsc_round_up(n_bytes, DSC_SHARD_ALIGN) : n_bytes;
@@ -147,46 +159,83 @@ static void write_chunk(struct job *job, const char *data, uint64_t offset, size
             refused = true;
             leave_direct(job);
         } else if (error != EINTR) {
-            fail(job, error, offset + at);
+            stop(job, error, offset + at);
             return;
         }
     }
     /* The disk begins now, so that the sync at the end is short. Advice: its failure is none. */
     if (!atomic_load(&job->direct))
         (void)sync_file_range(job->fd, (off_t)offset, (off_t)n_bytes, SYNC_FILE_RANGE_WRITE);
-    atomic_fetch_add(&job->n_done, n_bytes);
 }
 
-/* Takes one chunk; false where none is left. */
-static bool work_once(struct job *job, char *buffer) {
-    const char *image = job->writing->image;
-    size_t chunk = atomic_fetch_add(&job->next_chunk, 1);
-    if (chunk >= job->n_chunks || atomic_load(&job->stop))
+/* The next chunk; n_chunks where there is none. *copy: it, where it is copied; else the caller
+ * gathers it and says so. */
+static size_t take_chunk(struct dsc_shard_job *job, const char **copy) {
+    (void)pthread_mutex_lock(&job->lock);
+    while (job->held && !job->stopped)
+        (void)pthread_cond_wait(&job->changed, &job->lock);
+    size_t chunk = job->stopped ? job->n_chunks : job->next_chunk;
+    if (chunk < job->n_chunks) {
+        job->next_chunk++;
+        *copy = job->copy ? job->copy + (chunk - job->first_copied) * CHUNK : NULL;
+        job->n_gathering += !job->copy;
+    }
+    (void)pthread_mutex_unlock(&job->lock);
+    return chunk;
+}
+
+static void end_gathering(struct dsc_shard_job *job) {
+    (void)pthread_mutex_lock(&job->lock);
+    job->n_gathering--;
+    (void)pthread_cond_broadcast(&job->changed);
+    (void)pthread_mutex_unlock(&job->lock);
+}
+
+/* One chunk; false where none is left. */
+static bool work_once(struct dsc_shard_job *job, char *buffer) {
+    const char *data = NULL;
+    size_t chunk = take_chunk(job, &data);
+    if (chunk == job->n_chunks)
         return false;
     uint64_t offset = chunk * (uint64_t)CHUNK;
-    if (!image)
+    size_t n_bytes = dsc_min(CHUNK, job->layout->n_bytes - offset);
+    if (!data) {
         gather(job, chunk, buffer);
-    write_chunk(job, image ? image + offset : buffer, offset,
-                dsc_min(CHUNK, job->layout->n_bytes - offset));
+        end_gathering(job);
+        data = buffer;
+    }
+    write_chunk(job, data, offset, n_bytes);
+    (void)pthread_mutex_lock(&job->lock);
+    job->n_done += n_bytes;
+    (void)pthread_mutex_unlock(&job->lock);
     return true;
 }
 
-static char *take_buffer(struct job *job) {
-    size_t i = atomic_fetch_add(&job->n_workers, 1);
-    return job->buffers ? job->buffers + i * CHUNK : NULL;
+static char *take_buffer(struct dsc_shard_job *job) {
+    (void)pthread_mutex_lock(&job->lock);
+    char *buffer = job->buffers + job->n_taken++ * CHUNK;
+    (void)pthread_mutex_unlock(&job->lock);
+    return buffer;
 }
 
 static void *helper_main(void *context) {
-    struct job *job = context;
+    struct dsc_shard_job *job = context;
     char *buffer = take_buffer(job);
     while (work_once(job, buffer))
         ;
     return NULL;
 }
 
+/* Asks whoever wants to know how far it is; false: the write is to end. */
+static bool report(struct dsc_shard_job *job) {
+    (void)pthread_mutex_lock(&job->lock);
+    uint64_t n_done = job->n_done;
+    (void)pthread_mutex_unlock(&job->lock);
+    return !job->writing.progress || job->writing.progress(job->writing.context, n_done);
+}
+
 /* The caller's thread and others, with no signal of the process; as many as could be started. */
-static bool write_chunks(struct job *job) {
-    const struct dsc_shard_writing *writing = job->writing;
+static bool write_chunks(struct dsc_shard_job *job) {
     pthread_t helpers[N_THREADS - 1];
     size_t n_helpers = 0, most = dsc_min(N_THREADS, job->n_chunks) - 1;
     sigset_t all, before;
@@ -198,13 +247,61 @@ static bool write_chunks(struct job *job) {
     bool goes_on = true;
     char *buffer = take_buffer(job);
     while (goes_on && work_once(job, buffer))
-        if (writing->progress)
-            goes_on = writing->progress(writing->context, atomic_load(&job->n_done));
+        goes_on = report(job);
     if (!goes_on)
-        atomic_store(&job->stop, true);
+        stop(job, EINTR, 0);
     for (size_t i = 0; i < n_helpers; i++)
         (void)pthread_join(helpers[i], NULL);
     return goes_on;
+}
+
+/* ---- the caller wants its tensors ---- */
+
+static uint64_t copy_bytes(const struct dsc_shard_job *job) {
+    return job->layout->n_bytes - job->first_copied * (uint64_t)CHUNK;
+}
+
+static void copy_chunks(void *context, size_t begin, size_t end) {
+    struct dsc_shard_job *job = context;
+    for (; begin < end; begin++)
+        gather(job, job->first_copied + begin, job->copy + begin * CHUNK);
+}
+
+/* Stops threads from taking chunks; false where none are left to take. */
+static bool hold(struct dsc_shard_job *job) {
+    (void)pthread_mutex_lock(&job->lock);
+    job->held = true;
+    while (job->n_gathering > 0)
+        (void)pthread_cond_wait(&job->changed, &job->lock);
+    bool left = job->next_chunk < job->n_chunks && !job->stopped && !job->copy;
+    if (left)
+        job->first_copied = job->next_chunk;
+    (void)pthread_mutex_unlock(&job->lock);
+    return left;
+}
+
+/* copied: to be found in the copy from here on. */
+static void let_go(struct dsc_shard_job *job, bool copied) {
+    (void)pthread_mutex_lock(&job->lock);
+    job->held = false;
+    (void)pthread_cond_broadcast(&job->changed);
+    /* Without a copy the tensors are needed until the last chunk has been gathered. */
+    while (!copied && !job->stopped && (job->next_chunk < job->n_chunks || job->n_gathering > 0))
+        (void)pthread_cond_wait(&job->changed, &job->lock);
+    (void)pthread_mutex_unlock(&job->lock);
+}
+
+void dsc_shard_job_detach(struct dsc_shard_job *job, struct dsc_pool *pool) {
+    void *copy = NULL;
+    bool copied = !hold(job);
+    if (!copied) {
+        copied = dsc_arena_alloc(copy_bytes(job), &copy) == DSC_OK;
+        job->copy = copy;
+        if (copied)
+            dsc_pool_run(pool, job->n_chunks - job->first_copied, 1, copy_chunks, job);
+    }
+    let_go(job, copied);
+    join_rests(job);
 }
 
 /* ---- the file ---- */
@@ -218,11 +315,11 @@ static int reserve(int fd, uint64_t n_bytes) {
     return error == EOPNOTSUPP || error == ENOSYS ? 0 : error;
 }
 
-static enum dsc_status failed(const struct job *job, const char *what, int error) {
+static enum dsc_status failed(const struct dsc_shard_job *job, const char *what, int error) {
     return DSC_FAIL_OS(error, "%s: could not %s: %s", job->path, what, strerror(error));
 }
 
-static enum dsc_status fill_file(struct job *job) {
+static enum dsc_status fill_file(struct dsc_shard_job *job) {
     uint64_t n_bytes = job->layout->n_bytes;
     int error = reserve(job->fd, n_bytes);
     if (error)
@@ -234,53 +331,100 @@ static enum dsc_status fill_file(struct job *job) {
         return DSC_FAIL_OS(job->error, "%s: could not write at offset %" PRIu64 " (%s): %s",
                            job->path, job->failed_at, name_at(job->layout, job->failed_at),
                            strerror(job->error));
-    if (!job->writing->image)
-        join_rests(job);
     if (ftruncate(job->fd, (off_t)n_bytes) != 0)
         return failed(job, "cut what is too much", errno);
     return fdatasync(job->fd) == 0 ? DSC_OK : failed(job, "sync", errno);
 }
 
-static enum dsc_status write_part(struct job *job, const char *part) {
+static enum dsc_status write_part(struct dsc_shard_job *job) {
     enum { FLAGS = O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC };
-    job->fd = open(part, FLAGS | O_DIRECT, 0666);
-    atomic_init(&job->direct, job->fd >= 0);
+    job->fd = open(job->part, FLAGS | O_DIRECT, 0666);
+    atomic_store(&job->direct, job->fd >= 0);
     if (job->fd < 0 && errno == EINVAL)
-        job->fd = open(part, FLAGS, 0666);
+        job->fd = open(job->part, FLAGS, 0666);
     if (job->fd < 0) {
         int error = errno;
-        return DSC_FAIL_OS(error, "could not make the file %s: %s", part, strerror(error));
+        return DSC_FAIL_OS(error, "could not make the file %s: %s", job->part, strerror(error));
     }
     enum dsc_status status = fill_file(job);
     if (close(job->fd) != 0 && status == DSC_OK)
         status = failed(job, "close", errno);
-    if (status == DSC_OK && rename(part, job->path) != 0)
+    if (status == DSC_OK && rename(job->part, job->path) != 0)
         status = failed(job, "rename", errno);
     if (status != DSC_OK)
-        (void)unlink(part);
+        (void)unlink(job->part);
     return status;
 }
 
-enum dsc_status dsc_shard_write(const char *path, const struct dsc_shard_writing *writing) {
-    const struct dsc_shard_layout *layout = writing->layout;
-    struct job job = {.writing = writing, .layout = layout, .path = path};
-    char part[PATH_BYTES];
-    enum dsc_status status = DSC_OK;
-    if ((size_t)snprintf(part, sizeof part, "%s.part", path) >= sizeof part)
+/* A small file needs no whole chunk. */
+static size_t buffer_bytes(const struct dsc_shard_job *job) {
+    return job->n_chunks == 1 ? dsc_round_up(job->layout->n_bytes, DSC_SHARD_ALIGN)
+                              : job->n_buffers * CHUNK;
+}
+
+/* Memory that is not needed once the file is written, or not to be written. */
+static void give_back(struct dsc_shard_job *job) {
+    void *buffers = job->buffers, *copy = job->copy;
+    job->buffers = job->copy = NULL; /* first: a child that is forked in between frees once */
+    dsc_arena_free(buffers, buffer_bytes(job));
+    dsc_arena_free(copy, copy_bytes(job));
+}
+
+enum dsc_status dsc_shard_job_run(struct dsc_shard_job *job) {
+    enum dsc_status status = write_part(job);
+    (void)pthread_mutex_lock(&job->lock);
+    job->stopped = true;
+    (void)pthread_cond_broadcast(&job->changed);
+    while (job->held)
+        (void)pthread_cond_wait(&job->changed, &job->lock);
+    (void)pthread_mutex_unlock(&job->lock);
+    if (status == DSC_OK)
+        join_rests(job);
+    give_back(job);
+    return status;
+}
+
+static enum dsc_status fill_job(struct dsc_shard_job *job, const char *path) {
+    uint64_t n_bytes = job->layout->n_bytes;
+    if ((size_t)snprintf(job->part, PATH_BYTES, "%s.part", path) >= PATH_BYTES)
         return DSC_FAIL(DSC_EINVAL, "a path has more than %d bytes: %.200s...", PATH_BYTES - 6,
                         path);
-    job.n_chunks = (size_t)((layout->n_bytes - 1) / CHUNK + 1);
-    size_t n_buffers = dsc_min(N_THREADS, job.n_chunks) * CHUNK;
-    if (!writing->image) {
-        status = dsc_alloc(job.n_chunks * sizeof *job.rests, (void **)&job.rests);
-        if (status == DSC_OK)
-            status = dsc_arena_alloc(n_buffers, (void **)&job.buffers);
-    }
-    (void)pthread_mutex_init(&job.lock, NULL);
+    memcpy(job->path, path, strlen(path) + 1);
+    job->n_chunks = (size_t)((n_bytes - 1) / CHUNK + 1);
+    job->n_buffers = dsc_min(N_THREADS, job->n_chunks);
+    DSC_TRY(dsc_alloc(job->n_chunks * sizeof *job->rests, (void **)&job->rests));
+    return dsc_arena_alloc(buffer_bytes(job), (void **)&job->buffers);
+}
+
+enum dsc_status dsc_shard_job_open(const char *path, const struct dsc_shard_writing *writing,
+                                   struct dsc_shard_job **out) {
+    struct dsc_shard_job *job = NULL;
+    DSC_TRY(dsc_alloc(sizeof *job, (void **)&job));
+    job->writing = *writing;
+    job->layout = writing->layout;
+    (void)pthread_mutex_init(&job->lock, NULL);
+    (void)pthread_cond_init(&job->changed, NULL);
+    enum dsc_status status = fill_job(job, path);
     if (status == DSC_OK)
-        status = write_part(&job, part);
-    (void)pthread_mutex_destroy(&job.lock);
-    dsc_arena_free(job.buffers, n_buffers);
-    dsc_free(job.rests);
+        *out = job;
+    else
+        dsc_shard_job_close(job);
+    return status;
+}
+
+void dsc_shard_job_close(struct dsc_shard_job *job) {
+    if (!job)
+        return;
+    /* The lock is left alone: in a forked child a thread that is not there may hold it. */
+    give_back(job);
+    dsc_free(job->rests);
+    dsc_free(job);
+}
+
+enum dsc_status dsc_shard_write(const char *path, const struct dsc_shard_writing *writing) {
+    struct dsc_shard_job *job;
+    DSC_TRY(dsc_shard_job_open(path, writing, &job));
+    enum dsc_status status = dsc_shard_job_run(job);
+    dsc_shard_job_close(job);
     return status;
 }

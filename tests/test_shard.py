@@ -101,6 +101,29 @@ def test_a_snapshot_is_taken_when_write_returns(tmp_path):
     assert (torch.frombuffer(bytearray((tmp_path / "x").read_bytes()), dtype=torch.float32, offset=4096) == 1).all()
 
 
+def test_tensors_are_read_where_they_lie_until_they_are_detached(tmp_path):
+    tensor = torch.ones(30_000_000)
+    count = sys.getrefcount(tensor)
+    writer = writer_of(tmp_path / "x", {"x": ("F32", tensor)})
+    with pytest.raises(RuntimeError, match="start"):
+        writer.detach()
+    writer.start()
+    assert sys.getrefcount(tensor) == count + 1
+    with pytest.raises(RuntimeError, match="written already"):
+        writer.start()
+    writer.detach()
+    assert sys.getrefcount(tensor) == count
+    pieces = writer.pieces()
+    tensor.zero_()
+    writer.wait()
+    assert writer.pieces() == pieces
+    assert (torch.frombuffer(bytearray((tmp_path / "x").read_bytes()), dtype=torch.float32, offset=4096) == 1).all()
+    writer = writer_of(tmp_path / "y", {"y": ("F32", tensor)})
+    writer.start()
+    del writer  # which waits
+    assert sys.getrefcount(tensor) == count and (tmp_path / "y").exists()
+
+
 def test_a_view_of_another_type_is_written_as_it_is_described(tmp_path):
     flat = torch.arange(6, dtype=torch.bfloat16)
     writer = _core.ShardWriter(str(tmp_path / "x"))

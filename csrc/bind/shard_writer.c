@@ -1,7 +1,7 @@
 /* _core.ShardWriter: one rank's file of a checkpoint; csrc/save.h has the rules. _core.crc32c.
  *
- * Invariant: tensors live until their memory has been written or copied, which is when write()
- * returns; the file is written by the core. */
+ * Invariant: tensors live until their memory has been written or copied; the file is written by the
+ * core. */
 #include "bind.h"
 
 #include "../alloc.h"
@@ -62,7 +62,13 @@ static int writer_traverse(WriterObject *self, visitproc visit, void *arg) {
     return 0;
 }
 
+/* The thread reads the tensors: it ends first. */
 static int writer_clear(WriterObject *self) {
+    struct dsc_save *core = self->core;
+    self->core = NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    dsc_save_close(core);
+    Py_END_ALLOW_THREADS;
     forget_tensors(self);
     Py_CLEAR(self->keep);
     return 0;
@@ -71,9 +77,6 @@ static int writer_clear(WriterObject *self) {
 static void writer_dealloc(WriterObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
-    Py_BEGIN_ALLOW_THREADS; /* closing waits for the thread that writes */
-    dsc_save_close(self->core);
-    Py_END_ALLOW_THREADS;
     (void)writer_clear(self);
     Py_XDECREF(self->path);
     type->tp_free(self);
@@ -210,15 +213,24 @@ static bool report_progress(void *context, uint64_t n_done) {
     return done != NULL;
 }
 
-static enum dsc_status copy_and_start(struct dsc_save *core, int n_threads, struct dsc_team team) {
+/* The tensors are not needed any more. */
+static int let_go(WriterObject *self) {
+    forget_tensors(self);
+    return PyList_SetSlice(self->keep, 0, PyList_GET_SIZE(self->keep), NULL);
+}
+
+/* Copies on threads of its own where it can have them. */
+static enum dsc_status detach_core(struct dsc_save *core, int n_threads, struct dsc_team team) {
     struct dsc_pool *pool = NULL;
-    DSC_TRY(dsc_pool_open(n_threads, team, &pool));
-    enum dsc_status status = dsc_save_start(core, pool);
+    (void)dsc_pool_open(n_threads, team, &pool);
+    enum dsc_status status = dsc_save_detach(core, pool);
     dsc_pool_close(pool);
     return status;
 }
 
-static enum dsc_status run_write(WriterObject *self, bool snapshot, PyObject *progress) {
+enum way { IN_THIS_THREAD, IN_ANOTHER, FROM_A_COPY };
+
+static enum dsc_status run_write(WriterObject *self, enum way way, PyObject *progress) {
     static const char *const metadata[] = {"format", "deepspeed_c", "version", "1", NULL};
     struct report report = {progress, 0};
     struct dsc_team team = dsc_bind_team(dsc_bind_state_of(Py_TYPE(self)));
@@ -227,19 +239,39 @@ static enum dsc_status run_write(WriterObject *self, bool snapshot, PyObject *pr
     Py_BEGIN_ALLOW_THREADS;
     status = dsc_save_open(path, self->tensors, self->data, self->n_tensors, metadata, &self->core);
     if (status == DSC_OK)
-        status = snapshot ? copy_and_start(self->core, self->n_threads, team)
-                          : dsc_save_write(self->core, report_progress, &report);
+        status = way == IN_THIS_THREAD ? dsc_save_write(self->core, report_progress, &report)
+                                       : dsc_save_start(self->core);
+    if (status == DSC_OK && way == FROM_A_COPY)
+        status = detach_core(self->core, self->n_threads, team);
     Py_END_ALLOW_THREADS;
     return status;
+}
+
+static PyObject *begin_write(WriterObject *self, enum way way, PyObject *progress) {
+    if (self->core)
+        return PyErr_Format(PyExc_RuntimeError, "%s: the file has been written already",
+                            PyBytes_AS_STRING(self->path));
+    if (enter(self) < 0)
+        return NULL;
+    enum dsc_status status = run_write(self, way, progress);
+    self->busy = false;
+    if (status != DSC_OK && self->core && !dsc_save_crcs(self->core)) {
+        dsc_save_close(self->core); /* nothing has begun: it may be tried again */
+        self->core = NULL;
+    }
+    PyObject *result = status == DSC_OK ? Py_NewRef(Py_None) : raise_status(self, status);
+    if (self->core && way != IN_ANOTHER && let_go(self) < 0)
+        Py_CLEAR(result);
+    return result;
 }
 
 PyDoc_STRVAR(
     write_doc,
     "write(snapshot, progress=None)\n\n"
     "Writes all that was added to <path>.part, syncs it and renames it to <path>. With\n"
-    "snapshot it is copied, and a thread writes the copy: see wait(). progress(n_bytes) is\n"
-    "called now and then without snapshot. OSError with errno and path; ValueError for a\n"
-    "key that is there twice; MemoryError where there is no room for the copy.");
+    "snapshot a thread writes, and what it has not read on return has been copied: see wait().\n"
+    "progress(n_bytes) is called now and then without snapshot. OSError with errno and path;\n"
+    "ValueError for a key that is there twice.");
 
 static PyObject *writer_write(WriterObject *self, PyObject *args, PyObject *kwargs) {
     static char *keys[] = {"snapshot", "progress", NULL};
@@ -247,24 +279,39 @@ static PyObject *writer_write(WriterObject *self, PyObject *args, PyObject *kwar
     PyObject *progress = Py_None;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "p|O:write", keys, &snapshot, &progress))
         return NULL;
-    if (self->core)
-        return PyErr_Format(PyExc_RuntimeError, "%s: the file has been written already",
+    return begin_write(self, snapshot ? FROM_A_COPY : IN_THIS_THREAD, progress);
+}
+
+PyDoc_STRVAR(start_doc, "start()\n\n"
+                        "A thread writes, and reads the tensors where they lie: they must not\n"
+                        "change before detach() or wait() has returned.");
+
+static PyObject *writer_start(WriterObject *self, PyObject *unused) {
+    (void)unused;
+    return begin_write(self, IN_ANOTHER, Py_None);
+}
+
+PyDoc_STRVAR(detach_doc, "detach()\n\n"
+                         "After start(): on return the tensors may change, and pieces() is final,\n"
+                         "unless the write has failed, which wait() tells. What has not been\n"
+                         "read by then is copied.");
+
+static PyObject *writer_detach(WriterObject *self, PyObject *unused) {
+    enum dsc_status status;
+    (void)unused;
+    if (!self->core)
+        return PyErr_Format(PyExc_RuntimeError, "%s: start() has not been called",
                             PyBytes_AS_STRING(self->path));
+    struct dsc_team team = dsc_bind_team(dsc_bind_state_of(Py_TYPE(self)));
     if (enter(self) < 0)
         return NULL;
-    enum dsc_status status = run_write(self, snapshot, progress);
+    Py_BEGIN_ALLOW_THREADS;
+    status = detach_core(self->core, self->n_threads, team);
+    Py_END_ALLOW_THREADS;
     self->busy = false;
-    if (self->core && !dsc_save_crcs(self->core)) { /* nothing has begun: it may be tried again */
-        dsc_save_close(self->core);
-        self->core = NULL;
-    }
-    if (!self->core)
+    if (status != DSC_OK)
         return raise_status(self, status);
-    PyObject *result = status == DSC_OK ? Py_NewRef(Py_None) : raise_status(self, status);
-    forget_tensors(self);
-    if (PyList_SetSlice(self->keep, 0, PyList_GET_SIZE(self->keep), NULL) < 0)
-        Py_CLEAR(result);
-    return result;
+    return let_go(self) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 PyDoc_STRVAR(wait_doc, "wait()\n\nReturns once the file is on the disk; raises what the write "
@@ -282,6 +329,8 @@ static PyObject *writer_wait(WriterObject *self, PyObject *unused) {
     status = dsc_save_wait(self->core, dsc_bind_interrupted, NULL);
     Py_END_ALLOW_THREADS;
     self->busy = false;
+    if (dsc_save_done(self->core) && let_go(self) < 0)
+        return NULL;
     return status == DSC_OK ? Py_NewRef(Py_None) : raise_status(self, status);
 }
 
@@ -298,7 +347,7 @@ static PyObject *writer_done(WriterObject *self, PyObject *unused) {
 static const struct dsc_shard_layout *layout_of(WriterObject *self) {
     if (self->core && !self->busy && dsc_save_crcs(self->core))
         return dsc_save_layout(self->core);
-    PyErr_Format(PyExc_RuntimeError, "%s: write() has not returned yet",
+    PyErr_Format(PyExc_RuntimeError, "%s: neither write() nor detach() has returned",
                  PyBytes_AS_STRING(self->path));
     return NULL;
 }
@@ -353,6 +402,8 @@ static PyObject *writer_n_bytes(WriterObject *self, void *unused) {
 static PyMethodDef writer_methods[] = {
     {"add", (PyCFunction)writer_add, METH_VARARGS, add_doc},
     {"write", (PyCFunction)(void (*)(void))writer_write, METH_VARARGS | METH_KEYWORDS, write_doc},
+    {"start", (PyCFunction)writer_start, METH_NOARGS, start_doc},
+    {"detach", (PyCFunction)writer_detach, METH_NOARGS, detach_doc},
     {"wait", (PyCFunction)writer_wait, METH_NOARGS, wait_doc},
     {"done", (PyCFunction)writer_done, METH_NOARGS, done_doc},
     {"pieces", (PyCFunction)writer_pieces, METH_NOARGS, pieces_doc},

@@ -471,7 +471,7 @@ static void an_interrupted_write_leaves_nothing(void) {
     struct dsc_shard_layout layout;
     make_test_folder();
     CHECK_OK(dsc_shard_layout(&tensor, 1, NULL, &layout));
-    const struct dsc_shard_writing writing = {&layout, data, crcs, NULL, stops, NULL};
+    const struct dsc_shard_writing writing = {&layout, data, crcs, stops, NULL};
     CHECK_EQ_INT(dsc_shard_write(path, &writing), DSC_EINTR);
     CHECK(!is_there(part));
     dsc_shard_layout_free(&layout);

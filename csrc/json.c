@@ -294,7 +294,8 @@ bool dsc_json_integer(struct dsc_json *json, int64_t low, int64_t *out) {
     for (const char *at = begin + minus; at < json->at && whole; at++)
         whole = is_digit(*at) && !__builtin_mul_overflow(value, 10, &value) &&
                 !__builtin_add_overflow(value, *at - '0', &value);
-    value = minus ? -value : value;
+    if (minus && whole)
+        value = -value;
     if (!whole || value < low) {
         json->at = begin;
         return stop(json, low < 0 ? "a whole number" : "a whole number that is not negative");

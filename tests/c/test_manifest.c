@@ -216,6 +216,9 @@ static const struct {
     {REST("{\"kind\":\"k\",\"name\":\"a\",\"place\":[0,0],\"dtype\":\"F32\",\"shape\":[4],"
           "\"stride\":[1],\"group\":-2,\"pieces\":" WHOLE "}"),
      "a whole number"},
+    {REST("{\"kind\":\"k\",\"name\":\"a\",\"place\":[0,0],\"dtype\":\"F32\",\"shape\":[4],"
+          "\"stride\":[1],\"group\":-9223372036854775808,\"pieces\":" WHOLE "}"),
+     "a whole number"},
     {REST("{\"kind\":\"k\",\"name\":\"\\ud800\"}"), "surrogate"},
     {REST("{\"kind\":\"k\",\"name\":\"\\ud800\\u0061\"}"), "surrogate"},
     {REST("{\"kind\":\"k\",\"name\":\"\\u0000\"}"), "a character before this"},

@@ -236,6 +236,46 @@ def test_activation_checkpointing_changes_no_bit(ranks):
     assert ranks(2, checkpointed) == [[]] * 2
 
 
+class Forces(torch.nn.Module):
+    """The gradient of a sum as a value, inside a forward or not; its own backward needs the layers' weights again."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.inside = inside
+
+    def forward(self, x):
+        y = torch.tanh(self.layers[1](torch.tanh(self.layers[0](x))))
+        if self.inside:
+            y = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+        return self.layers[2](y).square().mean()
+
+
+def trained_on_gradients(rank, stage, inside):
+    torch.manual_seed(1)
+    module = Forces(inside)
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(stage, zero={"stage3_param_persistence_threshold": 0}))[0]
+    for step in range(2):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank)).requires_grad_()
+        loss = engine(x)
+        if not inside:
+            loss = loss + torch.autograd.grad(loss, x, create_graph=True)[0].square().sum()
+        engine.backward(loss)
+        engine.step()
+    engine.destroy()
+    return models.bits(module)
+
+
+def gradients_of_gradients(rank, world):
+    opened(rank, world)
+    return [trained_on_gradients(rank, 3, inside) == trained_on_gradients(rank, 2, inside) for inside in (False, True)]
+
+
+def test_gradients_of_gradients_change_no_bit(ranks):
+    assert ranks(2, gradients_of_gradients) == [[True, True]] * 2
+
+
 class Adapted(torch.nn.Module):
     """A frozen layer with a small trained one beside it, as LoRA has them; `scale` reaches the frozen weight past the
     inputs."""

@@ -35,7 +35,7 @@ _events = weakref.WeakKeyDictionary()  # module -> its number, also where its ho
 
 class Unit:
     """A module's parameters, as its hooks fetch them. Attributes: label, module (weak), params, ran (in a forward
-    with gradients), hidden."""
+    with gradients), again (its backward made a graph, whose own backward no output shows), hidden."""
 
     def __init__(self, label="", module=None, params=()):
         self.label = label
@@ -43,7 +43,7 @@ class Unit:
         self._module = None if module is None else weakref.ref(module)
         self._event = 2 * (next(_numbers) if module is None else _number(module))
         self._calls = []  # a _Call for each forward that runs now
-        self.ran = False
+        self.ran = self.again = False
         self.hidden = set()  # units whose backward comes with this one's
         self._group()
 
@@ -120,6 +120,7 @@ class Unit:
 
     def _before_backward(self, age, start, grads):
         """Gradients of an output are here: the backward of a forward that began at `start` follows."""
+        self.again |= torch.is_grad_enabled()
         if _whole is not None and self in _whole.units:
             return
         task = _current_task()
@@ -291,7 +292,7 @@ class _Whole:
         if _whole is None:
             self._hold = _whole = _Hold()
             for unit in self._units:
-                if unit.ran and not unit.early:
+                if unit.ran and (unit.again or not unit.early):
                     _whole.take(unit, 0)
 
     def __exit__(self, *exc):

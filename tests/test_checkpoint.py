@@ -62,19 +62,18 @@ def test_no_text_makes_anything_but_values():
 
 def test_everything_comes_back_on_one_rank():
     """From any stage and dtype into a model with other values, and training goes on with the same bits."""
-    for dtype in ("fp32", "bf16", "fp16"):
-        for a, b in ((0, 3), (3, 1), (1, 2), (2, 0)):
-            first = made(a, dtype)
-            models.train(first, 0, 3, dtype=dtype)
-            saved = MemorySource([taken(first, client_state={"step": 3, "odd": (1,)})])
-            then = state_of(first)
-            second = made(b, dtype, seed=4)
-            assert restore(second, saved, Options()) == {"step": 3, "odd": (1,)}
-            assert state_of(second) == then
-            models.train(first, 0, 2, dtype=dtype)
-            models.train(second, 0, 2, dtype=dtype)
-            assert models.bits(first.module) == models.bits(second.module)
-            assert state_of(first) == state_of(second)
+    for dtype, a, b in (("fp32", 0, 3), ("fp32", 3, 1), ("bf16", 1, 3), ("bf16", 2, 0), ("fp16", 3, 2)):
+        first = made(a, dtype)
+        models.train(first, 0, 2, dtype=dtype)
+        saved = MemorySource([taken(first, client_state={"step": 3, "odd": (1,)})])
+        then = state_of(first)
+        second = made(b, dtype, seed=4)
+        assert restore(second, saved, Options()) == {"step": 3, "odd": (1,)}
+        assert state_of(second) == then
+        models.train(first, 0, 1, dtype=dtype)
+        models.train(second, 0, 1, dtype=dtype)
+        assert models.bits(first.module) == models.bits(second.module)
+        assert state_of(first) == state_of(second)
 
 
 def test_random_generators_come_back():
@@ -192,6 +191,41 @@ def test_without_strict_what_both_have_is_loaded():
     restore(second, saved, Options(strict=False))
     assert torch.equal(second.module.frozen.weight, frozen)
     assert torch.equal(second.module.twice.weight, first.module.twice.weight)
+
+
+def test_engines_without_an_optimizer():
+    first = made(1)
+    models.train(first, 0, 1)
+    for stage in (0, 3):
+        module = models.make(seed=4)
+        bare = deepspeed.initialize(model=module, config={
+            "train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}})[0]
+        restore(bare, MemorySource([taken(first)]), Options())
+        assert models.bits(module) == models.bits(first.module) and bare.global_steps == 1
+        second = made(2, seed=5)
+        saved = MemorySource([taken(bare)])
+        with pytest.raises(CheckpointError, match="load_optimizer_states=False loads the weights alone"):
+            restore(second, saved, Options())
+        restore(second, saved, Options(optimizer_states=False))
+        assert models.bits(second.module) == models.bits(first.module)
+
+
+def test_loading_inside_a_step_that_has_reduced_gradients_is_an_error():
+    engine = made(2)
+    saved = MemorySource([taken(engine)])
+    engine.backward(engine(*models.batch(0, 0)))
+    with pytest.raises(RuntimeError, match="inside an open step"):
+        restore(engine, saved, Options())
+
+
+def test_masters_from_the_weights_where_the_configuration_says_so():
+    first = made(1, "bf16")
+    models.train(first, 0, 1, dtype="bf16")
+    second = made(1, "bf16", seed=4, zero={"load_from_fp32_weights": False})
+    restore(second, MemorySource([taken(first)]), Options())
+    now = {part.tensor.key: part.values for part in taken_parts(second)}
+    assert torch.equal(now["master", "twice.weight", HERE], now["model", "twice.weight", HERE].float())
+    assert second._run.states_of(0)["exp_avg"].abs().sum() > 0
 
 
 def test_a_function_of_the_callers_loads_the_module():

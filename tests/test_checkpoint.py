@@ -37,7 +37,8 @@ def packed_and_back(value):
 
 def test_values_come_back_with_their_types():
     odd = {"a": (1, [2.5, None]), 3: True, "$": "x", "big": 2**80, "inf": [float("inf"), -float("inf")],
-           "bytes": b"\0\xff", "number": numpy.float32(0.1), "dtype": torch.bfloat16, "empty": {}}
+           "bytes": b"\0\xff", "number": numpy.float32(0.1), "dtype": torch.bfloat16, "empty": {},
+           "texts": ["a\0b", "\udcff", "\u20ac"], "keys": {"a\0": 1}}
     back = packed_and_back(odd)
     assert back == odd and list(back) == list(odd)
     assert type(back["a"]) is tuple and type(back["number"]) is numpy.float32

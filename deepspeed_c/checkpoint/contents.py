@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import __version__
 from ..model import every, flat, is_dense
 from ..reduction import is_expert
 from ..runtime.zero.parameter import is_zero
@@ -273,6 +274,7 @@ class Contents:
             return pack(value, tensors, self.objects)
 
         self.sections = {
+            "made_by": f"deepspeed_c {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}",
             "counters": {name: getattr(engine, name) for name in COUNTERS},
             "world": world_of(engine),
             "scaler": None if engine._run is None else packed({

@@ -1,9 +1,10 @@
 """Python values as JSON: what a checkpoint says beside its large tensors.
 
 What JSON has stands as it is. Everything else is an object with the key "$", which says how to read it: tuples, dicts
-with other keys, sets, argparse's namespaces, numbers that are not finite or too long, bytes, numpy's numbers. Tensors
-and arrays go to a list beside, other objects to another one, and the JSON has their numbers. Invariant:
-unpack(pack(x)) equals x, types included, and no text from a file makes anything but values.
+with other keys, sets, argparse's namespaces, numbers that are not finite or too long, bytes, texts that UTF-8 has not
+or with a zero in them, numpy's numbers. Tensors and arrays go to a list beside, other objects to another one, and the
+JSON has their numbers. Invariant: unpack(pack(x)) equals x, types included, and no text from a file makes anything but
+values.
 """
 import argparse
 import base64
@@ -14,6 +15,7 @@ from collections import OrderedDict
 import torch
 
 _SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_ANY_TEXT = "utf-8", "surrogatepass"
 _MOST = 2**53  # integers up to here are the same in every reader of JSON
 _SCALARS = {torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16,
             torch.int8, torch.uint8, torch.bool}
@@ -32,15 +34,17 @@ class _Packer:
 
     def pack(self, value):
         kind = type(value)
-        if value is None or kind in (bool, str):
+        if value is None or kind is bool:
             return value
+        if kind is str:
+            return value if _is_plain(value) else {"$": "text", "value": _base64(value.encode(*_ANY_TEXT))}
         if kind is int:
             return value if -_MOST <= value <= _MOST else {"$": "int", "value": hex(value)}
         if kind is float:
             return value if math.isfinite(value) else {"$": "float", "value": str(value)}
         if kind is list:
             return [self.pack(item) for item in value]
-        if kind is dict and all(type(key) is str for key in value) and "$" not in value:
+        if kind is dict and all(type(key) is str and _is_plain(key) for key in value) and "$" not in value:
             return {key: self.pack(item) for key, item in value.items()}
         return self._tagged(kind, value)
 
@@ -53,7 +57,7 @@ class _Packer:
             rows = [[self.pack(key), self.pack(item)] for key, item in value.items()]
             return {"$": "dict" if kind is dict else "ordered", "value": rows}
         if kind is bytes:
-            return {"$": "bytes", "value": base64.b64encode(value).decode()}
+            return {"$": "bytes", "value": _base64(value)}
         if kind is torch.dtype:
             return {"$": "dtype", "value": _name(value)}
         if kind in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided and value.dtype in _STORED:
@@ -75,7 +79,7 @@ class _Packer:
         """Arrays, and numbers by their bytes."""
         numpy = importlib.import_module("numpy")
         if isinstance(value, numpy.generic) and value.dtype.kind in "biufc":
-            return {"$": "number", "dtype": value.dtype.str, "value": base64.b64encode(value.tobytes()).decode()}
+            return {"$": "number", "dtype": value.dtype.str, "value": _base64(value.tobytes())}
         if type(value) is numpy.ndarray and value.dtype.kind in "biufc":
             name = str(len(self.tensors))
             self.tensors[name] = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.uint8) \
@@ -108,6 +112,8 @@ def _untag(packed, tensor, object_):
         return float(value)
     if tag == "bytes":
         return base64.b64decode(value)
+    if tag == "text":
+        return base64.b64decode(value).decode(*_ANY_TEXT)
     if tag == "dtype":
         return _dtype(value)
     if tag == "object":
@@ -136,6 +142,18 @@ def _unpack_numpy(packed, tensor):
     if packed["$"] == "number":
         return numpy.frombuffer(base64.b64decode(packed["value"]), dtype)[0]
     return numpy.frombuffer(tensor(packed["tensor"]).numpy().tobytes(), dtype).reshape(packed["shape"]).copy()
+
+
+def _is_plain(text):
+    """Whether every reader of JSON takes a text: without zeros and halves of characters."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def _base64(data):
+    return base64.b64encode(data).decode()
 
 
 def _name(dtype):

@@ -3,6 +3,7 @@
  *
  *   fuzz_x SECONDS [SEED]   fuzzes; the same seed mutates alike
  *   fuzz_x FILE             runs one input again */
+#define _GNU_SOURCE
 #include "fuzz.h"
 
 #include <fcntl.h>

@@ -276,6 +276,56 @@ def test_gradients_of_gradients_change_no_bit(ranks):
     assert ranks(2, gradients_of_gradients) == [[True, True]] * 2
 
 
+class Side(torch.nn.Module):
+    """Shows nothing of what it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(WIDTH))
+
+    def forward(self, x, box):
+        box.append(torch.tanh(x @ self.weight))
+
+
+class Sides(torch.nn.Module):
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Side() for _ in range(8))
+        self.checkpointed = checkpointed
+
+    def inner(self, x):
+        box = [x]
+        for layer in self.layers:
+            layer(box[-1], box)
+        return box[-1]
+
+    def forward(self, x):
+        y = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=True) if self.checkpointed else self.inner(x)
+        return y.square().mean()
+
+
+def trained_unseen(rank, stage, checkpointed):
+    module = Sides(checkpointed)
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(stage, zero={"stage3_param_persistence_threshold": 0}))[0]
+    for step in range(2):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank)).requires_grad_()
+        engine.backward(engine(x))
+        engine.step()
+    engine.destroy()
+    return models.bits(module)
+
+
+def unseen(rank, world):
+    opened(rank, world)
+    return [trained_unseen(rank, 3, checkpointed) == trained_unseen(rank, 2, checkpointed)
+            for checkpointed in (False, True)]
+
+
+def test_modules_that_show_no_output_are_whole_in_their_backward(ranks):
+    assert ranks(2, unseen) == [[True, True]] * 2
+
+
 class Adapted(torch.nn.Module):
     """A frozen layer with a small trained one beside it, as LoRA has them; `scale` reaches the frozen weight past the
     inputs."""

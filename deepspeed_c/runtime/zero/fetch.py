@@ -44,7 +44,7 @@ class Unit:
         self._event = 2 * (next(_numbers) if module is None else _number(module))
         self._calls = []  # a _Call for each forward that runs now
         self.ran = self.again = False
-        self.hidden = set()  # units whose backward comes with this one's
+        self.hidden = {}  # unit -> None, in an order that ranks share: their backward comes with this one's
         self._group()
 
     def _group(self):
@@ -105,7 +105,7 @@ class Unit:
 
     def _watch(self, output):
         """Looks where backward will come in, and whether a parameter itself is handed out. Where no tensor shows, the
-        module around this one speaks for it."""
+        module around this one speaks for it, or the backward pass that recomputes it."""
         graph, seen = torch.is_grad_enabled(), False
         self.ran |= graph
         for t in _tensors(output):
@@ -116,18 +116,16 @@ class Unit:
             if isinstance(t, ZeroParameter) and _active:
                 _active[-1].add(t)
         if graph and not seen and _active:
-            _active[-1].hidden.add(self)
+            _active[-1].hidden[self] = None
+        elif graph and not seen and _current_task() != -1:
+            _current_hold().take(self, 0)
 
     def _before_backward(self, age, start, grads):
         """Gradients of an output are here: the backward of a forward that began at `start` follows."""
         self.again |= torch.is_grad_enabled()
         if _whole is not None and self in _whole.units:
             return
-        task = _current_task()
-        hold = _holds.get(task)
-        if hold is None:
-            hold = _holds[task] = _Hold(task)
-            _queue_callback(hold.end)
+        hold = _current_hold()
         hold.reach(age, self)
         hold.take(self, min(age, start))
 
@@ -220,6 +218,16 @@ class _Hold:
                 error = e
         if error is not None:
             raise error
+
+
+def _current_hold():
+    """The _Hold of the backward pass that runs now."""
+    task = _current_task()
+    hold = _holds.get(task)
+    if hold is None:
+        hold = _holds[task] = _Hold(task)
+        _queue_callback(hold.end)
+    return hold
 
 
 def _release(groups, label):

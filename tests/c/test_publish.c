@@ -4,8 +4,10 @@
 #include "case.h"
 #include "publish.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <signal.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
@@ -25,14 +27,28 @@ static void make_dir(void) {
     CHECK(mkdtemp(dir));
 }
 
-static void run(const char *format, const char *argument) {
+/* A command with %s for the folder. */
+static void run(const char *format) {
     char command[256];
-    snprintf(command, sizeof command, format, dir, argument);
+    snprintf(command, sizeof command, format, dir);
     CHECK(system(command) == 0);
 }
 
+static int remove_one(const char *path, const struct stat *info, int kind, struct FTW *where) {
+    (void)info, (void)kind, (void)where;
+    return remove(path);
+}
+
 static void remove_dir(void) {
-    run("rm -rf %s%s", "");
+    CHECK(nftw(dir, remove_one, 16, FTW_DEPTH | FTW_PHYS) == 0);
+}
+
+/* A file that a user puts into the checkpoint "t". */
+static void put_notes(void) {
+    char path[128];
+    snprintf(path, sizeof path, "%s/t/notes.txt", dir);
+    FILE *file = fopen(path, "w");
+    CHECK(file && fputs("mine\n", file) >= 0 && fclose(file) == 0);
 }
 
 /* The text of <dir>/<name>, "" where there is none. */
@@ -84,7 +100,11 @@ static int version_of_latest(void) {
 }
 
 static void check_no_debris(void) {
-    run("test -z \"$(ls -A %s | grep saving)\"%s", "");
+    DIR *list = opendir(dir);
+    CHECK(list);
+    for (const struct dirent *entry; (entry = readdir(list)) != NULL;)
+        CHECK(!strstr(entry->d_name, "saving"));
+    closedir(list);
 }
 
 static void a_published_folder_has_its_name_and_latest_names_it(void) {
@@ -105,7 +125,7 @@ static void a_published_folder_has_its_name_and_latest_names_it(void) {
     CHECK(strcmp(text_of("a/b/zero_to_fp32.py"), "#!x") == 0);
     snprintf(path, sizeof path, "%s/a/b/zero_to_fp32.py", dir);
     CHECK(stat(path, &info) == 0 && (info.st_mode & S_IXUSR));
-    run("test \"$(ls -A %s/a/b | wc -l)\" = 3%s", "");
+    run("test \"$(ls -A %s/a/b | wc -l)\" = 3");
     remove_dir();
 }
 
@@ -135,7 +155,8 @@ static void a_file_beside_is_written_where_it_is_another(void) {
 static void a_tag_that_is_there_is_replaced_and_its_users_files_stay(void) {
     make_dir();
     CHECK_OK(save("t", 1));
-    run("cd %s/t && echo mine > notes.txt && mkdir tok && echo own > tok/a && touch rank_9 %s", "");
+    put_notes();
+    run("cd %s/t && mkdir tok && echo own > tok/a && touch rank_9");
     CHECK_OK(save("t", 2));
     CHECK_EQ_INT(version_of_latest(), 2);
     CHECK(strcmp(text_of("t/notes.txt"), "mine\n") == 0);
@@ -185,11 +206,11 @@ static void what_stands_in_the_way_is_named_and_left_alone(void) {
     struct dsc_folder *folder;
     char path[128];
     make_dir();
-    run("echo x > %s/t%s", "");
+    run("echo x > %s/t");
     CHECK_EQ_INT(save("t", 1), DSC_EIO);
     CHECK_EQ_INT(dsc_last_errno(), ENOTDIR);
     CHECK(strcmp(text_of("t"), "x\n") == 0 && !exists("latest"));
-    run("mkdir %s/latest%s", "");
+    run("mkdir %s/latest");
     CHECK_EQ_INT(save("u", 1), DSC_EIO);
     CHECK_EQ_INT(dsc_last_errno(), EISDIR);
     CHECK(!exists("u"));
@@ -370,7 +391,7 @@ static void stress_a_failure_of_any_call(void) {
     for (bool failed = true; failed; n++) {
         make_dir();
         CHECK_OK(save("t", 1));
-        run("echo mine > %s/t/notes.txt%s", "");
+        put_notes();
         failed = save_with_a_failure_at(n, -1, EIO, "t", 2, &end);
         const int version = version_of_latest();
         CHECK(version == 2 || (end != DONE && version == 1));
@@ -405,7 +426,7 @@ static void kill_everywhere(const char *tag) {
     for (bool killed = true; killed; n++) {
         make_dir();
         CHECK_OK(save("t", 1));
-        run("echo mine > %s/t/notes.txt%s", "");
+        put_notes();
         killed = save_killed_at(n, tag, 2);
         const int version = version_of_latest();
         CHECK(version == 2 || (killed && version == 1));

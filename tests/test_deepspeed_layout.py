@@ -3,6 +3,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import socket
 import struct
@@ -347,6 +348,15 @@ def test_experts_in_deepspeeds_layout_keep_their_numbers(ranks, tmp_path):
 
 def stored_weights(folder, case):
     return {name: each["fp32"] for name, each in torch.load(folder / case / "values.pt")["values"].items()}
+
+
+@pytest.mark.parametrize("case", ["stage0-bf16", "stage0-fp32"])
+def test_tools_know_no_names_of_masters_at_stage_0(written, kept, case, tmp_path, capsys):
+    for folder in (written / case, kept / case):
+        assert tools.main(["inspect", str(folder), "-v"]) == tools.main(["verify", str(folder)]) == 0
+        assert re.search(r"state\.exp_avg +\(parameter 0\)", capsys.readouterr().out)
+        state = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder)
+        assert set(state) == set(peer.model().state_dict()) and state["up.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("case", ["stage1-bf16", "stage3-fp32", "stage2-fp32"])

@@ -74,8 +74,8 @@ def weights_of(source, dtype=torch.float32, exclude_frozen=False):
         for (of, name, place), tensor in tensors.items():
             own = tensors.get(("model", name, place))
             frozen = kind == "model" and trained and tensor.group < 0 and tensor.numel
-            exact = kind == "master" and own is not None and dtype in (None, own.dtype)
-            if of == kind and not (exclude_frozen and frozen) and not exact:
+            needless = kind == "master" and (own is None or dtype in (None, own.dtype))  # none: nobody knows its name
+            if of == kind and not (exclude_frozen and frozen) and not needless:
                 found[name] = StoredWeight(source, tensor, dtype)
     for name, kept in (source.sections.get("tied") or {}).items():
         if kept in found:

@@ -234,7 +234,8 @@ class Place:
             names, numbers = [rename(name) for name in names], inner["param_groups"][g]["params"]
             chosen = [name for name in names if sharer == 0 or _EXPERTS in name]
             if flat is not None and chosen:
-                shapes = {name: self.source.tensors["model", name, self.place].shape for name in names}
+                models = [self.source.tensors.get(("model", name, self.place)) for name in names]
+                shapes = {name: of.shape if of else flat[g].shape for name, of in zip(names, models)}
                 n = sum(math.prod(shape) for shape in shapes.values())
                 self._add_trained(g, shapes, spans_of_group(shapes, max(n, 1)), [file], [flat[g]],
                                   [inner["state"].get(numbers[0], {})])
@@ -248,12 +249,9 @@ class Place:
     def _names(self, n_params, flat, n_sharers):
         """[[name]] per group, as one of n_sharers ranks has them; numbers where nobody says names."""
         known = self.source.names
-        if known is None and flat is None:
-            start = [sum(n_params[:g]) for g in range(len(n_params))]
-            return [[f"(parameter {start[g] + j})" for j in range(n)] for g, n in enumerate(n_params)]
         if known is None:
-            raise NotImplementedError(f"{self.file.path}: which parameters an optimizer at stage 0 has is not in the "
-                                      "file; only an engine can say")
+            start, what = [sum(n_params[:g]) for g in range(len(n_params))], "parameter" if flat is None else "group"
+            return [[f"({what} {start[g] + j})" for j in range(n)] for g, n in enumerate(n_params)]
         counts = {prefix: n // n_sharers for prefix, n in self._counts().items()}
         known = [[_with_experts(group, counts) for group in names] for names in known]
         for names in known:

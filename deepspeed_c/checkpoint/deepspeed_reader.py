@@ -46,7 +46,7 @@ class DeepSpeedSource:
     """What lies in `folder`.
 
     names: see names_in(); what stage 0 does not say. Without it what the optimizer has there is known by numbers,
-    "(parameter 3)".
+    "(parameter 3)" or "(group 0)".
     Attributes: tensors {(kind, name, place): Tensor}, sections ({name: value for JSON}, as contents.Contents has them).
     CheckpointError for what is missing or damaged; NotImplementedError for pipelines.
     """

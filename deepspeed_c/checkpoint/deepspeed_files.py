@@ -6,6 +6,7 @@ classes below, nothing else; what is written under their names is what DeepSpeed
 import os
 import pickle
 import re
+import struct
 import types
 import zipfile
 import zlib
@@ -19,6 +20,9 @@ from .._core import CheckpointError
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<place>\d{2,})_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?P<bf16>bf16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<place>\d{2,})_optim_states\.pt")
 EXPERT_FILE = re.compile(r"layer_(?P<layer>\d+)_expert_(?P<expert>\d+)_mp_rank_(?P<place>\d{2,})_model_states\.pt")
+_HEADER, _LENGTHS = struct.Struct("<4s5H3I2H"), 4  # before a record; the last two: lengths of name and extra bytes
+_DESCRIBED = 8  # flag: after the record its sum stands again, with a mark
+_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 EXPERT_OPTIMIZER_FILE = re.compile(r"expp_rank_(?P<rank>\d+)_mp_rank_(?P<place>\d{2,})_optim_states\.pt")
 
 
@@ -90,15 +94,15 @@ def load(path):
     CheckpointError for a file that is damaged or holds other classes than weights_only loading and the four above
     allow; OSError where it cannot be opened.
     """
-    with open(path, "rb") as file:
-        zipped = file.read(4) == b"PK\3\4"
     try:
         with torch.serialization.safe_globals(list(_CLASSES)):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_first_line(error)}; allowed: tensors, plain values, and what "
                               "torch.serialization.add_safe_globals() names") from None
-    except (RuntimeError, ValueError, EOFError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file may end in any
         raise CheckpointError(f"{path} is no whole file of torch.save: {_first_line(error)}") from None
 
 
@@ -110,29 +114,47 @@ def _first_line(error):
 
 
 class Checksums:
-    """The sums of a file of torch.save, that its directory keeps of each of its records: one per tensor's storage."""
+    """The sums of a file of torch.save, that its directory keeps of each of its records: one per tensor's storage.
+
+    CheckpointError where anything else in the file is not as it was written, or a record is not where it should be.
+    """
 
     def __init__(self, path):
         self.path = path
         self._checked = set()
-        try:
-            with zipfile.ZipFile(path) as archive:
-                self._known = {(info.file_size, info.CRC) for info in archive.infolist() if "/data/" in info.filename}
-                for info in archive.infolist():
-                    if "/data/" not in info.filename:
-                        archive.read(info)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
+        with open(path, "rb") as file:
+            try:
+                self._known = _sums_of(zipfile.ZipFile(file), file)
+            except (*_BROKEN_ZIP, OSError) as error:  # a place outside the file is an OSError
+                raise CheckpointError(f"{path} is damaged, or no zip file of torch.save: {error}") from None
 
     def check(self, tensor, name):
         """CheckpointError unless the storage behind a tensor is one of the file's, as it was written."""
         storage = tensor.untyped_storage()
-        if storage.nbytes() == 0 or storage.data_ptr() in self._checked:
+        where = storage.data_ptr(), storage.nbytes()
+        if storage.nbytes() == 0 or where in self._checked:
             return
         bytes_ = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
         if (storage.nbytes(), zlib.crc32(bytes_)) not in self._known:
             raise CheckpointError(f"{self.path}: {name} is damaged: its checksum is not the one that the file gives")
-        self._checked.add(storage.data_ptr())
+        self._checked.add(where)
+
+
+def _sums_of(archive, file):
+    """{(bytes, sum)} of the records of tensors; the others are read. BadZipFile for a record that is elsewhere."""
+    found = set()
+    for info in archive.infolist():
+        with archive.open(info) as record:  # which compares its name
+            if "/data/" not in info.filename:
+                record.read()
+                continue
+        found.add((info.file_size, info.CRC))
+        file.seek(info.header_offset + _HEADER.size - _LENGTHS)
+        lengths = sum(struct.unpack("<HH", file.read(_LENGTHS)))
+        file.seek(info.header_offset + _HEADER.size + lengths + info.compress_size)
+        if info.flag_bits & _DESCRIBED and file.read(4) != b"PK\x07\x08":
+            raise zipfile.BadZipFile(f"record {info.filename} does not end where it should")
+    return found
 
 
 def verify(path):
@@ -140,8 +162,8 @@ def verify(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except _BROKEN_ZIP as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
     if damaged is not None:
         raise CheckpointError(f"{path}: record {damaged} is damaged: its checksum is not the one that the file gives")
 
@@ -156,6 +178,7 @@ class File:
     @property
     def value(self):
         if self._value is None:
+            self._sums = Checksums(self.path)
             self._value = load(self.path)
             if not isinstance(self._value, dict):
                 raise CheckpointError(f"{self.path} holds a {type(self._value).__name__}, not a checkpoint")
@@ -173,23 +196,23 @@ class File:
 
     def check(self, values, name):
         """CheckpointError unless the storage behind these values is as it was written."""
-        if self._sums is None:
-            self._sums = Checksums(self.path)
         self._sums.check(values, name)
 
 
 class Piece(NamedTuple):
     """Elements of a tensor, from number `begin` on. values: one dimension. file: where they lie. origin: what they were
-    copied from, if they were."""
+    copied from, if they were. checked: compared with the file's checksum already."""
 
     begin: int
     values: torch.Tensor
     file: File
     origin: torch.Tensor = None
+    checked: bool = False
 
     def check(self, name):
         """CheckpointError unless these elements are as they were written."""
-        self.file.check(self.values if self.origin is None else self.origin, name)
+        if not self.checked:
+            self.file.check(self.values if self.origin is None else self.origin, name)
 
 
 class _Pickler(pickle._Pickler):

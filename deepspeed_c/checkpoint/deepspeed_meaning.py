@@ -66,7 +66,8 @@ class Place:
                     self.tied[name] = seen[same]
                 elif name not in self.tied and (name in buffers or not self.sharded):
                     self._add_whole("buffer" if name in buffers else "model", name, value, file)
-        self.source.sections.setdefault("extra", pack(extra, {}, []))
+        if "extra" not in self.source.sections:
+            self.source.sections["extra"] = self.source.packed(extra, self.file, "extra state")
 
     def _add_whole(self, kind, name, value, file, group=-1):
         dense = is_dense(value)
@@ -82,7 +83,7 @@ class Place:
 
         held: [File] of the ranks that hold them. weights, slots: of each rank its fp32 numbers, and {name: state}.
         """
-        runs, numbers = _sort_out(slots, held[0])
+        runs, numbers = _sort_out(slots, held)
         for name, shape in shapes.items():
             own = self.source.tensors.get(("model", name, self.place))
             if own is not None:
@@ -105,7 +106,7 @@ class Place:
     def _add_common(self, options, scaler):
         """What an optimizer keeps beside tensors."""
         groups = [{key: value for key, value in group.items() if key not in _NOT_OPTIONS} for group in options]
-        self.source.sections.update(groups=pack(groups, {}, []), scaler=scaler)
+        self.source.sections.update(groups=self.source.packed(groups, self.file, "param_groups"), scaler=scaler)
 
     def _ranks(self):
         """The optimizer's files of all data-parallel ranks in order, [] where there are none; CheckpointError where
@@ -273,23 +274,31 @@ class Place:
                                                     slot != "step"):
                 self._add_whole(f"state.{slot}", name, value, file, g)
             elif value is not None:
+                _check(value, file, slot)
                 numbers[slot] = value
         if numbers:
             self.source.sections["scalars"].append([name, self.place, pack(numbers, {}, [])])
 
 
-def _sort_out(slots, file):
-    """({name: [tensor of each rank]}, {name: number}) of the states of a group; slots: of each rank."""
+def _check(value, file, name):
+    """CheckpointError for a number that is a damaged tensor."""
+    if isinstance(value, torch.Tensor):
+        file.check(value, name)
+
+
+def _sort_out(slots, held):
+    """({name: [tensor of each rank]}, {name: number}) of a group's states. slots: of each rank, from these files."""
     runs, numbers = {}, {}
     for name, value in slots[0].items():
         if value is None:
             continue
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            _check(value, held[0], name)
             numbers[name] = value
             continue
         runs[name] = [slot.get(name) for slot in slots]
         if any(not isinstance(each, torch.Tensor) or each.dim() != 1 for each in runs[name]):
-            raise NotImplementedError(f"{file.path}: state {name} has the shape {tuple(value.shape)}, which is not "
+            raise NotImplementedError(f"{held[0].path}: state {name} has the shape {tuple(value.shape)}, which is not "
                                       "known here")
     return runs, numbers
 

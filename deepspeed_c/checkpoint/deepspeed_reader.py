@@ -54,13 +54,12 @@ class DeepSpeedSource:
     def __init__(self, folder, names=None):
         self.folder, self.names = folder, names
         self.tensors, self.sections = {}, {"scalars": []}
-        self._pieces, self._objects = {}, []
+        self._pieces, self._objects, self._small = {}, [], {}
         self._listing = sorted(os.listdir(folder))
-        models = self._model_files()
-        for place in sorted(models):
-            Place(self, place, models[place]).add()
-        first = models[min(models)]
-        self._add_sections(first[min(first, key=lambda rank: rank or 0)], len(models))
+        try:
+            self._read_folder()
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{folder}: its files are not as DeepSpeed writes them ({error!r})") from error
 
     def object(self, number):
         """What a section has that is neither JSON nor a tensor."""
@@ -116,6 +115,13 @@ class DeepSpeedSource:
                 yield piece, first, last
 
     # ---- reading the folder ----
+
+    def _read_folder(self):
+        models = self._model_files()
+        for place in sorted(models):
+            Place(self, place, models[place]).add()
+        first = models[min(models)]
+        self._add_sections(first[min(first, key=lambda rank: rank or 0)], len(models))
 
     def _model_files(self):
         """{place: {data-parallel rank (None below stage 3): File}}"""
@@ -175,26 +181,31 @@ class DeepSpeedSource:
         """A known Tensor is of that parameter group."""
         self.tensors[tensor.key] = Tensor(*tensor.key, tensor.dtype, tensor.shape, tensor.stride, group)
 
+    def packed(self, value, file, name):
+        """What a section has of a value that stands in a file under that name; its tensors become small ones."""
+        for tensor in _tensors_in(value):
+            file.check(tensor, name)
+        known = len(self._small)
+        packed = pack(value, self._small, self._objects)
+        for small in list(self._small)[known:]:
+            self._add_small("client", small, self._small[small], file)
+        return packed
+
     def _add_sections(self, file, n_places):
-        state, small = file.value, {}
-
-        def packed(value):
-            return pack(value, small, self._objects)
-
+        state = file.value
         client = {key: value for key, value in state.items() if key not in _NOT_CLIENT}
         schedule, config = state.get("lr_scheduler"), state.get("ds_config") or {}
         self.sections.update({
             "counters": {key: state[key] for key in ("global_steps", "global_samples", "skipped_steps")
                          if key in state},
-            "schedule": None if schedule is None else packed({"class": None, "state": schedule}),
-            "client": packed(client),
-            "config": packed(config),
+            "schedule": None if schedule is None else self.packed({"class": None, "state": schedule}, file,
+                                                                  "lr_scheduler"),
+            "client": self.packed(client, file, "client state"),
+            "config": self.packed(config, file, "ds_config"),
             "world": {"data": state.get("dp_world_size"), "tensor": state.get("mp_world_size") or n_places,
                       "stage": (config.get("zero_optimization") or {}).get("stage", 0)},
             "made_by": f"DeepSpeed {state.get('ds_version')}",
         })
-        for name, value in small.items():
-            self._add_small("client", name, value, file)
         own = state.get(OWN_KEY)
         if own is not None:
             self._add_own(own, file)
@@ -204,8 +215,18 @@ class DeepSpeedSource:
         counters = {**self.sections["counters"], **own["sections"].pop("counters")}
         self.sections.update({**own["sections"], "counters": counters, "made_by": "deepspeed_c"})
         for name, value in own["tensors"].items():
+            file.check(value, name)
             self._add_small("rng", name, value, file)
 
     def _add_small(self, kind, name, value, file):
         self.add(Tensor(kind, name, HERE, value.dtype, tuple(value.shape), row_major(value.shape)),
-                 [Piece(0, value.flatten(), file)] if value.numel() else [])
+                 [Piece(0, value.flatten(), file, checked=True)] if value.numel() else [])
+
+
+def _tensors_in(value):
+    """The tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)

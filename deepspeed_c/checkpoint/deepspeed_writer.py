@@ -50,7 +50,7 @@ def _save(engine, aside, client_state, save_latest, exclude_frozen):
     if len(aside.ranks) < comm.size:
         raise NotImplementedError("checkpoint.use_node_local_storage over several nodes is not yet in DeepSpeed's "
                                   'layout; checkpoint.format "native" has it')
-    writer = agreed(lambda: DeepSpeedWriter(engine, Contents(engine, client_state, exclude_frozen), client_state,
+    writer = agreed(lambda: DeepSpeedWriter(engine, Contents(engine, None, exclude_frozen), client_state,
                                             exclude_frozen))
     writer.share()
     agreed(writer.check)
@@ -64,7 +64,7 @@ def _save(engine, aside, client_state, save_latest, exclude_frozen):
         names = gather_json(comm, behind.names, _CALL)
         return Saving(aside, behind, [name for own in names or () for name in own], complete)
     agreed(lambda: _dump_all(writer.files(), aside.path))
-    agreed(complete if comm.rank == 0 else lambda: None)
+    agreed(complete if aside.leads else lambda: None)
     return None
 
 

@@ -397,7 +397,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, EngineCheckp
         core = self._needs_core("step")
         try:
             self._refuse_offloaded("step", EVERYTHING)
-            self._raise_failed_save()
+            self._let_change()
             self._take_replaced()
             self._refuse_unscaled()
             if self._shards is not None:

@@ -227,6 +227,7 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
         """Takes what state_dict() gave, on the same rank of as many ranks. The module's own values are the module's to
         load. ValueError where it does not fit; nothing has changed then."""
         self._engine._refuse_offloaded("load_state_dict", MASTERS | STATES)
+        self._engine._let_change()
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
             state_dict = hook(self, state_dict) or state_dict
         self._engine._run.load_state_dict(state_dict)

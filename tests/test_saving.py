@@ -24,6 +24,7 @@ from test_checkpoint import made
 import deepspeed_c as deepspeed
 from deepspeed_c.checkpoint.native import NativeSource
 from deepspeed_c.checkpoint.save import Bar
+from deepspeed_c.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
 
 @contextlib.contextmanager
@@ -332,6 +333,24 @@ def test_what_is_saved_behind_training_is_the_state_at_the_call(tmp_path):
     engine.save_checkpoint(tmp_path, "c")
     engine.destroy()
     assert (tmp_path / "latest").read_bytes() == b"c"
+
+
+def test_what_scripts_change_before_the_next_step_is_not_in_it(tmp_path):
+    engine = trained(1, dtype="bf16", steps=0, checkpoint={"async": True})
+    models.train(engine, 0, 2, dtype="bf16")
+    then, weight = state_of(engine), engine.module.twice.weight
+    engine.save_checkpoint(tmp_path, "a")
+    with torch.no_grad():
+        for p in engine.module.parameters():
+            p.data.mul_(2)  # an average for an evaluation, for example
+    engine.module.norm.running_mean.add_(1)
+    safe_set_full_fp32_param(weight, torch.ones(20, 20))
+    safe_set_full_optimizer_state(weight, torch.ones(20, 20), "exp_avg")
+    engine.checkpoint_commit()
+    second = made(2, "bf16", seed=4)
+    second.load_checkpoint(tmp_path)
+    assert state_of(second) == then
+    assert sorted(os.listdir(tmp_path / "a")) == ["manifest.json", "rank_00000.safetensors"]
 
 
 def fail_behind(rank, world, folder):

@@ -22,6 +22,7 @@ DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.uint64: "U64", torch.c
           torch.int32: "I32", torch.uint32: "U32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int16: "I16",
           torch.uint16: "U16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8",
           torch.uint8: "U8", torch.bool: "BOOL"}
+_HELD_BY_SCRIPTS = ("model", "buffer")
 _TORCHS = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -36,26 +37,25 @@ def save(engine, aside, client_state, save_latest, exclude_frozen):
 
 def _save(engine, aside, client_state, save_latest, exclude_frozen):
     comm, behind = engine._comm, engine._config.get("checkpoint.async")
+    lazily = behind and len(aside.ranks) == comm.size  # over a folder that all ranks see
     problem = writer = told = contents = None
     try:
         contents = Contents(engine, client_state, exclude_frozen)
-        writer, rows = writer_of(os.path.join(aside.path, file_of(comm.rank)), contents.parts)
-        bar = Bar(comm, sum(part.n * part.tensor.dtype.itemsize for part in contents.parts))
-        try:
-            writer.write(behind, bar)
-        finally:
-            bar.close()
-        told = *table_of(contents.parts, rows, writer), contents.own
+        writer, rows = writer_of(os.path.join(aside.path, file_of(comm.rank)), contents.parts, lazily)
+        if lazily:
+            writer.start()
+        else:
+            _write_file(comm, writer, contents, behind)
+            told = *table_of(contents.parts, rows, writer), contents.own
     except Exception as error:
         problem = error
     together(comm, problem, "save_checkpoint")
+    if lazily:
+        return _behind(aside, writer, contents, rows, save_latest)
     text, objects = _shared_files(comm, contents, gather_json(comm, told, "save_checkpoint"))
 
     def complete():
-        if objects:
-            _write(aside.path, OBJECTS, objects)
-        _write(aside.path, MANIFEST, text)
-        aside.publish(save_latest)
+        _publish(aside, text, objects, save_latest)
 
     if behind:
         return Saving(aside, writer, [file_of(rank) for rank in aside.ranks], complete)
@@ -68,26 +68,70 @@ def _save(engine, aside, client_state, save_latest, exclude_frozen):
     return None
 
 
+def _write_file(comm, writer, contents, behind):
+    bar = Bar(comm, sum(part.n * part.tensor.dtype.itemsize for part in contents.parts))
+    try:
+        writer.write(behind, bar)
+    finally:
+        bar.close()
+
+
+def _behind(aside, writer, contents, rows, save_latest):
+    """The Saving of files whose threads have started. What each rank has to tell goes through a small file, so that
+    ranks need not meet while training goes on."""
+    names = [f"{file_of(rank)}.told" for rank in aside.ranks]
+
+    def tell():
+        told = *table_of(contents.parts, rows, writer), contents.own
+        _write(aside.path, f"{names[aside.comm.rank]}.part", json.dumps(told).encode())
+        os.rename(os.path.join(aside.path, f"{names[aside.comm.rank]}.part"),
+                  os.path.join(aside.path, names[aside.comm.rank]))
+
+    def complete():
+        everyone = []
+        for name in names:
+            path = os.path.join(aside.path, name)
+            with open(path, "rb") as file:
+                everyone.append(json.loads(file.read()))
+            os.unlink(path)
+        _publish(aside, *_files_of(contents, everyone), save_latest)
+
+    return Saving(aside, writer, names, complete, tell)
+
+
+def _publish(aside, text, objects, save_latest):
+    """On who leads, when all files are there."""
+    if objects:
+        _write(aside.path, OBJECTS, objects)
+    _write(aside.path, MANIFEST, text)
+    aside.publish(save_latest)
+
+
+def _files_of(contents, everyone):
+    """(the text of manifest.json, the bytes of objects.pt, which may be none), on rank 0. everyone: what each rank has
+    told: bytes and checksum of its file, table, own sections."""
+    objects = b""
+    if contents.objects:
+        file = io.BytesIO()
+        torch.save(contents.objects, file)
+        objects = file.getvalue()
+        _warn_of_classes(objects)
+    sections = dict(contents.sections)
+    sections["scalars"] = [row for *_, own in everyone for row in own["scalars"]]
+    sections["rng"] = {rank: state for *_, own in everyone for rank, state in own["rng"].items()}
+    return manifest_of([told[:3] for told in everyone], sections, objects).text(), objects
+
+
 def _shared_files(comm, contents, everyone):
-    """(the text of manifest.json, the bytes of objects.pt, which may be none), on every rank. everyone: on rank 0 what
-    each rank has told: bytes and checksum of its file, table, own sections. Collective."""
-    text = objects = b""
-    problem = None
+    """_files_of(), on every rank. Collective."""
+    found, problem = (b"", b""), None
     try:
         if comm.rank == 0:
-            if contents.objects:
-                file = io.BytesIO()
-                torch.save(contents.objects, file)
-                objects = file.getvalue()
-                _warn_of_classes(objects)
-            sections = dict(contents.sections)
-            sections["scalars"] = [row for *_, own in everyone for row in own["scalars"]]
-            sections["rng"] = {rank: state for *_, own in everyone for rank, state in own["rng"].items()}
-            text = manifest_of([told[:3] for told in everyone], sections, objects).text()
+            found = _files_of(contents, everyone)
     except Exception as error:
         problem = error
     together(comm, problem, "save_checkpoint")
-    return tuple(broadcast_bytes(comm, data, 0, "save_checkpoint") for data in (text, objects))
+    return tuple(broadcast_bytes(comm, data, 0, "save_checkpoint") for data in found)
 
 
 def _warn_of_classes(objects):
@@ -111,9 +155,9 @@ def file_of(rank):
     return f"rank_{rank:05d}.safetensors"
 
 
-def writer_of(path, parts):
-    """(a ShardWriter for what a rank writes, [(key, Part)] in the order of parts). NotImplementedError for a dtype that
-    the format has not."""
+def writer_of(path, parts, copied=False):
+    """(a ShardWriter for what a rank writes, [(key, Part)] in the order of parts). copied: parameters and buffers are,
+    because a script may change them before the next step. NotImplementedError for a dtype that the format has not."""
     writer, rows = _core.ShardWriter(path, torch.get_num_threads()), []
     for part in parts:
         tensor = part.tensor
@@ -125,7 +169,9 @@ def writer_of(path, parts):
         key, shape = f"{tensor.kind}/{tensor.name}", tensor.shape
         if part.n != tensor.numel or not _is_row_major(tensor):
             key, shape = f"{key}@{part.first}", (part.n,)
-        writer.add(key, DTYPES[tensor.dtype], shape, part.written())
+        values = part.written()
+        writer.add(key, DTYPES[tensor.dtype], shape, values.clone() if copied and tensor.kind in _HELD_BY_SCRIPTS
+                   else values)
         rows.append((key, part))
     return writer, rows
 

@@ -176,9 +176,11 @@ class EngineCheckpoints:
         if self._core is not None and self._scaled and self.global_rank == 0:
             logger.warning("save_checkpoint inside an open step: gradients are not part of a checkpoint")
 
-    def _raise_failed_save(self):
-        """What this rank's file met with, at the next step. Once; checkpoint_commit() raises it again, on all ranks."""
+    def _let_change(self):
+        """Before masters or optimizer states change. Raises what the file of this rank that is being written met with,
+        once; checkpoint_commit() raises it again, on all ranks."""
         if self._saving is not None:
+            self._saving.detach()
             self._saving.raise_failure()
 
 
@@ -275,35 +277,59 @@ class Aside:
 
 class Saving:
     """A checkpoint that is being written while training goes on. Each rank's file is written by the core's thread; who
-    has made the folder has a thread that waits for all files in it and ends the checkpoint. names: of those files.
-    complete: called by that thread."""
+    has made the folder has a thread that waits for all of `names` in it and ends the checkpoint. complete: called by
+    that thread. tell: called on every rank when its own file is whole; writer.detach() says then when masters and
+    states may change."""
 
-    def __init__(self, aside, writer, names, complete):
-        self._aside, self._writer, self._names, self._complete = aside, writer, names, complete
+    def __init__(self, aside, writer, names, complete, tell=None):
+        self._aside, self._writer, self._names, self._complete, self._tell = aside, writer, names, complete, tell
         self._failure, self._said, self._stop = None, False, threading.Event()
+        self._attached, self._lock = tell is not None, threading.Lock()  # a writer serves one call at a time
         self._thread = None
-        if aside.leads:
-            self._thread = threading.Thread(target=self._wait_and_complete, name="checkpoint", daemon=True)
+        if aside.leads or tell is not None:
+            self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
             self._thread.start()
         _UNDER_WAY.add(self)
 
-    def _wait_and_complete(self):
+    def _run(self):
         try:
-            left = set(self._names)
-            while left and not self._stop.is_set():
-                left = {name for name in left if not os.path.exists(os.path.join(self._aside.path, name))}
-                if left:
-                    self._stop.wait(_PAUSE)
-            if not left:
-                self._complete()
+            if self._tell is not None:
+                self._tell_when_written()
+            if self._aside.leads:
+                self._wait_and_complete()
         except Exception as error:
             self._failure = error
+
+    def _tell_when_written(self):
+        while not self._writer.done():
+            if self._stop.wait(_PAUSE):
+                return
+        with self._lock:
+            self._writer.wait()
+            self._tell()
+
+    def _wait_and_complete(self):
+        left = set(self._names)
+        while left and not self._stop.is_set():
+            left = {name for name in left if not os.path.exists(os.path.join(self._aside.path, name))}
+            if left:
+                self._stop.wait(_PAUSE)
+        if not left:
+            self._complete()
+
+    def detach(self):
+        """On return masters and optimizer states may change."""
+        if self._attached:
+            with self._lock:
+                self._writer.detach()
+            self._attached = False
 
     def raise_failure(self):
         """What the writing of this rank's file met with, if it is known by now; raised once."""
         if not self._said and self._writer.done():
             try:
-                self._writer.wait()
+                with self._lock:
+                    self._writer.wait()
             except Exception:
                 self._said = True
                 raise
@@ -312,7 +338,7 @@ class Saving:
         """Collective; see checkpoint_commit()."""
         comm, problem = self._aside.comm, None
         try:
-            self._writer.wait()
+            self._wait()
         except Exception as error:
             problem = error
         try:
@@ -327,6 +353,15 @@ class Saving:
             self._aside.abandon()
         together(comm, self._failure, "checkpoint_commit")
 
+    def _wait(self):
+        """Until this rank's file is whole, and that is told."""
+        with self._lock:
+            self._writer.wait()
+        if self._tell is not None and not self._aside.leads:
+            self._thread.join()
+            if self._failure is not None:
+                raise self._failure
+
     def _join(self):
         if self._thread is not None:
             self._thread.join()
@@ -335,7 +370,7 @@ class Saving:
     def end(self):
         """At exit: what this rank can still do by itself."""
         try:
-            self._writer.wait()
+            self._wait()
         except Exception as error:
             logger.error("the checkpoint that was being written is not there: %s", error)
             return

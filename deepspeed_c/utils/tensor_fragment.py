@@ -142,6 +142,7 @@ def _get_full(param, key, call):
 def _set_full(param, key, value, call):
     engine, index = _must(param, call)
     engine._refuse_offloaded(call, _needed(key))
+    engine._let_change()
     values = _flat(param, value, call)
     begin, n = engine._core.part(index)
     if key is None:
@@ -167,6 +168,7 @@ def _set_local(param, key, value, call):
     if n == 0:
         raise ValueError(f"{call}: this rank steps no element of this parameter")
     values = _flat(param, value, call, (n,))
+    engine._let_change()
     _part(engine, index, key, call).copy_(values)
     if key is None:
         engine._run.values_of(index).copy_(values)

@@ -326,6 +326,45 @@ def test_modules_that_show_no_output_are_whole_in_their_backward(ranks):
     assert ranks(2, unseen) == [[True, True]] * 2
 
 
+class Blocks(torch.nn.Module):
+    """Checkpointed blocks of several modules; autograd saves the frozen weight of a norm itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.LayerNorm(WIDTH).requires_grad_(False),
+                                torch.nn.Tanh(), torch.nn.Linear(WIDTH, WIDTH)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        return x.square().mean()
+
+
+def trained_in_blocks(rank, stage):
+    torch.manual_seed(1)
+    module = Blocks()
+    engine = deepspeed.initialize(model=module, model_parameters=module.parameters(),
+                                  config=models.config(stage, zero={"stage3_param_persistence_threshold": 0}))[0]
+    for step in range(2):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(10 * step + rank)).requires_grad_()
+        engine.scale(engine(x)).backward()
+        engine.step()
+    engine.destroy()
+    return models.bits(module)
+
+
+def in_blocks(rank, world, shared):
+    if not shared:
+        opened(rank, world)
+    return trained_in_blocks(rank, 3) == trained_in_blocks(rank, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_checkpointed_blocks_of_several_modules_change_no_bit(ranks, shared):
+    assert ranks(2, in_blocks, shared) == [True] * 2
+
+
 class Adapted(torch.nn.Module):
     """A frozen layer with a small trained one beside it, as LoRA has them; `scale` reaches the frozen weight past the
     inputs."""

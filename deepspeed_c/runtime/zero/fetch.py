@@ -18,10 +18,11 @@ from collections.abc import Mapping
 import torch
 
 from ...utils.leaf_modules import z3_leaf_module
-from .parameter import ZeroParameter, ZeroParamStatus, by_home, is_zero
+from .parameter import OUTSIDE, ZeroParameter, ZeroParamStatus, by_home, is_zero
 
 _age = torch.autograd._get_sequence_nr  # of the node that this thread makes next
 _current_task = torch._C._current_graph_task_id
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks  # of who is told what autograd saves
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
 _UNITS = weakref.WeakKeyDictionary()  # module -> Unit
@@ -81,14 +82,19 @@ class Unit:
         _active.append(self)
 
     def leave(self, module, args, output):
-        """After it, also where it raised (then with no output, as of one that returns None)."""
+        """After it, also where it raised (then with no output, as of one that returns None). What a checkpoint
+        recomputes in a backward pass it compares at the end, and finds parameters themselves among it."""
         _end_interrupted(self)
         if not _active or _active[-1] is not self:
             return  # another hook raised before enter() was called, or enter() itself did
         _active.pop()
         if output is not None or sys.exc_info()[1] is None:
             self._watch(output)
-        self._end()
+        try:
+            if _current_task() != -1 and _top_hooks(True) is not None:
+                _current_hold().take(self, self._calls[-1].start, OUTSIDE)
+        finally:
+            self._end()
 
     def _end(self):
         self._calls.pop()
@@ -129,8 +135,8 @@ class Unit:
         hold.reach(age, self)
         hold.take(self, min(age, start))
 
-    def fetch_backward(self):
-        self._fetch(self._event + 1)
+    def fetch_backward(self, event=None):
+        self._fetch(self._event + 1 if event is None else event)
 
     def _fetch(self, event):
         """All or nothing."""
@@ -188,12 +194,12 @@ class _Hold:
         self.units = {}  # Unit -> its groups when they were fetched
         self._starts = {}  # of units that are released early -> the age of the oldest node that may need them
 
-    def take(self, unit, start):
-        """Fetches a unit's parameters, once, for nodes that are not older than start."""
+    def take(self, unit, start, event=None):
+        """Fetches a unit's parameters, once, for nodes that are not older than start. event: None: its backward's."""
         if unit in self.units and start >= self._starts.get(unit, 0):
             return
         if unit not in self.units:
-            unit.fetch_backward()
+            unit.fetch_backward(event)
             self.units[unit] = unit.groups
         if unit.early:
             self._starts[unit] = min(start, self._starts.get(unit, start))

@@ -444,6 +444,7 @@ class DeepSpeedEngine(EngineSettings, EngineWeights, EngineOffload, EngineCheckp
         """Parameters that were assigned over trained ones since the last look take their places in everything."""
         if self._where is None or not self._where.changed():
             return
+        self._let_change()
         taken = self._where.take_over()
         if self._shards is not None:
             self._shards.replace(taken)

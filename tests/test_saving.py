@@ -4,6 +4,7 @@ import argparse
 import atexit
 import collections
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from test_checkpoint import made
 import deepspeed_c as deepspeed
 from deepspeed_c.checkpoint.native import NativeSource
 from deepspeed_c.checkpoint.save import Bar
-from deepspeed_c.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed_c.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
 
 @contextlib.contextmanager
@@ -351,6 +352,46 @@ def test_what_scripts_change_before_the_next_step_is_not_in_it(tmp_path):
     second.load_checkpoint(tmp_path)
     assert state_of(second) == then
     assert sorted(os.listdir(tmp_path / "a")) == ["manifest.json", "rank_00000.safetensors"]
+
+
+def a_step(engine):
+    weight = next(engine.module.parameters())
+    engine.backward((weight.float() ** 2).sum())
+    engine.step()
+
+
+def other_states(engine):
+    state = copy.deepcopy(engine.optimizer.state_dict())
+    engine.optimizer.load_state_dict({**state, "masters": {k: v + 1 for k, v in state["masters"].items()}})
+
+
+def another_parameter(engine):
+    engine.module.weight = torch.nn.Parameter(torch.ones_like(engine.module.weight))
+    engine._take_replaced()
+
+
+@pytest.mark.parametrize("change", [
+    a_step, other_states, another_parameter,
+    lambda engine: safe_set_local_optimizer_state(engine.module.weight, torch.zeros(engine.module.weight.numel()),
+                                                  "exp_avg")])
+def test_what_changes_while_it_is_being_saved_is_saved_as_it_was(tmp_path, change):
+    """A model that takes longer to write than the change to begin."""
+    def big():
+        config = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+                  "optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "checkpoint": {"async": True}}
+        return deepspeed.initialize(model=torch.nn.Linear(3000, 1000, bias=False), config=config)[0]
+
+    engine = big()
+    a_step(engine)
+    then = state_of(engine)
+    engine.save_checkpoint(tmp_path, "a")
+    change(engine)
+    engine.checkpoint_commit()
+    assert sorted(os.listdir(tmp_path / "a")) == ["manifest.json", "rank_00000.safetensors"]
+    assert state_of(engine) != then
+    engine.load_checkpoint(tmp_path, "a")
+    assert state_of(engine) == then
+    engine.destroy()
 
 
 def fail_behind(rank, world, folder):

@@ -323,12 +323,10 @@ static PyObject *writer_wait(WriterObject *self, PyObject *unused) {
     if (!self->core)
         return PyErr_Format(PyExc_RuntimeError, "%s: write() has not been called",
                             PyBytes_AS_STRING(self->path));
-    if (enter(self) < 0)
-        return NULL;
+    /* Several threads may wait, and one may detach meanwhile. */
     Py_BEGIN_ALLOW_THREADS;
     status = dsc_save_wait(self->core, dsc_bind_interrupted, NULL);
     Py_END_ALLOW_THREADS;
-    self->busy = false;
     if (dsc_save_done(self->core) && let_go(self) < 0)
         return NULL;
     return status == DSC_OK ? Py_NewRef(Py_None) : raise_status(self, status);
@@ -345,7 +343,7 @@ static PyObject *writer_done(WriterObject *self, PyObject *unused) {
 
 /* The layout, once the checksums are final; NULL with an exception before. */
 static const struct dsc_shard_layout *layout_of(WriterObject *self) {
-    if (self->core && !self->busy && dsc_save_crcs(self->core))
+    if (self->core && dsc_save_crcs(self->core))
         return dsc_save_layout(self->core);
     PyErr_Format(PyExc_RuntimeError, "%s: neither write() nor detach() has returned",
                  PyBytes_AS_STRING(self->path));

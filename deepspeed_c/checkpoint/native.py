@@ -38,10 +38,11 @@ def save(engine, aside, client_state, save_latest, exclude_frozen):
 def _save(engine, aside, client_state, save_latest, exclude_frozen):
     comm, behind = engine._comm, engine._config.get("checkpoint.async")
     lazily = behind and len(aside.ranks) == comm.size  # over a folder that all ranks see
-    problem = writer = told = contents = None
+    problem = writer = told = contents = objects = None
     try:
         contents = Contents(engine, client_state, exclude_frozen)
         writer, rows = writer_of(os.path.join(aside.path, file_of(comm.rank)), contents.parts, lazily)
+        objects = _packed_objects(contents)
         if lazily:
             writer.start()
         else:
@@ -51,8 +52,8 @@ def _save(engine, aside, client_state, save_latest, exclude_frozen):
         problem = error
     together(comm, problem, "save_checkpoint")
     if lazily:
-        return _behind(aside, writer, contents, rows, save_latest)
-    text, objects = _shared_files(comm, contents, gather_json(comm, told, "save_checkpoint"))
+        return _behind(aside, writer, contents, objects, rows, save_latest)
+    text, objects = _shared_files(comm, contents, objects, gather_json(comm, told, "save_checkpoint"))
 
     def complete():
         _publish(aside, text, objects, save_latest)
@@ -76,7 +77,7 @@ def _write_file(comm, writer, contents, behind):
         bar.close()
 
 
-def _behind(aside, writer, contents, rows, save_latest):
+def _behind(aside, writer, contents, objects, rows, save_latest):
     """The Saving of files whose threads have started. What each rank has to tell goes through a small file, so that
     ranks need not meet while training goes on."""
     names = [f"{file_of(rank)}.told" for rank in aside.ranks]
@@ -94,7 +95,7 @@ def _behind(aside, writer, contents, rows, save_latest):
             with open(path, "rb") as file:
                 everyone.append(json.loads(file.read()))
             os.unlink(path)
-        _publish(aside, *_files_of(contents, everyone), save_latest)
+        _publish(aside, _text_of(contents, objects, everyone), objects, save_latest)
 
     return Saving(aside, writer, names, complete, tell)
 
@@ -107,31 +108,35 @@ def _publish(aside, text, objects, save_latest):
     aside.publish(save_latest)
 
 
-def _files_of(contents, everyone):
-    """(the text of manifest.json, the bytes of objects.pt, which may be none), on rank 0. everyone: what each rank has
-    told: bytes and checksum of its file, table, own sections."""
-    objects = b""
-    if contents.objects:
-        file = io.BytesIO()
-        torch.save(contents.objects, file)
-        objects = file.getvalue()
-        _warn_of_classes(objects)
+def _packed_objects(contents):
+    """The bytes of objects.pt; none where there is to be no such file."""
+    if not contents.objects:
+        return b""
+    file = io.BytesIO()
+    torch.save(contents.objects, file)
+    _warn_of_classes(file.getvalue())
+    return file.getvalue()
+
+
+def _text_of(contents, objects, everyone):
+    """The text of manifest.json, on rank 0. everyone: what each rank has told: bytes and checksum of its file, table,
+    own sections."""
     sections = dict(contents.sections)
     sections["scalars"] = [row for *_, own in everyone for row in own["scalars"]]
     sections["rng"] = {rank: state for *_, own in everyone for rank, state in own["rng"].items()}
-    return manifest_of([told[:3] for told in everyone], sections, objects).text(), objects
+    return manifest_of([told[:3] for told in everyone], sections, objects).text()
 
 
-def _shared_files(comm, contents, everyone):
-    """_files_of(), on every rank. Collective."""
-    found, problem = (b"", b""), None
+def _shared_files(comm, contents, objects, everyone):
+    """(the text of manifest.json, rank 0's objects), on every rank. Collective."""
+    text, problem = b"", None
     try:
         if comm.rank == 0:
-            found = _files_of(contents, everyone)
+            text = _text_of(contents, objects, everyone)
     except Exception as error:
         problem = error
     together(comm, problem, "save_checkpoint")
-    return tuple(broadcast_bytes(comm, data, 0, "save_checkpoint") for data in found)
+    return tuple(broadcast_bytes(comm, data, 0, "save_checkpoint") for data in (text, objects))
 
 
 def _warn_of_classes(objects):

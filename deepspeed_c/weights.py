@@ -10,6 +10,7 @@ from collections import OrderedDict
 
 import torch
 
+from .aside import made_aside
 from .offload_states import PARAMETERS
 from .runtime.zero.partition_parameters import GatheredParameters
 from .utils.logging import logger
@@ -164,22 +165,7 @@ def _load_whole(own, load, *args, **kwargs):
 
 
 def _write(state, path):
-    """torch.save under another name beside it, on the disk, then renamed."""
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    aside = os.path.join(folder, f".{name}.{os.getpid()}")
-    try:
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
-        raise
-    at = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(at)
-    finally:
-        os.close(at)
+    """torch.save into a folder that may not be there yet."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with made_aside(path) as aside, open(aside, "wb") as file:
+        torch.save(state, file)

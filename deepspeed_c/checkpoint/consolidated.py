@@ -4,7 +4,6 @@ Decides which stored tensor is a parameter's value (its fp32 master where there 
 files. Invariant: no more is in memory than one chunk of a safetensors file or one file of torch's, and a file under its
 final name is whole.
 """
-import contextlib
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from collections import OrderedDict
 import torch
 
 from .._core import CheckpointError
+from ..aside import made_aside
 from .contents import row_major, same_order
 
 _CHUNK = 1 << 22  # elements
@@ -125,30 +125,15 @@ def export(weights, folder, safetensors, limit):
         f"{stem}-{i + 1:05d}-of-{len(parts):05d}{dot}{ending}" for i in range(len(parts))]
     for name, part in zip(names, parts):
         chosen = OrderedDict((each, weights[each]) for each in part)
-        with _made_aside(os.path.join(folder, name)) as path:
+        with made_aside(os.path.join(folder, name)) as path:
             (_write_safetensors if safetensors else _write_torch)(chosen, path)
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(weights[each].nbytes for part in parts for each in part)},
                  "weight_map": {each: name for name, part in zip(names, parts) for each in part}}
-        with _made_aside(os.path.join(folder, f"{whole_name}.index.json")) as path, open(path, "w") as file:
+        with made_aside(os.path.join(folder, f"{whole_name}.index.json")) as path, open(path, "w") as file:
             json.dump(index, file, indent=2)
         names.append(f"{whole_name}.index.json")
     return names
-
-
-@contextlib.contextmanager
-def _made_aside(path):
-    """Another name to write to; after the block it has its own, or it is gone."""
-    aside = f"{path}.part"
-    try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
-        raise
 
 
 def _write_torch(weights, path):

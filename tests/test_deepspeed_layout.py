@@ -24,10 +24,13 @@ from deepspeed_c import CheckpointError
 from deepspeed_c.checkpoint import __main__ as tools
 from deepspeed_c.checkpoint.deepspeed_layout import part_of_group, spans_of_group, spans_of_subgroup, subgroups
 from deepspeed_c.checkpoint.deepspeed_reader import DeepSpeedSource
+from deepspeed_c.moe.layer import MoE
 from deepspeed_c.utils import zero_to_fp32
 
 KEPT = pathlib.Path(__file__).parent / "peer" / "deepspeed-0.19.8.tar.gz"  # checkpoints that DeepSpeed has written
-STORED = ["stage0-fp32", "stage0-bf16", "stage1-fp32", "stage1-bf16", "stage2-bf16", "stage3-fp32", "stage3-bf16"]
+EXPERTS = ["experts1-fp32", "experts2-fp32"]
+STORED = ["experts1-fp32", "stage0-fp32", "stage0-bf16", "stage1-fp32", "stage1-bf16", "stage2-bf16", "stage3-fp32",
+          "stage3-bf16"]
 LATEST = f"global_step{peer.N_STEPS}"
 
 
@@ -68,8 +71,12 @@ def test_subgroups_close_at_the_limit():
 
 def ours(case, seed=2, **changes):
     """An engine of ours on the same model and configuration."""
-    module = peer.model(seed)
     config = {**peer.config(case), **changes}
+    if case.startswith("experts"):
+        torch.manual_seed(seed)
+        module = peer.ModelWithExperts(MoE)
+        return deepspeed_c.initialize(model=module, model_parameters=list(module.parameters()), config=config)[0]
+    module = peer.model(seed)
     return deepspeed_c.initialize(model=module, model_parameters=peer.groups(module), config=config)[0]
 
 
@@ -84,17 +91,18 @@ def differences(engine, wanted):
 def load_stored(rank, world, folder, case, ours_as):
     engine = ours(ours_as)
     path, client = engine.load_checkpoint(os.path.join(folder, case))
-    wanted = torch.load(os.path.join(folder, case, "values.pt"))
+    wanted = torch.load(os.path.join(folder, case, peer.named(case, "values", rank) or "values.pt"))
     assert os.path.dirname(path) == os.path.join(folder, case, LATEST), path
     assert client.keys() == {"epoch", "seen"} and client["epoch"] == 3 and torch.equal(client["seen"], torch.ones(2))
     assert engine.global_steps == peer.N_STEPS and engine.get_lr() == wanted["lr"]
     assert engine.lr_scheduler.last_batch_iteration == peer.N_STEPS - 1
-    assert engine.module.head.weight is engine.module.embed.weight
     assert differences(engine, wanted["values"]) == []
-    reference = peer.model(1)
-    with deepspeed_c.zero.GatheredParameters(list(engine.module.frozen.parameters())):
-        for p, q in zip(engine.module.frozen.parameters(), reference.frozen.parameters()):
-            assert torch.equal(p.float(), q.to(p.dtype).float())
+    if case.startswith("stage"):
+        assert engine.module.head.weight is engine.module.embed.weight
+        reference = peer.model(1)
+        with deepspeed_c.zero.GatheredParameters(list(engine.module.frozen.parameters())):
+            for p, q in zip(engine.module.frozen.parameters(), reference.frozen.parameters()):
+                assert torch.equal(p.float(), q.to(p.dtype).float())
     peer.train(engine, rank, peer.N_STEPS, peer.N_MORE)  # it goes on
     return float(engine.get_global_grad_norm())
 
@@ -115,13 +123,15 @@ def kept(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_deepspeed_wrote_loads_with_equal_weights_and_moments(ranks, kept, world):
-    dtypes = {case: case.partition("-")[2] for case in STORED}
-    pairs = [(case, f"stage{stage}-{dtypes[case]}") for case in STORED for stage in ((1, 3) if world == 2 else (2,))]
+    stages = {2: {"stage0": 1, "stage1": 3, "stage2": 1, "stage3": 3}, 3: {f"stage{i}": 2 for i in range(4)}}[world]
+    pairs = [(case, f"stage{stages[case[:6]]}-{case[7:]}") for case in STORED if case.startswith("stage")]
+    if world == 2:
+        pairs += [("experts1-fp32", case) for case in EXPERTS]
     ranks(world, load_all_stored, str(kept), pairs, timeout=120)
 
 
 def test_a_checkpoint_of_deepspeed_holds_only_the_classes_that_are_read(kept, tmp_path):
-    case = STORED[0]
+    case = "stage0-fp32"
     shutil.copytree(kept / case, tmp_path / case)
     path = next((tmp_path / case / LATEST).glob("*_model_states.pt"))
     state = torch.load(path)
@@ -503,7 +513,7 @@ def test_deepspeed_loads_what_we_write_and_trains_on(deepspeed_python, written, 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_what_deepspeed_writes_now_loads(deepspeed_python, ranks, tmp_path, dtype):
-    cases = [case for case in CASES if case.endswith(dtype)]
+    cases = [case for case in [*CASES, *EXPERTS] if case.endswith(dtype)]
     run_peer(deepspeed_python, "make", tmp_path, *cases)
     ranks(2, load_all_stored, str(tmp_path), [(case, case) for case in cases], timeout=120)
 

@@ -3,8 +3,9 @@
     python make_checkpoints.py make FOLDER CASE...     FOLDER/CASE/: a checkpoint, and values.pt of what is in it
     python make_checkpoints.py load FOLDER CASE...     loads FOLDER/CASE/, writes loaded.pt, trains on, trained.pt
 
-A case is "stage1-bf16", "stage3-fp32" and so on. One process is one rank: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.
-Only torch is imported until a command runs, so that the model and the batches here serve the tests too.
+A case is "stage1-bf16", "stage3-fp32" and so on, or "experts1-fp32": stage 1, four experts on two ranks; what ranks
+have there is in values0.pt and values1.pt, and so on. One process is one rank: RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT. Only torch is imported until a command runs, so that the model and the batches here serve the tests too.
 """
 import os
 import sys
@@ -35,6 +36,20 @@ class Model(torch.nn.Module):
         return self.head(self.norm(hidden))
 
 
+class ModelWithExperts(torch.nn.Module):
+    """Four experts, two on each of two ranks. moe: the class MoE of DeepSpeed or of ours."""
+
+    def __init__(self, moe):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, 6), torch.nn.Linear(6, 11)
+        expert = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 6))
+        self.moe = moe(6, expert, num_experts=4, ep_size=2, k=1, min_capacity=4, capacity_factor=2.0)
+
+    def forward(self, x):
+        hidden = self.moe(torch.tanh(self.first(x[:, None] + torch.arange(6.0))))[0]
+        return self.last(hidden)
+
+
 def model(seed=1):
     torch.manual_seed(seed)
     return Model()
@@ -50,7 +65,7 @@ def groups(module):
 def config(case):
     stage, dtype = case.split("-")
     return {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0,
-            "zero_optimization": {"stage": int(stage.removeprefix("stage"))},
+            "zero_optimization": {"stage": int(stage[-1])},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
             "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_type": "linear"}},
             **({"bf16": {"enabled": True}} if dtype == "bf16" else {})}
@@ -99,8 +114,28 @@ def _values(engine):
 def _engine(case, seed):
     import deepspeed
 
-    module = model(seed)
-    return deepspeed.initialize(model=module, model_parameters=groups(module), config=config(case))[0]
+    if case.startswith("experts"):
+        from deepspeed.moe.layer import MoE
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
+
+        torch.manual_seed(seed)
+        module = ModelWithExperts(MoE)
+        params = split({"params": list(module.parameters()), "name": "dense"})
+    else:
+        module = model(seed)
+        params = groups(module)
+    return deepspeed.initialize(model=module, model_parameters=params, config=config(case))[0]
+
+
+def named(case, what, rank):
+    """The name of a rank's file of values, None where another rank's has the same."""
+    return f"{what}{rank}.pt" if case.startswith("experts") else None if rank else f"{what}.pt"
+
+
+def _note(value, folder, case, what, rank):
+    name = named(case, what, rank)
+    if name is not None:
+        torch.save(value, os.path.join(folder, case, name))
 
 
 def _make(folder, case, rank):
@@ -108,8 +143,7 @@ def _make(folder, case, rank):
     train(engine, rank, 0, N_STEPS)
     found = _values(engine)
     engine.save_checkpoint(os.path.join(folder, case), client_state={"epoch": 3, "seen": torch.ones(2)})
-    if rank == 0:
-        torch.save({"values": found, "lr": engine.get_lr()}, os.path.join(folder, case, "values.pt"))
+    _note({"values": found, "lr": engine.get_lr()}, folder, case, "values", rank)
 
 
 def _load(folder, case, rank):
@@ -118,15 +152,11 @@ def _load(folder, case, rank):
     if engine.zero_optimization_stage() in (1, 2) and hasattr(engine.optimizer, "_link_all_hp_params"):
         engine.optimizer._link_all_hp_params()
     found = _values(engine)
-    frozen = {name: p.detach().clone() for name, p in engine.module.named_buffers()}
-    if rank == 0:
-        torch.save({"values": found, "buffers": frozen, "path": os.path.basename(path or ""),
-                    "client": {key: client[key] for key in ("epoch", "seen") if key in client},
-                    "steps": engine.global_steps, "lr": engine.get_lr()}, os.path.join(folder, case, "loaded.pt"))
+    _note({"values": found, "path": os.path.basename(path or ""), "steps": engine.global_steps, "lr": engine.get_lr(),
+           "client": {key: client[key] for key in ("epoch", "seen") if key in client}}, folder, case, "loaded", rank)
     train(engine, rank, N_STEPS, N_MORE)
     found = _values(engine)
-    if rank == 0:
-        torch.save({"values": found, "lr": engine.get_lr()}, os.path.join(folder, case, "trained.pt"))
+    _note({"values": found, "lr": engine.get_lr()}, folder, case, "trained", rank)
 
 
 def main(command, folder, *cases):

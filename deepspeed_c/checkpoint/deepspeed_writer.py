@@ -28,14 +28,6 @@ _CALL = "save_checkpoint"
 def save(engine, aside, client_state, save_latest, exclude_frozen):
     """Saves into an Aside. Collective. Returns the Saving that is under way where checkpoint.async is set, else None.
     """
-    try:
-        return _save(engine, aside, client_state, save_latest, exclude_frozen)
-    except BaseException:
-        aside.abandon()
-        raise
-
-
-def _save(engine, aside, client_state, save_latest, exclude_frozen):
     comm = engine._comm
 
     def agreed(step):

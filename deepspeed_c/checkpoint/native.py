@@ -28,14 +28,6 @@ _TORCHS = {name: dtype for dtype, name in DTYPES.items()}
 
 def save(engine, aside, client_state, save_latest, exclude_frozen):
     """Saves into an Aside. Collective. Returns the Saving that is under way with checkpoint.async, else None."""
-    try:
-        return _save(engine, aside, client_state, save_latest, exclude_frozen)
-    except BaseException:
-        aside.abandon()
-        raise
-
-
-def _save(engine, aside, client_state, save_latest, exclude_frozen):
     comm, behind = engine._comm, engine._config.get("checkpoint.async")
     lazily = behind and len(aside.ranks) == comm.size  # over a folder that all ranks see
     problem = writer = told = contents = objects = None

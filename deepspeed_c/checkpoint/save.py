@@ -66,11 +66,14 @@ class EngineCheckpoints:
 
         begun = time.monotonic()
         aside = Aside(self._comm, save_dir, tag, self.use_node_local_storage())
-        if self._writes_deepspeeds() and len(aside.ranks) < self.world_size:
+        try:
+            if self._writes_deepspeeds() and len(aside.ranks) < self.world_size:
+                raise NotImplementedError("checkpoint.use_node_local_storage over several nodes with checkpoint.format "
+                                          "\"deepspeed\": not yet; allowed: \"native\"")
+            self._saving = save(self, aside, state, save_latest, exclude_frozen_parameters)
+        except BaseException:
             aside.abandon()
-            raise NotImplementedError("checkpoint.use_node_local_storage over several nodes with checkpoint.format "
-                                      "\"deepspeed\": not yet; allowed: \"native\"")
-        self._saving = save(self, aside, state, save_latest, exclude_frozen_parameters)
+            raise
         how = "is being written" if self._saving else f"saved in {time.monotonic() - begun:.2f} s"
         log_dist(f"checkpoint {os.path.join(save_dir, tag)} {how}", ranks=[0])
         return True

@@ -114,9 +114,10 @@ enum dsc_status dsc_shard_job_open(const char *path, const struct dsc_shard_writ
                                    struct dsc_shard_job **out);
 /* The write; once. */
 enum dsc_status dsc_shard_job_run(struct dsc_shard_job *job);
-/* From any other thread, before, during or after the write: on return the tensors may change, and
- * the checksums are final, unless the write has failed. Copies what has not been read yet, on the
- * threads of `pool`; where there is no memory for that, waits until it has been. */
+/* From any thread, while another writes or is about to, or has: on return the tensors may change,
+ * and the checksums are final, unless the write has failed. Copies what has not been read yet, on
+ * the threads of `pool`, while the write goes on; where there is no memory for that, waits until
+ * all has been read. */
 void dsc_shard_job_detach(struct dsc_shard_job *job, struct dsc_pool *pool);
 /* Nothing may be running; NULL is fine. In a forked child it frees memory only. */
 void dsc_shard_job_close(struct dsc_shard_job *job);

@@ -23,14 +23,21 @@
 #include <string.h>
 #include <unistd.h>
 
-/* A chunk is longer than a block that has a checksum, so that a block lies in two chunks at most.
- */
-enum { CHUNK = 4 << 20, N_THREADS = 4, PATH_BYTES = 4096 };
+/* A chunk is longer than a block that has a checksum, so that a block lies in two chunks at most;
+ * with what arena memory keeps behind it, it fills whole huge pages. */
+enum { CHUNK = (4 << 20) - DSC_SHARD_ALIGN, N_THREADS = 4, PATH_BYTES = 4096 };
 
 /* The end, in this chunk, of a block that begins in the one before. */
 struct rest {
     uint32_t crc;
     size_t n_bytes, block;
+};
+
+/* A chunk that was copied and is to be written. */
+struct copied {
+    struct copied *next;
+    size_t chunk;
+    char *data; /* CHUNK bytes */
 };
 
 struct dsc_shard_job {
@@ -45,11 +52,11 @@ struct dsc_shard_job {
 
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    size_t next_chunk, n_taken, n_gathering; /* n_taken: buffers */
-    bool held;                               /* no chunk may be taken now */
+    size_t next_chunk, n_taken; /* n_taken: buffers */
+    size_t n_gathering;         /* chunks that are being read from tensors now */
+    size_t n_copying;           /* of these, to be found in `copied` soon */
+    struct copied *copied;
     bool stopped;
-    char *copy; /* of chunks from first_copied on, or NULL */
-    size_t first_copied;
     uint64_t n_done;
     int error; /* the first that failed, and where */
     uint64_t failed_at;
@@ -168,17 +175,29 @@ static void write_chunk(struct dsc_shard_job *job, const char *data, uint64_t of
         (void)sync_file_range(job->fd, (off_t)offset, (off_t)n_bytes, SYNC_FILE_RANGE_WRITE);
 }
 
-/* The next chunk; n_chunks where there is none. *copy: it, where it is copied; else the caller
- * gathers it and says so. */
-static size_t take_chunk(struct dsc_shard_job *job, const char **copy) {
+/* A chunk that nobody has taken, to be read from the tensors; n_chunks where there is none. Under
+ * the lock. */
+static size_t take_source(struct dsc_shard_job *job) {
+    if (job->stopped || job->next_chunk == job->n_chunks)
+        return job->n_chunks;
+    job->n_gathering++;
+    return job->next_chunk++;
+}
+
+/* What a thread that writes does next: *copy where it is in memory, which is then the caller's,
+ * else a chunk to gather; n_chunks where nothing is left. */
+static size_t take_chunk(struct dsc_shard_job *job, struct copied **copy) {
+    size_t chunk = job->n_chunks;
+    *copy = NULL;
     (void)pthread_mutex_lock(&job->lock);
-    while (job->held && !job->stopped)
+    while (!job->stopped && !job->copied && job->next_chunk == job->n_chunks && job->n_copying > 0)
         (void)pthread_cond_wait(&job->changed, &job->lock);
-    size_t chunk = job->stopped ? job->n_chunks : job->next_chunk;
-    if (chunk < job->n_chunks) {
-        job->next_chunk++;
-        *copy = job->copy ? job->copy + (chunk - job->first_copied) * CHUNK : NULL;
-        job->n_gathering += !job->copy;
+    if (job->copied && !job->stopped) {
+        *copy = job->copied;
+        job->copied = (*copy)->next;
+        chunk = (*copy)->chunk;
+    } else {
+        chunk = take_source(job);
     }
     (void)pthread_mutex_unlock(&job->lock);
     return chunk;
@@ -191,20 +210,27 @@ static void end_gathering(struct dsc_shard_job *job) {
     (void)pthread_mutex_unlock(&job->lock);
 }
 
+static void free_copied(struct copied *copy) {
+    if (!copy)
+        return;
+    dsc_arena_free(copy->data, CHUNK);
+    dsc_free(copy);
+}
+
 /* One chunk; false where none is left. */
 static bool work_once(struct dsc_shard_job *job, char *buffer) {
-    const char *data = NULL;
-    size_t chunk = take_chunk(job, &data);
+    struct copied *copy;
+    size_t chunk = take_chunk(job, &copy);
     if (chunk == job->n_chunks)
         return false;
     uint64_t offset = chunk * (uint64_t)CHUNK;
     size_t n_bytes = dsc_min(CHUNK, job->layout->n_bytes - offset);
-    if (!data) {
+    if (!copy) {
         gather(job, chunk, buffer);
         end_gathering(job);
-        data = buffer;
     }
-    write_chunk(job, data, offset, n_bytes);
+    write_chunk(job, copy ? copy->data : buffer, offset, n_bytes);
+    free_copied(copy);
     (void)pthread_mutex_lock(&job->lock);
     job->n_done += n_bytes;
     (void)pthread_mutex_unlock(&job->lock);
@@ -257,51 +283,70 @@ static bool write_chunks(struct dsc_shard_job *job) {
 
 /* ---- the caller wants its tensors ---- */
 
-static uint64_t copy_bytes(const struct dsc_shard_job *job) {
-    return job->layout->n_bytes - job->first_copied * (uint64_t)CHUNK;
+static enum dsc_status new_copied(struct copied **out) {
+    struct copied *copy = NULL;
+    void *data = NULL;
+    DSC_TRY(dsc_alloc(sizeof *copy, (void **)&copy));
+    enum dsc_status status = dsc_arena_alloc(CHUNK, &data);
+    if (status != DSC_OK) {
+        dsc_free(copy);
+        return status;
+    }
+    copy->data = data;
+    *out = copy;
+    return DSC_OK;
+}
+
+/* Copies one chunk; false where none is left, or no memory. Those who write go on meanwhile, so
+ * that whoever is quicker, they or memory, has more of the chunks. */
+static bool copy_once(struct dsc_shard_job *job) {
+    struct copied *copy = NULL;
+    if (new_copied(&copy) != DSC_OK)
+        return false;
+    (void)pthread_mutex_lock(&job->lock);
+    copy->chunk = take_source(job);
+    bool taken = copy->chunk < job->n_chunks;
+    job->n_copying += taken;
+    (void)pthread_mutex_unlock(&job->lock);
+    if (!taken) {
+        free_copied(copy);
+        return false;
+    }
+    gather(job, copy->chunk, copy->data);
+    (void)pthread_mutex_lock(&job->lock);
+    copy->next = job->copied;
+    job->copied = copy;
+    job->n_copying--;
+    job->n_gathering--;
+    (void)pthread_cond_broadcast(&job->changed);
+    (void)pthread_mutex_unlock(&job->lock);
+    return true;
 }
 
 static void copy_chunks(void *context, size_t begin, size_t end) {
-    struct dsc_shard_job *job = context;
-    for (; begin < end; begin++)
-        gather(job, job->first_copied + begin, job->copy + begin * CHUNK);
+    (void)begin;
+    (void)end;
+    while (copy_once(context))
+        ;
 }
 
-/* Stops threads from taking chunks; false where none are left to take. */
-static bool hold(struct dsc_shard_job *job) {
+static bool has_sources(struct dsc_shard_job *job) {
     (void)pthread_mutex_lock(&job->lock);
-    job->held = true;
-    while (job->n_gathering > 0)
-        (void)pthread_cond_wait(&job->changed, &job->lock);
-    bool left = job->next_chunk < job->n_chunks && !job->stopped && !job->copy;
-    if (left)
-        job->first_copied = job->next_chunk;
+    bool has = !job->stopped && job->next_chunk < job->n_chunks;
     (void)pthread_mutex_unlock(&job->lock);
-    return left;
-}
-
-/* copied: to be found in the copy from here on. */
-static void let_go(struct dsc_shard_job *job, bool copied) {
-    (void)pthread_mutex_lock(&job->lock);
-    job->held = false;
-    (void)pthread_cond_broadcast(&job->changed);
-    /* Without a copy the tensors are needed until the last chunk has been gathered. */
-    while (!copied && !job->stopped && (job->next_chunk < job->n_chunks || job->n_gathering > 0))
-        (void)pthread_cond_wait(&job->changed, &job->lock);
-    (void)pthread_mutex_unlock(&job->lock);
+    return has;
 }
 
 void dsc_shard_job_detach(struct dsc_shard_job *job, struct dsc_pool *pool) {
-    void *copy = NULL;
-    bool copied = !hold(job);
-    if (!copied) {
-        copied = dsc_arena_alloc(copy_bytes(job), &copy) == DSC_OK;
-        job->copy = copy;
-        if (copied)
-            dsc_pool_run(pool, job->n_chunks - job->first_copied, 1, copy_chunks, job);
-    }
-    let_go(job, copied);
-    join_rests(job);
+    if (has_sources(job))
+        dsc_pool_run(pool, (size_t)dsc_pool_size(pool), 1, copy_chunks, job);
+    (void)pthread_mutex_lock(&job->lock);
+    while (job->n_gathering > 0 || (job->next_chunk < job->n_chunks && !job->stopped))
+        (void)pthread_cond_wait(&job->changed, &job->lock);
+    bool all = job->next_chunk == job->n_chunks;
+    (void)pthread_mutex_unlock(&job->lock);
+    if (all)
+        join_rests(job);
 }
 
 /* ---- the file ---- */
@@ -364,10 +409,15 @@ static size_t buffer_bytes(const struct dsc_shard_job *job) {
 
 /* Memory that is not needed once the file is written, or not to be written. */
 static void give_back(struct dsc_shard_job *job) {
-    void *buffers = job->buffers, *copy = job->copy;
-    job->buffers = job->copy = NULL; /* first: a child that is forked in between frees once */
+    void *buffers = job->buffers;
+    struct copied *copy = job->copied, *next;
+    job->buffers = NULL; /* first: a child that is forked in between frees once */
+    job->copied = NULL;
     dsc_arena_free(buffers, buffer_bytes(job));
-    dsc_arena_free(copy, copy_bytes(job));
+    for (; copy; copy = next) {
+        next = copy->next;
+        free_copied(copy);
+    }
 }
 
 enum dsc_status dsc_shard_job_run(struct dsc_shard_job *job) {
@@ -375,7 +425,7 @@ enum dsc_status dsc_shard_job_run(struct dsc_shard_job *job) {
     (void)pthread_mutex_lock(&job->lock);
     job->stopped = true;
     (void)pthread_cond_broadcast(&job->changed);
-    while (job->held)
+    while (job->n_gathering > 0) /* who copies, for a file that will not be */
         (void)pthread_cond_wait(&job->changed, &job->lock);
     (void)pthread_mutex_unlock(&job->lock);
     if (status == DSC_OK)

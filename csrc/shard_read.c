@@ -342,6 +342,8 @@ enum dsc_status dsc_shard_read(const struct dsc_shard *shard, const struct dsc_s
     if (!crcs)
         return read_bytes(shard, tensor->key, tensor->offset + begin, n, out);
     uint64_t end = begin + n, whole = DSC_SHARD_CRC_BYTES;
+    /* The disk goes on while checksums are taken. Advice. */
+    (void)posix_fadvise(shard->fd, (off_t)(tensor->offset + begin), (off_t)n, POSIX_FADV_WILLNEED);
     bool edges = !out || begin % whole || (end % whole && end != tensor->n_bytes);
     if (edges)
         DSC_TRY(dsc_alloc(dsc_min(whole, tensor->n_bytes), &edge));

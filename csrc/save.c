@@ -107,10 +107,13 @@ static enum dsc_status write_now(struct dsc_save *save) {
     return status;
 }
 
+/* Who waits for the write has its bytes in the page cache; a thread's go past it, which leaves the
+ * processor to whoever goes on. */
 static enum dsc_status begin(struct dsc_save *save,
-                             bool (*progress)(void *context, uint64_t n_done), void *context) {
-    const struct dsc_shard_writing writing = {&save->layout, save->data, save->crcs, progress,
-                                              context};
+                             bool (*progress)(void *context, uint64_t n_done), void *context,
+                             bool cached) {
+    const struct dsc_shard_writing writing = {&save->layout, save->data, save->crcs,
+                                              progress,      context,    cached};
     DSC_TRY(may_begin(save));
     DSC_TRY(dsc_shard_job_open(save->path, &writing, &save->job));
     save->begun = true;
@@ -119,7 +122,7 @@ static enum dsc_status begin(struct dsc_save *save,
 
 enum dsc_status dsc_save_write(struct dsc_save *save,
                                bool (*progress)(void *context, uint64_t n_done), void *context) {
-    DSC_TRY(begin(save, progress, context));
+    DSC_TRY(begin(save, progress, context, true));
     enum dsc_status status = write_now(save);
     atomic_store(&save->done, true);
     return status;
@@ -146,7 +149,7 @@ static int start_thread(struct dsc_save *save) {
 }
 
 enum dsc_status dsc_save_start(struct dsc_save *save) {
-    DSC_TRY(begin(save, NULL, NULL));
+    DSC_TRY(begin(save, NULL, NULL, false));
     save->threaded = start_thread(save) == 0;
     if (!save->threaded) /* then this one writes; how that ends is for whoever waits */
         (void)thread_main(save);

@@ -101,6 +101,7 @@ struct dsc_shard_writing {
      * write with DSC_EINTR. May be NULL. */
     bool (*progress)(void *context, uint64_t n_done);
     void *context;
+    bool cached; /* through the page cache, where a load that follows finds it */
 };
 /* Writes <path>.part, syncs it and gives it its name. On failure neither is left, and what stood at
  * `path` before is as it was. The caller syncs the folder. */

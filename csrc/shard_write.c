@@ -1,11 +1,11 @@
 /* Writing a file: threads take chunks of it in turn, gather each in a buffer of their own, and
- * write it past the page cache where the file system lets them.
+ * write it through the page cache, or past it where the file system lets them.
  *
- * Copying into the page cache costs a processor more than the disk needs for the bytes, and the
- * processor has a training to do. Who wants to change the tensors meanwhile has what is not
- * gathered yet copied first, and threads find it in the copy. Invariant: what is written is what
- * the layout says, header and data, and has its name only once it is on the disk; every chunk is
- * gathered once, by who took it under the lock. */
+ * Copying into the page cache costs a processor more than the disk needs for the bytes, and where
+ * it goes past it, the processor has a training to do. Who wants to change the tensors meanwhile
+ * has what is not gathered yet copied first, and threads find it in the copy. Invariant: what is
+ * written is what the layout says, header and data, and has its name only once it is on the disk;
+ * every chunk is gathered once, by who took it under the lock. */
 #define _GNU_SOURCE
 #include "shard.h"
 
@@ -383,9 +383,11 @@ static enum dsc_status fill_file(struct dsc_shard_job *job) {
 
 static enum dsc_status write_part(struct dsc_shard_job *job) {
     enum { FLAGS = O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC };
-    job->fd = open(job->part, FLAGS | O_DIRECT, 0666);
+    job->fd = -1;
+    if (!job->writing.cached)
+        job->fd = open(job->part, FLAGS | O_DIRECT, 0666);
     atomic_store(&job->direct, job->fd >= 0);
-    if (job->fd < 0 && errno == EINVAL)
+    if (job->writing.cached || (job->fd < 0 && errno == EINVAL))
         job->fd = open(job->part, FLAGS, 0666);
     if (job->fd < 0) {
         int error = errno;

@@ -275,7 +275,9 @@ def test_plain_pytorch_trains_on_cifar(cifar, tmp_path):
     assert "plain PyTorch, fp32, 1 rank;" in result.stdout
 
 
-@pytest.mark.parametrize("dtype, stage", [("fp16", 1), ("bf16", 2), ("fp32", 0), ("fp16", 3)])
+@pytest.mark.parametrize("dtype, stage", [
+    ("fp16", 1), pytest.param("bf16", 2, marks=pytest.mark.long), ("fp32", 0),
+    pytest.param("fp16", 3, marks=pytest.mark.long)])
 def test_two_ranks_learn_digits_in_every_type(images, tmp_path, dtype, stage):
     result = run([FOLDER / "run_ds.sh", "--dtype", dtype, "--stage", stage, "-e", 5, "--out", tmp_path / "a b",
                   "--data-dir", digits_as_cifar(images, tmp_path)])
@@ -321,6 +323,7 @@ def test_experts_on_two_ranks_train_in_fp16_and_their_load_is_shown(images, tmp_
     assert all(len(layer) == 2 and 99 <= sum(layer) <= 101 for load in loads.values() for layer in load)
 
 
+@pytest.mark.long
 def test_residual_layers_of_two_and_four_experts_train_in_bf16(images, tmp_path):
     said, loads = moe_run("run_ds_prmoe.sh", images, tmp_path, "--stage", 3, "--dtype", "bf16", "--top-k", 2)
     assert "ZeRO stage 3, residual layers of 2 and 4 experts, top-2, bf16, 2 ranks" in said

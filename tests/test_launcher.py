@@ -382,8 +382,9 @@ for i in range(1000):
 @pytest.mark.parametrize("ends, code, last", [("raise ValueError('boom')", 1, "ValueError: boom\n"),
                                               ("print('Traceback (most recent call last):\\nseven', file=sys.stderr); "
                                                "sys.exit(7)", 7, "seven\n")])
-def test_rank_that_fails_between_steps_is_named_not_those_that_wait_for_it(ends, code, last, script):
-    for _ in range(3):
+@pytest.mark.parametrize("n", [1, pytest.param(5, marks=pytest.mark.long)])
+def test_rank_that_fails_between_steps_is_named_not_those_that_wait_for_it(ends, code, last, n, script):
+    for _ in range(n):
         run = launch("--num_gpus", 2, script(TRAINING.replace("ENDS", ends)))
         shown = run.stderr.rpartition("deepspeed: ")[2]
         assert shown.startswith(f"rank 1 of 2 exited with code {code};") and shown.endswith(last), run.stderr

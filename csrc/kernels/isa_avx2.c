@@ -7,7 +7,7 @@
 DSC_TARGET_BEGIN("avx2,f16c")
 
 #include "cast.h"
-#include "crc32c.h"
+#include "crc32c_x86.h"
 
 static void widen_f16(float *dst, const uint16_t *src, size_t n) {
     size_t i = 0;
@@ -24,18 +24,6 @@ static void narrow_f16(uint16_t *dst, const float *src, size_t n) {
                          _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
     for (; i < n; i++)
         dst[i] = dsc_f16_of_f32(src[i]);
-}
-
-static inline uint32_t crc32c_8(uint32_t crc, uint64_t eight) {
-    return (uint32_t)_mm_crc32_u64(crc, eight);
-}
-
-static inline uint32_t crc32c_1(uint32_t crc, uint8_t one) {
-    return _mm_crc32_u8(crc, one);
-}
-
-static uint32_t crc32c(uint32_t before, const void *data, size_t n_bytes) {
-    return dsc_crc32c_three(before, data, n_bytes, crc32c_8, crc32c_1);
 }
 
 #define TIER avx2

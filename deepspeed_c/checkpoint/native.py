@@ -12,6 +12,7 @@ import re
 import torch
 
 from .. import _core
+from ..aside import made_aside
 from ..utils.logging import logger
 from .agree import broadcast_bytes, gather_json, together
 from .contents import Contents, Tensor
@@ -76,9 +77,8 @@ def _behind(aside, writer, contents, objects, rows, save_latest):
 
     def tell():
         told = *table_of(contents.parts, rows, writer), contents.own
-        _write(aside.path, f"{names[aside.comm.rank]}.part", json.dumps(told).encode())
-        os.rename(os.path.join(aside.path, f"{names[aside.comm.rank]}.part"),
-                  os.path.join(aside.path, names[aside.comm.rank]))
+        with made_aside(os.path.join(aside.path, names[aside.comm.rank])) as path, open(path, "w") as file:
+            json.dump(told, file)
 
     def complete():
         everyone = []
@@ -95,8 +95,8 @@ def _behind(aside, writer, contents, objects, rows, save_latest):
 def _publish(aside, text, objects, save_latest):
     """On who leads, when all files are there."""
     if objects:
-        _write(aside.path, OBJECTS, objects)
-    _write(aside.path, MANIFEST, text)
+        aside.write(OBJECTS, objects)
+    aside.write(MANIFEST, text)
     aside.publish(save_latest)
 
 
@@ -137,14 +137,6 @@ def _warn_of_classes(objects):
     if refused:
         logger.warning("client_state, or the schedule, holds values of %s: load_checkpoint takes them only after "
                        "torch.serialization.add_safe_globals() with these", ", ".join(refused))
-
-
-def _write(folder, name, data):
-    """A small file, synced."""
-    with open(os.path.join(folder, name), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def file_of(rank):

@@ -266,6 +266,10 @@ class Aside:
         where = os.fsdecode(broadcast_bytes(comm, os.fsencode(where), 0, _SAVE))
         self.path = os.path.join(save_dir, where)  # which is `where` itself, unless that is relative
 
+    def write(self, name, data):
+        """Who leads: a small file in the folder, synced."""
+        self._folder.write(name, data)
+
     def publish(self, save_latest):
         """Who leads: the folder gets its name; `latest` names it. The script that joins weights stands beside."""
         from ..utils.zero_to_fp32 import SCRIPT
